@@ -1,0 +1,45 @@
+"""Errors of the cache.
+
+KVCacheError
+├── CacheConfigError    a size, path or spec given to the constructor is wrong (also a ValueError)
+├── OutOfBlocksError    the device pool cannot give the blocks asked for; nothing was reserved
+├── CacheClosedError    the cache or sequence was used after close()
+└── SequenceStateError  a sequence's methods were called in an order that has no meaning
+
+A missing, damaged or late block is none of these: it is computed again, and counted in `KVCache.stats()`.
+"""
+
+__all__ = ["CacheClosedError", "CacheConfigError", "KVCacheError", "OutOfBlocksError", "SequenceStateError"]
+
+
+class KVCacheError(Exception):
+    """Root of all errors raised by `dynamo.kvcache`."""
+
+
+class CacheConfigError(KVCacheError, ValueError):
+    """A constructor argument is wrong. The message names it, its value and what would be accepted."""
+
+
+class OutOfBlocksError(KVCacheError):
+    """The device pool cannot give the blocks asked for; nothing was reserved. Close a sequence and try again.
+
+    Attributes:
+        needed_blocks: blocks that had to be reserved.
+        available_blocks: free and evictable blocks at that moment.
+    """
+
+    def __init__(self, needed_blocks: int, available_blocks: int) -> None:
+        super().__init__(
+            f"{needed_blocks} device blocks are needed and {available_blocks} are free or evictable; "
+            "close other sequences, or give the cache more device blocks"
+        )
+        self.needed_blocks = needed_blocks
+        self.available_blocks = available_blocks
+
+
+class CacheClosedError(KVCacheError):
+    """The cache or the sequence is closed."""
+
+
+class SequenceStateError(KVCacheError):
+    """A method was called too early, or with a position the sequence does not have."""

@@ -1,0 +1,78 @@
+"""What became reusable in which tier, and what ceased to be. This module loads no torch."""
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+
+from dynamo.kvcache.hashing import BlockKey
+
+__all__ = ["Cleared", "Event", "EventLog", "Removed", "Stored"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Blocks can be had from `tier`. `keys` follow one another in a chain whose block before the first is `parent`."""
+
+    sequence_number: int
+    tier: str
+    keys: tuple[BlockKey, ...]
+    parent: BlockKey | None
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Blocks can no longer be had from `tier`."""
+
+    sequence_number: int
+    tier: str
+    keys: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """`tier` was emptied; blocks in use at that moment are stored anew when they are committed again."""
+
+    sequence_number: int
+    tier: str
+
+
+Event = Stored | Removed | Cleared
+
+
+class EventLog:
+    """Ring of the last events, numbered from 0 without gaps. Thread-safe.
+
+    A reader keeps the last number it saw. If the first event it is given next is not the one after that number, it read
+    too slowly and must ask for a snapshot.
+    """
+
+    def __init__(self, capacity: int = 16384) -> None:
+        self._lock = threading.Lock()
+        self._ring: deque[Event] = deque(maxlen=capacity)
+        self._next = 0
+
+    def stored(self, tier: str, keys: list[BlockKey], parent: BlockKey | None) -> None:
+        if keys:
+            with self._lock:
+                self._ring.append(Stored(self._next, tier, tuple(keys), parent))
+                self._next += 1
+
+    def removed(self, tier: str, keys: list[BlockKey]) -> None:
+        if keys:
+            with self._lock:
+                self._ring.append(Removed(self._next, tier, tuple(keys)))
+                self._next += 1
+
+    def cleared(self, tier: str) -> None:
+        with self._lock:
+            self._ring.append(Cleared(self._next, tier))
+            self._next += 1
+
+    def read(self, after: int) -> list[Event]:
+        """Events numbered above `after`, oldest first, as far back as the ring reaches."""
+        with self._lock:
+            if not self._ring:
+                return []
+            skip = max(0, after + 1 - self._ring[0].sequence_number)
+            return list(islice(self._ring, skip, None))

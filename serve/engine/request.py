@@ -1,0 +1,131 @@
+"""What a front asks of an engine and what comes back: plain records, no tensors."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+__all__ = ["Engine", "EngineStats", "FinishReason", "GenerationRequest", "OutputDelta", "SamplingParams", "TokenLogprob"]
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when a request ends. Values are checked at the door, not here.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: None keeps all tokens.
+        seed: with one, the same request gives the same tokens whatever runs beside it.
+        max_tokens: at most this many tokens are generated.
+        min_tokens: neither end-of-sequence nor a stop ends the request before this many tokens.
+        stop: strings that end the request and are not part of its text.
+        stop_token_ids: token ids that end the request, beside the model's own end-of-sequence ids.
+        num_logprobs: None: no logprobs; 0: the chosen token's alone; n: the n most likely tokens' too.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    num_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of one generated token, and of the most likely ones at its place, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One sequence to generate. `n > 1` at the door becomes n of these.
+
+    Attributes:
+        request_id: unique among the engine's live requests.
+        prompt_token_ids: at least one token.
+        cache_salt: KV blocks are shared only between requests of equal salt.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    cache_salt: str = ""
+
+
+@dataclass(slots=True)
+class OutputDelta:
+    """What one request gained since its last delta; the last one carries `finish_reason`.
+
+    Text never ends inside a UTF-8 character or inside what may still become a stop string, so it may lag behind
+    `token_ids`; the last delta brings the rest. `logprobs`, if asked for, has one entry per token id.
+
+    Attributes:
+        num_cached_tokens: prompt tokens whose KV came from the cache; the same in every delta of a request.
+        stop_reason: the stop string or stop token id that ended the request; None for end-of-sequence and length.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A moment of an engine: gauges now, counters since start."""
+
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    num_steps: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+
+
+class Engine(Protocol):
+    """The seam between the HTTP front and whatever generates tokens. All methods are called on the event loop."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and completion together."""
+        ...
+
+    async def start(self) -> None:
+        """Starts the engine's thread."""
+        ...
+
+    async def stop(self, drain_timeout_s: float) -> None:
+        """Lets running requests finish for at most `drain_timeout_s`, aborts the rest, joins the thread, closes the cache."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputDelta, None]:
+        """Yields deltas, each merging all that queued while the consumer was busy; closing the generator aborts the request.
+
+        Raises:
+            EngineOverloadedError: the waiting queue is full.
+            EngineDeadError: the engine's thread ended; no request can be served.
+            RequestFailedError: this request alone failed.
+        """
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def check_healthy(self) -> None:
+        """Raises EngineDeadError when the engine's thread is not alive."""
+        ...

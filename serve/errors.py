@@ -1,0 +1,72 @@
+"""Errors of the server.
+
+ServeError
+├── ConfigError            a flag, the TOML file or the model folder is wrong: printed and exit 2
+├── ModelLoadError         the model folder cannot be loaded
+├── RequestError           the client's request is wrong or cannot be served; carries the OpenAI error fields
+├── EngineOverloadedError  the waiting queue is full: 429 at the door
+├── EngineDeadError        the engine's thread ended: 503 at the door
+└── RequestFailedError     one request failed inside the engine: 500 at the door, others go on
+"""
+
+__all__ = [
+    "ConfigError",
+    "EngineDeadError",
+    "EngineOverloadedError",
+    "ModelLoadError",
+    "RequestError",
+    "RequestFailedError",
+    "ServeError",
+]
+
+
+class ServeError(Exception):
+    """Root of all errors raised by `dynamo.serve`."""
+
+
+class ConfigError(ServeError):
+    """A setting is wrong. The message names the setting, its value and what would be accepted."""
+
+
+class ModelLoadError(ServeError):
+    """A model folder cannot be loaded. The message names the file and what is wrong with it."""
+
+
+class RequestError(ServeError):
+    """A request is refused.
+
+    Attributes:
+        message: for people; names what was wrong, the value and the way out.
+        status: HTTP status.
+        type: OpenAI error type, such as "invalid_request_error".
+        param: the request field at fault, or None.
+        code: OpenAI error code, such as "context_length_exceeded", or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.type = type
+        self.param = param
+        self.code = code
+
+
+class EngineOverloadedError(ServeError):
+    """The engine's waiting queue is full; the caller may retry later."""
+
+
+class EngineDeadError(ServeError):
+    """The engine's thread has ended and no request can be served."""
+
+
+class RequestFailedError(ServeError):
+    """One request failed inside the engine; the others go on."""

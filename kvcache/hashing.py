@@ -58,7 +58,7 @@ def pack_tokens(tokens: Tokens) -> memoryview:
     if isinstance(tokens, np.ndarray):
         if tokens.dtype != np.uint32 or tokens.ndim != 1:
             raise ValueError(f"token arrays must be one-dimensional uint32, not {tokens.dtype} of shape {tokens.shape}")
-        return memoryview(np.ascontiguousarray(tokens)).cast("B")
+        return np.ascontiguousarray(tokens).data.cast("B")
     if isinstance(tokens, array) and tokens.typecode == "I":
         return memoryview(tokens).cast("B")
     try:

@@ -93,7 +93,11 @@ class Sequence:
         if transfer is not None and not transfer.is_ended:
             loop = asyncio.get_running_loop()
             ended = asyncio.Event()
-            transfer.when_ended(lambda: loop.call_soon_threadsafe(ended.set))
+
+            def tell_loop() -> None:
+                loop.call_soon_threadsafe(ended.set)
+
+            transfer.when_ended(tell_loop)
             try:
                 await asyncio.wait_for(ended.wait(), transfer.remaining_s)
             except TimeoutError:

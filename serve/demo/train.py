@@ -103,7 +103,9 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.self_attn["o_proj"](attended.transpose(1, 2).reshape(batch, time_steps, -1))
         h = self.post_attention_layernorm(x)
-        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](h)) * self.mlp["up_proj"](h))
+        gated = F.silu(self.mlp["gate_proj"](h)) * self.mlp["up_proj"](h)
+        out: Tensor = x + self.mlp["down_proj"](gated)
+        return out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -166,7 +168,7 @@ def packed_batches(
     ids = [token for encoding in tokenizer.encode_batch(documents) for token in encoding.ids]
     row = time_steps + 1
     rows = torch.tensor(ids[: len(ids) // row * row]).view(-1, row)
-    return [piece for piece in rows.split(batch) if len(piece) == batch]
+    return [piece for piece in torch.split(rows, batch) if len(piece) == batch]
 
 
 def train(cpu_budget_s: float, seed: int, batch: int, time_steps: int) -> tuple[DemoLlama, Tokenizer, float]:
@@ -194,7 +196,7 @@ def train(cpu_budget_s: float, seed: int, batch: int, time_steps: int) -> tuple[
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * scale
         loss = next_token_loss(model, tokens)
-        loss.backward()
+        torch.autograd.backward(loss)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,145 @@
+import threading
+
+import pytest
+
+from dynamo.kvcache import KVCache, OutOfBlocksError
+from dynamo.kvcache.errors import CacheClosedError, CacheConfigError
+from dynamo.kvcache.events import Cleared, Removed, Stored
+
+
+def test_opening_more_than_the_pool_holds_reserves_nothing(make_cache):
+    cache = make_cache(device_blocks=4)
+    with pytest.raises(OutOfBlocksError, match="5 device blocks are needed and 4"):
+        cache.open(list(range(17)))
+    cache.check_invariants()
+    assert cache.stats().num_open_sequences == 0
+
+
+def test_evicted_blocks_come_back_from_host(make_cache, content):
+    cache = make_cache(device_blocks=4, host="1MiB")
+    first, second = list(range(16)), list(range(100, 116))
+    content.run(cache, first)
+    content.run(cache, second)
+    assert cache.flush()
+    assert cache.lookup(first).device_tokens == 0
+    assert cache.lookup(first).host_tokens == 16
+    assert content.run(cache, first) == 12
+    assert cache.stats().tier("host").hit_blocks == 3
+
+
+def test_salts_keep_tenants_apart(make_cache, make_content):
+    cache = make_cache(host="1MiB")
+    tokens = list(range(16))
+    alice, bob = make_content(salt="alice"), make_content(salt="bob")
+    assert alice.run(cache, tokens, salt="alice") == 0
+    assert bob.run(cache, tokens, salt="bob") == 0
+    assert alice.run(cache, tokens, salt="alice") == bob.run(cache, tokens, salt="bob") == 12
+    assert cache.lookup(tokens).cached_tokens == 0
+
+
+def test_lookup_changes_nothing(make_cache, content):
+    cache = make_cache(device_blocks=8, host="1MiB")
+    old, young = list(range(16)), list(range(100, 116))
+    content.run(cache, old)
+    content.run(cache, young)
+    cache.lookup(old)
+    content.run(cache, list(range(200, 204)))
+    assert cache.lookup(old).device_tokens < 16 == cache.lookup(young).device_tokens
+
+
+def test_prefetch_brings_a_prefix_into_device_memory(make_cache, content):
+    cache = make_cache(device_blocks=8, host="1MiB")
+    tokens = list(range(16))
+    content.run(cache, tokens)
+    assert cache.flush()
+    cache.clear("device")
+    assert cache.prefetch(tokens).result(timeout=10) == 16
+    assert cache.lookup(tokens).device_tokens == 16
+    assert cache.prefetch([7, 7, 7, 7, 7]).result(timeout=10) == 0
+
+
+def test_clear_spares_what_is_in_use(make_cache, content):
+    cache = make_cache(host="1MiB")
+    tokens = list(range(8))
+    with cache.open(tokens) as sequence:
+        content.write(cache, sequence, tokens, 0)
+        sequence.commit()
+        assert cache.flush()
+        cache.clear()
+        assert cache.lookup(tokens).device_tokens == 8
+        assert cache.lookup(tokens).host_tokens == 0
+    cache.clear("device")
+    assert cache.lookup(tokens).cached_tokens == 0
+
+
+def test_events_tell_what_each_tier_gained_and_lost(make_cache, content):
+    cache = make_cache(device_blocks=2, host="1MiB")
+    content.run(cache, list(range(8)))
+    assert cache.flush()
+    content.run(cache, list(range(100, 104)))
+    assert cache.flush()
+    events = cache.events()
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    stored = [event for event in events if isinstance(event, Stored) and event.tier == "device"]
+    removed = [event for event in events if isinstance(event, Removed)]
+    assert [len(event.keys) for event in stored] == [2, 1]
+    assert removed[0].tier == "device"
+    assert removed[0].keys == (stored[0].keys[1],)
+    assert {event.tier for event in events if isinstance(event, Stored)} == {"device", "host"}
+    cache.clear("host")
+    assert [(type(event), event.tier) for event in cache.events(after=events[-1].sequence_number)] == [
+        (Cleared, "host")
+    ]
+
+
+def test_many_threads_share_one_cache(make_cache, content):
+    cache = make_cache(device_blocks=64, host="1MiB")
+    errors: list[BaseException] = []
+
+    def use(worker: int) -> None:
+        try:
+            for turn in range(20):
+                content.run(cache, [turn % 3, *range(13), worker % 2])
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=use, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not errors
+    assert cache.flush()
+
+
+def test_a_closed_cache_says_so(spec):
+    cache = KVCache(spec, device="cpu", device_blocks=4, host="1MiB")
+    cache.close()
+    cache.close()
+    with pytest.raises(CacheClosedError):
+        cache.open([1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_blocks": 0}, "device_blocks"),
+        ({"host": "1KB"}, "less than one block"),
+        ({"host": "8 GB GB"}, "no size"),
+        ({"host": -5}, "negative"),
+        ({"disk": "/nowhere"}, "PATH:SIZE"),
+        ({"disk": "/nowhere:1KB"}, "less than one block"),
+    ],
+)
+def test_wrong_sizes_and_paths_are_named(spec, options, message):
+    with pytest.raises(CacheConfigError, match=message):
+        KVCache(spec, device="cpu", **{"device_blocks": 4, **options})
+
+
+@pytest.mark.parametrize(("tokens", "message"), [([], "at least one"), ([-1], "token ids"), ([2**32], "token ids")])
+def test_what_is_no_prompt_is_refused(make_cache, tokens, message):
+    cache = make_cache()
+    with pytest.raises(ValueError, match=message):
+        cache.open(tokens)
+    assert cache.stats().num_open_sequences == 0

@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pytest
+
+from dynamo.kvcache.config import DiskPlace, format_size, parse_disk_place, parse_size
+from dynamo.kvcache.errors import CacheConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("64MiB", 64 << 20),
+        ("8GiB", 8 << 30),
+        ("500MB", 500_000_000),
+        ("1.5 gib", 3 << 29),
+        ("123", 123),
+        (7, 7),
+        ("0", 0),
+    ],
+)
+def test_sizes_are_read(text, num_bytes):
+    assert parse_size(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "8Gi", "ten", "1e9"])
+def test_what_is_no_size_is_named(text):
+    with pytest.raises(CacheConfigError, match="64MiB"):
+        parse_size(text)
+
+
+def test_a_disk_place_may_have_colons_in_its_path():
+    assert parse_disk_place("/mnt/a:b/kv:1GiB") == DiskPlace(Path("/mnt/a:b/kv"), 1 << 30)
+    assert parse_disk_place("~/kv:1GiB").directory == Path.home() / "kv"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(512, "512 B"), (64 << 20, "64 MiB"), (3 << 29, "1.5 GiB"), (1 << 41, "2 TiB")]
+)
+def test_sizes_are_written_for_people(num_bytes, text):
+    assert format_size(num_bytes) == text

@@ -14,11 +14,12 @@ from dynamo.kvcache.config import DiskPlace, format_size, parse_disk_place, pars
 from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, OutOfBlocksError
 from dynamo.kvcache.events import Event, EventLog
 from dynamo.kvcache.hashing import BlockKey, ChainRoot, Tokens, block_keys, chain_root
+from dynamo.kvcache.offload import SaveRequest
 from dynamo.kvcache.pool import BlockPool, SlotIds
 from dynamo.kvcache.sequence import Sequence
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheStats, TierUsage
-from dynamo.kvcache.store import PART_BYTES, BlockStore, SaveRequest
+from dynamo.kvcache.store import PART_BYTES, BlockStore
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
@@ -302,7 +303,7 @@ class KVCache:
             load_faults=faults,
             dropped_blocks=store.counters.dropped if store else {},
             num_pending_offload_blocks=store.num_pending_blocks if store else 0,
-            num_pending_disk_blocks=store.num_pending_disk_writes if store else 0,
+            num_pending_disk_blocks=store.num_writing_blocks if store else 0,
         )
 
     def _lower_tiers(self) -> Iterator[TierUsage]:

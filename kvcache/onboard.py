@@ -1,0 +1,130 @@
+"""Brings blocks up: host rows to the device; disk slots to host rows, checked there, and on to the device.
+
+Blocks from disk stay in the host tier afterwards. A block that cannot be read, or reads back with another digest, is
+forgotten, counted and computed again.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from dynamo.kernels.digest import digest_rows
+from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.pool import SlotIds
+from dynamo.kvcache.shelf import Shelf, digest_seeds
+from dynamo.tiers.device import DeviceTier
+from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.mover import Mover, Transfer
+
+__all__ = ["Onboarder"]
+
+logger = logging.getLogger(__name__)
+
+_NUM_THREADS = 4
+
+
+class Onboarder:
+    """Owns the threads that load blocks. Thread-safe."""
+
+    def __init__(self, shelf: Shelf, device: DeviceTier, *, part_blocks: int) -> None:
+        """Starts the threads; `part_blocks` blocks are loaded at a time."""
+        self._shelf = shelf
+        self._device = device
+        self._part_blocks = part_blocks
+        self._block_bytes = device.layout.block_bytes
+        self._corruption_logged = False
+        self._mover = Mover(_NUM_THREADS)
+
+    def load(self, keys: Sequence[BlockKey], device_slots: SlotIds, timeout_s: float) -> Transfer:
+        """Starts loading blocks into device slots that the caller holds until the transfer has ended."""
+        shelf = self._shelf
+        transfer = Transfer(len(keys), timeout_s)
+        in_host: list[tuple[int, int]] = []
+        on_disk: list[tuple[int, int]] = []
+        with shelf.changed:
+            for position, key in enumerate(keys):
+                if (slot := shelf.host.find(key)) is not None:
+                    in_host.append((position, slot))
+                elif (slot := shelf.disk.find(key)) is not None:
+                    on_disk.append((position, slot))
+                else:  # evicted since the caller looked; what follows is of no use without it
+                    shelf.counters.count_fault("missing", len(keys) - position)
+                    break
+            shelf.host.acquire(np.array([slot for _, slot in in_host], dtype=np.int64))
+            shelf.disk.acquire(np.array([slot for _, slot in on_disk], dtype=np.int64))
+        parts: list[Callable[[], None]] = []
+        for places, load in ((in_host, self._load_from_host), (on_disk, self._load_from_disk)):
+            for start in range(0, len(places), self._part_blocks):
+                positions, slots = np.array(places[start : start + self._part_blocks], dtype=np.int64).T.copy()
+                part_keys = [keys[position] for position in positions.tolist()]
+                parts.append(partial(load, transfer, part_keys, positions, slots, device_slots[positions]))
+        self._mover.submit(transfer, parts)
+        return transfer
+
+    def close(self) -> None:
+        """Waits for the parts that are queued or running, and ends the threads."""
+        self._mover.close()
+
+    def _load_from_host(
+        self, transfer: Transfer, keys: list[BlockKey], positions: SlotIds, rows: SlotIds, device_slots: SlotIds
+    ) -> None:
+        try:
+            self._deliver("host", transfer, positions, rows, device_slots)
+        finally:
+            self._shelf.release_rows(rows)
+
+    def _load_from_disk(
+        self, transfer: Transfer, keys: list[BlockKey], positions: SlotIds, slots: SlotIds, device_slots: SlotIds
+    ) -> None:
+        shelf = self._shelf
+        disk = shelf.disk_tier
+        assert disk is not None, "blocks lie on disk only with a disk tier"
+        start = 0
+        try:
+            while start < len(keys) and not transfer.is_ended:
+                rows = shelf.take_rows(len(keys) - start, transfer.remaining_s, (shelf.host, shelf.staging))
+                if not len(rows):
+                    break
+                part = slice(start, start + len(rows))
+                try:
+                    good = self._read_checked(disk, keys[part], slots[part], rows)
+                    self._deliver("disk", transfer, positions[part][good], rows[good], device_slots[part][good])
+                    good_keys = [key for key, ok in zip(keys[part], good.tolist(), strict=True) if ok]
+                    if good_keys and shelf.is_host_row(rows):
+                        rows = np.concatenate((shelf.keep_in_host(good_keys, rows[good], None), rows[~good]))
+                finally:
+                    shelf.release_rows(rows)
+                start = part.stop
+        finally:
+            with shelf.changed:
+                shelf.disk.release(slots)
+
+    def _read_checked(
+        self, disk: DiskTier, keys: list[BlockKey], slots: SlotIds, rows: SlotIds
+    ) -> npt.NDArray[np.bool_]:
+        """Reads blocks into rows; returns bool [n], True where the bytes are those once written. Forgets the others."""
+        shelf = self._shelf
+        readable = disk.read(slots, shelf.rows, rows)
+        digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
+        good: npt.NDArray[np.bool_] = readable & (digests == shelf.disk_digests[slots])
+        if not good.all() and not shelf.notice_lost_disk():
+            shelf.forget_on_disk([key for key, ok in zip(keys, good.tolist(), strict=True) if not ok])
+            self._count_bad(int(np.count_nonzero(~readable)), int(np.count_nonzero(readable & ~good)))
+        return good
+
+    def _count_bad(self, num_unreadable: int, num_corrupt: int) -> None:
+        self._shelf.counters.count_fault("unreadable", num_unreadable)
+        self._shelf.counters.count_fault("corrupt", num_corrupt)
+        if num_corrupt and not self._corruption_logged:
+            self._corruption_logged = True
+            logger.warning(
+                "%d KV blocks read from disk do not match their digests and are computed again; further ones are only counted",
+                num_corrupt,
+            )
+
+    def _deliver(self, tier: str, transfer: Transfer, positions: SlotIds, rows: SlotIds, device_slots: SlotIds) -> None:
+        if transfer.deliver(positions, lambda: self._device.write(device_slots, self._shelf.rows, rows)):
+            self._shelf.counters.count_loaded(tier, len(rows))

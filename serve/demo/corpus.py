@@ -100,9 +100,9 @@ def collect_entries() -> list[Entry]:
 
 
 def render_documents(entries: list[Entry], rng: random.Random) -> Iterator[str]:
-    """One training document an entry: half as question and answer in the chat format, half as plain reference text."""
+    """One training document an entry: most as question and answer in the chat format, the others as plain reference text."""
     for entry in entries:
-        if rng.random() < 0.5:
+        if rng.random() < 0.6:
             question = rng.choice(QUESTIONS).format(name=entry.name)
             yield f"<|user|>{question}<|assistant|>{entry.doc}<|end|>"
         else:

@@ -1,0 +1,145 @@
+"""The disk tier is damaged under a running server: the text stays right, the fault is counted and logged once."""
+
+import os
+import random
+import shutil
+import subprocess
+
+import pytest
+
+LENGTH = 800
+CACHED = (LENGTH - 1) // 16 * 16
+FLAGS = ["--device-cache", "3MiB", "--host-cache", "1MiB", "--max-model-len", "1200"]
+
+pytestmark = pytest.mark.slow
+
+
+def prompt(seed: int) -> list[int]:
+    return [0, *random.Random(seed).choices(range(300, 2048), k=LENGTH - 1)]
+
+
+def outcome(answer: dict) -> tuple[int, str]:
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"], answer["choices"][0]["text"]
+
+
+def faults(server) -> dict[str, float]:
+    names = ("dynamo_kvcache_tier_faults_total", "dynamo_kvcache_load_faults_total")
+    return {name: value for name, value in server.metrics().items() if name.startswith(names)}
+
+
+def served_and_evicted(server) -> str:
+    """The text of prompt 1, which lies on disk only when this returns."""
+    text = outcome(server.complete(prompt(1)))[1]
+    for seed in range(2, 5):
+        server.complete(prompt(seed))
+    server.settle()
+    return text
+
+
+def logged(server, word: str) -> int:
+    return sum(word in line and "WARNING" in line for line in server.output)
+
+
+def flip_a_byte(path):
+    with path.open("r+b") as file:
+        file.seek(5 * 32768 + 77)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def truncate(path):
+    os.truncate(path, 7 * 32768)
+
+
+def delete(path):
+    path.unlink()
+
+
+def delete_folder(path):
+    shutil.rmtree(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "cached"),
+    [
+        (flip_a_byte, 'reason="corrupt"', 80),
+        (truncate, 'kind="truncated"', 112),
+        (delete, 'kind="deleted"', 0),
+        (delete_folder, 'kind="deleted"', 0),
+    ],
+)
+def test_damage_to_the_disk_file_is_survived(start_server, folder, damage, kind, cached):
+    server = start_server(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+    text = served_and_evicted(server)
+    (path,) = folder.rglob("blocks.dat")
+    damage(path)
+    assert outcome(server.complete(prompt(1))) == (cached, text)
+    assert sum(value for name, value in faults(server).items() if kind in name) >= 1
+    assert sum("WARNING" in line for line in server.output) == 1
+    for seed in range(2, 5):
+        server.complete(prompt(seed))
+    server.settle()
+    assert outcome(server.complete(prompt(1))) == (CACHED, text)
+    assert server.is_healthy()
+
+
+def test_a_folder_that_cannot_be_read_costs_the_disk_tier_only(start_server, folder):
+    server = start_server(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+    text = served_and_evicted(server)
+    server.stop()
+    (path,) = folder.rglob("blocks.dat")
+    # For root, permissions are no obstacle; a folder in the file's place is one for everybody.
+    path.rename(path.with_name("kept"))
+    path.mkdir()
+    server = start_server(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+    assert outcome(server.complete(prompt(1))) == (0, text)
+    assert faults(server) == {'dynamo_kvcache_tier_faults_total{kind="unavailable",tier="disk"}': 1}
+    assert logged(server, "going on without a disk tier") == 1
+    assert server.is_healthy()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_missing_read_permission_costs_the_disk_tier_only(start_server, folder):
+    server = start_server(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+    text = served_and_evicted(server)
+    (path,) = folder.rglob("blocks.dat")
+    path.chmod(0)
+    assert outcome(server.complete(prompt(1))) == (CACHED, text)  # a file that is open stays open
+    server.stop()
+    server = start_server(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+    assert outcome(server.complete(prompt(1))) == (0, text)
+    assert faults(server) == {'dynamo_kvcache_tier_faults_total{kind="unavailable",tier="disk"}': 1}
+
+
+def check_full_disk(server) -> None:
+    text = served_and_evicted(server)
+    assert outcome(server.complete(prompt(1)))[1] == text
+    assert sum(value for name, value in faults(server).items() if 'kind="disk_full"' in name) >= 1
+    assert logged(server, "disk tier") == 1
+    assert server.is_healthy()
+    assert server.stop() == 0
+
+
+def test_a_file_that_may_not_grow_is_a_full_disk(start_server, folder):
+    check_full_disk(start_server(*FLAGS, "--disk-cache", f"{folder}:64MiB", file_size_limit=1 << 20))
+
+
+@pytest.fixture
+def small_file_system(tmp_path):
+    mount_point = tmp_path / "small"
+    mount_point.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount_point)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system needs the right to mount: {mounted.stderr.strip()}")
+    yield mount_point
+    subprocess.run(["umount", "-l", str(mount_point)], check=True)
+
+
+def test_a_full_disk_is_survived(start_server, small_file_system):
+    check_full_disk(start_server(*FLAGS, "--disk-cache", f"{small_file_system}:64MiB"))

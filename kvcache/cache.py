@@ -165,6 +165,11 @@ class KVCache:
         """Where `layer` tensors lie."""
         return self._device.device
 
+    @property
+    def num_available_blocks(self) -> int:
+        """Device blocks that are free or hold only cached content that nobody uses."""
+        return self._pool.num_available
+
     def open(self, tokens: Tokens, *, salt: str = "", lora: str = "") -> Sequence:
         """Reserves blocks for all of `tokens`, shares the longest cached prefix and starts loading what lies below.
 

@@ -12,7 +12,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NewType
+from typing import NewType, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -92,7 +92,7 @@ class KeyChain:
             append(hi)
         self._lo, self._hi = lo, hi
         joined = struct.pack(f"<{len(words)}Q", *words)
-        self.keys.extend([BlockKey(joined[start : start + 16]) for start in range(0, len(joined), 16)])
+        self.keys.extend(cast("list[BlockKey]", [key for (key,) in struct.iter_unpack("16s", joined)]))
 
 
 def block_keys(tokens: Tokens, block_size: int, root: ChainRoot) -> list[BlockKey]:

@@ -15,6 +15,7 @@ from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, OutOfBlock
 from dynamo.kvcache.events import Event, EventLog
 from dynamo.kvcache.hashing import BlockKey, ChainRoot, Tokens, block_keys, chain_root
 from dynamo.kvcache.offload import SaveRequest
+from dynamo.kvcache.onboard import LoadRequest
 from dynamo.kvcache.pool import BlockPool, SlotIds
 from dynamo.kvcache.sequence import Sequence
 from dynamo.kvcache.spec import KVSpec
@@ -32,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 TierName = Literal["device", "host", "disk"]
 
-_PIN_WAIT_S = 1.0  # how long an allocation waits for blocks that are only held by their own offload
-_OFFER_WAIT_S = 2.0  # how long a commit waits for a full offload queue before its blocks are not offered
+_PIN_WAIT_S = 0.05  # how long an allocation waits for blocks that are only held by their own offload
+_OFFER_WAIT_S = 1.0  # how long a commit waits for a full offload queue before its blocks are not offered
 _CLOSE_TIMEOUT_S = 30.0
 _MAX_ROOTS = 1024
 _NOTHING_MOVED = MovedBlocks()
@@ -212,9 +213,9 @@ class KVCache:
         """Starts the loads of what follows the `matched` blocks; returns how many blocks."""
         num_loading = 0
         if self._store and keys:
-            wanted = keys[matched:]
-            if wanted and (num_loading := self._store.count_loadable(wanted)):
-                sequence._transfer = self._store.load(wanted[:num_loading], reserved[:num_loading], self.load_timeout_s)
+            if num_loading := self._store.count_loadable(keys[matched:]):
+                request = LoadRequest(keys, matched, reserved[:num_loading], self._device.fence())
+                sequence._transfer = self._store.load(request, self.load_timeout_s)
             self._store.touch(keys)
         if not num_loading:
             sequence._num_cached_tokens = matched * self.block_size

@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 from dynamo.kvcache.hashing import BlockKey
 
@@ -57,6 +57,12 @@ class EventLog:
             with self._lock:
                 self._ring.append(Stored(self._next, tier, tuple(keys), parent))
                 self._next += 1
+
+    def stored_runs(self, tier: str, keys: list[BlockKey], parents: list[BlockKey | None]) -> None:
+        """One `Stored` for each run of `keys` in which every block's parent is the block before it."""
+        starts = [i for i in range(len(keys)) if i == 0 or parents[i] != keys[i - 1]]
+        for start, end in pairwise([*starts, len(keys)]):
+            self.stored(tier, keys[start:end], parents[start])
 
     def removed(self, tier: str, keys: list[BlockKey]) -> None:
         if keys:

@@ -5,7 +5,9 @@
                         bounded queue ◄──────────────┘
                             └──► disk thread: host rows ─► disk slots ─► journal ──► disk pool
 
-A full queue holds `save` up for a bounded time; after that, and wherever a tier has no room, blocks are dropped and counted.
+Requests that queue up are copied together, since a decoding sequence commits one block at a time. A full queue holds `save`
+up for a bounded time, once; from then until the queue is half empty, and wherever a tier has no room, blocks are dropped and
+counted.
 """
 
 import logging
@@ -19,9 +21,10 @@ import numpy as np
 from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.pool import SlotIds
-from dynamo.kvcache.shelf import ROOT_PARENT, Digests, Shelf, digest_seeds
+from dynamo.kvcache.shelf import Digests, Shelf, digest_seeds
 from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.journal import ROOT_NAME
 
 __all__ = ["Offloader", "SaveRequest"]
 
@@ -51,9 +54,19 @@ class SaveRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class _Offer:
+    """Blocks of one or several requests, not yet in the tier below; distinct keys, parents before children."""
+
+    keys: list[BlockKey]
+    parents: list[BlockKey | None]
+    device_slots: SlotIds
+    fences: list[Fence]
+
+
+@dataclass(frozen=True, slots=True)
 class _DiskWrite:
     keys: list[BlockKey]
-    parents: list[BlockKey]
+    parents: list[BlockKey | None]
     rows: SlotIds
     digests: Digests
 
@@ -77,6 +90,7 @@ class Offloader:
         self._num_pending = 0
         self._num_writing = 0
         self._closing = False
+        self._congested = False
         self._requests: queue.SimpleQueue[SaveRequest | list[BlockKey] | None] = queue.SimpleQueue()
         self._writes: queue.Queue[_DiskWrite | None] = queue.Queue(maxsize=_MAX_QUEUED_WRITES)
         self._threads = [threading.Thread(target=self._run, name="kv-offload", daemon=True)]
@@ -100,14 +114,22 @@ class Offloader:
     def save(self, request: SaveRequest, timeout_s: float) -> bool:
         """Offers blocks; waits while too many are pending, at most `timeout_s`, and then drops the offer.
 
+        After a drop, offers are not waited for until the queue has drained to half: a tier that is too slow holds its
+        callers up once, not with every block.
+
         Returns:
             Whether the offer was taken. `request.release` is called in either case.
         """
         count = len(request.device_slots)
         with self._settled:
-            taken = self._settled.wait_for(lambda: self._has_room(count), timeout_s) and not self._closing
+            if self._congested and 2 * self._num_pending <= self._max_pending_blocks:
+                self._congested = False
+            wait_s = 0.0 if self._congested else timeout_s
+            taken = self._settled.wait_for(lambda: self._has_room(count), wait_s) and not self._closing
             if taken:
                 self._num_pending += count
+            else:
+                self._congested = True
         if taken:
             self._requests.put(request)
         else:
@@ -140,49 +162,81 @@ class Offloader:
         return self._closing or not self._num_pending or self._num_pending + count <= self._max_pending_blocks
 
     def _run(self) -> None:
-        while (request := self._requests.get()) is not None:
-            if not isinstance(request, SaveRequest):
-                self._shelf.touch(request)
-                continue
+        is_open = True
+        while is_open:
+            requests: list[SaveRequest] = []
+            chains: dict[BlockKey, list[BlockKey]] = {}  # the longest of those that start with the same block
+            is_open = self._collect(requests, chains)
             try:
-                self._offload(request)
+                self._offload(self._merge(requests))
+                for chain in chains.values():
+                    self._shelf.touch(chain)
             except Exception:
                 logger.exception("offloading KV blocks failed; they stay in device memory only")
-                self._shelf.counters.count_dropped("offload_error", len(request.device_slots))
+                self._shelf.counters.count_dropped("offload_error", sum(len(r.device_slots) for r in requests))
             finally:
-                request.release()
+                for request in requests:
+                    request.release()
                 with self._settled:
-                    self._num_pending -= len(request.device_slots)
+                    self._num_pending -= sum(len(request.device_slots) for request in requests)
                     self._settled.notify_all()
 
-    def _offload(self, request: SaveRequest) -> None:
-        shelf = self._shelf
-        offered = request.chain[request.first :]
-        target, pools = (shelf.host, (shelf.host,)) if shelf.host.num_slots else (shelf.disk, (shelf.staging,))
-        with shelf.changed:
-            wanted = np.array([i for i, key in enumerate(offered) if key not in target], dtype=np.int64)
-        while len(wanted):
-            rows = shelf.take_rows(min(len(wanted), self._part_blocks), _ROOM_TIMEOUT_S, pools)
-            if not len(rows):
-                shelf.counters.count_dropped("no_host_row", len(wanted))
-                break
-            part, wanted = wanted[: len(rows)], wanted[len(rows) :]
-            self._offload_part(request, part, rows)
-        shelf.touch(request.chain)
+    def _collect(self, requests: list[SaveRequest], chains: dict[BlockKey, list[BlockKey]]) -> bool:
+        """Waits for a request, and takes what has queued behind it up to about one part. False at the end of the queue."""
+        num_blocks = 0
+        request = self._requests.get()
+        while request is not None:
+            if isinstance(request, SaveRequest):
+                requests.append(request)
+                num_blocks += len(request.device_slots)
+            chain = request.chain if isinstance(request, SaveRequest) else request
+            if len(chain) > len(chains.get(chain[0], ())):
+                chains[chain[0]] = chain
+            if num_blocks >= self._part_blocks or self._requests.empty():
+                return True
+            request = self._requests.get()
+        return False
 
-    def _offload_part(self, request: SaveRequest, part: SlotIds, rows: SlotIds) -> None:
-        shelf, chain = self._shelf, request.chain
-        positions = (part + request.first).tolist()
-        keys = [chain[position] for position in positions]
-        parents = [chain[position - 1] if position else ROOT_PARENT for position in positions]
+    def _merge(self, requests: list[SaveRequest]) -> _Offer:
+        shelf = self._shelf
+        target = shelf.host if shelf.host.num_slots else shelf.disk
+        places: dict[BlockKey, tuple[BlockKey | None, int]] = {}
+        with shelf.changed:
+            for request in requests:
+                for position, slot in enumerate(request.device_slots.tolist(), request.first):
+                    key = request.chain[position]
+                    if key not in target:
+                        places[key] = (request.chain[position - 1] if position else None, slot)
+        return _Offer(
+            list(places),
+            [parent for parent, _ in places.values()],
+            np.array([slot for _, slot in places.values()], dtype=np.int64),
+            [request.fence for request in requests if request.fence is not None],
+        )
+
+    def _offload(self, offer: _Offer) -> None:
+        shelf = self._shelf
+        pools = (shelf.host,) if shelf.host.num_slots else (shelf.staging,)
+        start = 0
+        while start < len(offer.keys):
+            rows = shelf.take_rows(min(len(offer.keys) - start, self._part_blocks), _ROOM_TIMEOUT_S, pools)
+            if not len(rows):
+                shelf.counters.count_dropped("no_host_row", len(offer.keys) - start)
+                break
+            self._offload_part(offer, slice(start, start + len(rows)), rows)
+            start += len(rows)
+
+    def _offload_part(self, offer: _Offer, part: slice, rows: SlotIds) -> None:
+        shelf = self._shelf
+        keys, parents = offer.keys[part], offer.parents[part]
         try:
-            done = self._device.read(request.device_slots[part], shelf.rows, rows, after=request.fence)
+            done = self._device.read(offer.device_slots[part], shelf.rows, rows, after=offer.fences)
             if not done.all():
                 shelf.counters.count_dropped("offload_error", len(keys))
                 return
             digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
             if shelf.host.num_slots:
-                rows = shelf.keep_in_host(keys, rows, _or_none(parents[0]))
+                rows = shelf.keep_in_host(keys, rows, parents)
             if self._queue_write(_DiskWrite(keys, parents, rows, digests)):
                 rows = rows[:0]  # the disk thread holds them now
         finally:
@@ -237,15 +291,12 @@ class Offloader:
         keys = [write.keys[i] for i in stored]
         parents = [write.parents[i] for i in stored]
         digests = write.digests[fresh[done]]
-        recorded = not keys or (disk.journal.put(keys, parents, slots[done], digests) and disk.generation == generation)
+        names = [ROOT_NAME if parent is None else parent for parent in parents]
+        recorded = not keys or (disk.journal.put(keys, names, slots[done], digests) and disk.generation == generation)
         with shelf.changed:
             if keys and recorded:
                 shelf.disk_digests[slots[done]] = digests
                 slots = np.concatenate((pool.register(keys, slots[done]), slots[~done]))
-                shelf.events.stored("disk", keys, _or_none(parents[0]))
+                shelf.events.stored_runs("disk", keys, parents)
             pool.release(slots)
         shelf.counters.count_dropped("disk_write_failed", len(slots) - (len(keys) if recorded else 0))
-
-
-def _or_none(parent: BlockKey) -> BlockKey | None:
-    return None if parent == ROOT_PARENT else parent

@@ -5,7 +5,8 @@ forgotten, counted and computed again.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,15 +16,56 @@ from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.pool import SlotIds
 from dynamo.kvcache.shelf import Shelf, digest_seeds
-from dynamo.tiers.device import DeviceTier
+from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.mover import Mover, Transfer
 
-__all__ = ["Onboarder"]
+__all__ = ["LoadRequest", "Onboarder"]
 
 logger = logging.getLogger(__name__)
 
 _NUM_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """Blocks wanted in device memory.
+
+    Attributes:
+        chain: keys of the whole sequence so far.
+        first: position in `chain` of the first wanted block.
+        device_slots: where the wanted blocks go, one slot for each.
+        fence: point in a CUDA stream after which nothing uses the slots' former content; None on CPU.
+    """
+
+    chain: list[BlockKey]
+    first: int
+    device_slots: SlotIds
+    fence: Fence | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some blocks of a request: their positions in it, and the host or disk slots they lie in, pinned."""
+
+    request: LoadRequest
+    transfer: Transfer
+    positions: SlotIds
+    slots: SlotIds
+
+    def cut(self, which: slice | npt.NDArray[np.bool_]) -> "_Part":
+        return _Part(self.request, self.transfer, self.positions[which], self.slots[which])
+
+    @property
+    def keys(self) -> list[BlockKey]:
+        request = self.request
+        return [request.chain[request.first + position] for position in self.positions.tolist()]
+
+    @property
+    def parents(self) -> list[BlockKey | None]:
+        chain = self.request.chain
+        places = (self.positions + self.request.first).tolist()
+        return [chain[place - 1] if place else None for place in places]
 
 
 class Onboarder:
@@ -38,9 +80,10 @@ class Onboarder:
         self._corruption_logged = False
         self._mover = Mover(_NUM_THREADS)
 
-    def load(self, keys: Sequence[BlockKey], device_slots: SlotIds, timeout_s: float) -> Transfer:
+    def load(self, request: LoadRequest, timeout_s: float) -> Transfer:
         """Starts loading blocks into device slots that the caller holds until the transfer has ended."""
         shelf = self._shelf
+        keys = request.chain[request.first : request.first + len(request.device_slots)]
         transfer = Transfer(len(keys), timeout_s)
         in_host: list[tuple[int, int]] = []
         on_disk: list[tuple[int, int]] = []
@@ -59,8 +102,7 @@ class Onboarder:
         for places, load in ((in_host, self._load_from_host), (on_disk, self._load_from_disk)):
             for start in range(0, len(places), self._part_blocks):
                 positions, slots = np.array(places[start : start + self._part_blocks], dtype=np.int64).T.copy()
-                part_keys = [keys[position] for position in positions.tolist()]
-                parts.append(partial(load, transfer, part_keys, positions, slots, device_slots[positions]))
+                parts.append(partial(load, _Part(request, transfer, positions, slots)))
         self._mover.submit(transfer, parts)
         return transfer
 
@@ -68,39 +110,36 @@ class Onboarder:
         """Waits for the parts that are queued or running, and ends the threads."""
         self._mover.close()
 
-    def _load_from_host(
-        self, transfer: Transfer, keys: list[BlockKey], positions: SlotIds, rows: SlotIds, device_slots: SlotIds
-    ) -> None:
+    def _load_from_host(self, part: _Part) -> None:
         try:
-            self._deliver("host", transfer, positions, rows, device_slots)
+            self._deliver("host", part, part.slots, np.ones(len(part.slots), dtype=np.bool_))
         finally:
-            self._shelf.release_rows(rows)
+            self._shelf.release_rows(part.slots)
 
-    def _load_from_disk(
-        self, transfer: Transfer, keys: list[BlockKey], positions: SlotIds, slots: SlotIds, device_slots: SlotIds
-    ) -> None:
+    def _load_from_disk(self, whole: _Part) -> None:
         shelf = self._shelf
         disk = shelf.disk_tier
         assert disk is not None, "blocks lie on disk only with a disk tier"
         start = 0
         try:
-            while start < len(keys) and not transfer.is_ended:
-                rows = shelf.take_rows(len(keys) - start, transfer.remaining_s, (shelf.host, shelf.staging))
+            while start < len(whole.slots) and not whole.transfer.is_ended:
+                num_left, remaining_s = len(whole.slots) - start, whole.transfer.remaining_s
+                rows = shelf.take_rows(num_left, remaining_s, (shelf.host, shelf.staging))
                 if not len(rows):
                     break
-                part = slice(start, start + len(rows))
+                part = whole.cut(slice(start, start + len(rows)))
                 try:
-                    good = self._read_checked(disk, keys[part], slots[part], rows)
-                    self._deliver("disk", transfer, positions[part][good], rows[good], device_slots[part][good])
-                    good_keys = [key for key, ok in zip(keys[part], good.tolist(), strict=True) if ok]
-                    if good_keys and shelf.is_host_row(rows):
-                        rows = np.concatenate((shelf.keep_in_host(good_keys, rows[good], None), rows[~good]))
+                    good = self._read_checked(disk, part.keys, part.slots, rows)
+                    self._deliver("disk", part, rows, good)
+                    if good.any() and shelf.is_host_row(rows):
+                        kept = part.cut(good)
+                        rows = np.concatenate((shelf.keep_in_host(kept.keys, rows[good], kept.parents), rows[~good]))
                 finally:
                     shelf.release_rows(rows)
-                start = part.stop
+                start += len(part.slots)
         finally:
             with shelf.changed:
-                shelf.disk.release(slots)
+                shelf.disk.release(whole.slots)
 
     def _read_checked(
         self, disk: DiskTier, keys: list[BlockKey], slots: SlotIds, rows: SlotIds
@@ -125,6 +164,12 @@ class Onboarder:
                 num_corrupt,
             )
 
-    def _deliver(self, tier: str, transfer: Transfer, positions: SlotIds, rows: SlotIds, device_slots: SlotIds) -> None:
-        if transfer.deliver(positions, lambda: self._device.write(device_slots, self._shelf.rows, rows)):
-            self._shelf.counters.count_loaded(tier, len(rows))
+    def _deliver(self, tier: str, part: _Part, rows: SlotIds, good: npt.NDArray[np.bool_]) -> None:
+        """The last hop, for the blocks of `part` in those of `rows` that are `good`."""
+        request, positions = part.request, part.positions[good]
+        fences = [request.fence] if request.fence is not None else []
+        device_slots = request.device_slots[positions]
+        if part.transfer.deliver(
+            positions, lambda: self._device.write(device_slots, self._shelf.rows, rows[good], after=fences)
+        ):
+            self._shelf.counters.count_loaded(tier, len(positions))

@@ -58,7 +58,7 @@ class Sequence:
     @property
     def is_ready(self) -> bool:
         """True once `wait` would return at once."""
-        return self._transfer is None or self._transfer.is_ended
+        return self._transfer is None or self._transfer.is_due
 
     @property
     def num_cached_tokens(self) -> int:

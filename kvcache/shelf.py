@@ -13,15 +13,14 @@ from dynamo.kvcache.pool import BlockPool, SlotIds
 from dynamo.kvcache.stats import StoreCounters
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.host import HostTier
+from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.tier import Rows
 
-__all__ = ["ROOT_PARENT", "Digests", "Shelf", "digest_seeds"]
+__all__ = ["Digests", "Shelf", "digest_seeds"]
 
 logger = logging.getLogger(__name__)
 
 Digests = npt.NDArray[np.uint64]
-ROOT_PARENT = BlockKey(bytes(16))
-"""What the journal records as the parent of a block that starts a sequence."""
 
 
 class Shelf:
@@ -106,16 +105,16 @@ class Shelf:
         """Whether `rows`, which are not empty, are slots of the host tier and not staging rows."""
         return bool(rows[0] < self.host.num_slots)
 
-    def keep_in_host(self, keys: list[BlockKey], rows: SlotIds, parent: BlockKey | None) -> SlotIds:
+    def keep_in_host(self, keys: list[BlockKey], rows: SlotIds, parents: list[BlockKey | None]) -> SlotIds:
         """Registers host rows, whose bytes are right, under their keys.
 
         Returns:
             The rows on which the caller holds its references now; others than `rows` where a key was known already.
         """
         with self.changed:
-            new = [key for key in keys if key not in self.host]
+            new = [i for i, key in enumerate(keys) if key not in self.host]
             rows = self.host.register(keys, rows)
-            self.events.stored("host", new, parent)
+            self.events.stored_runs("host", [keys[i] for i in new], [parents[i] for i in new])
             self.changed.notify_all()
         return rows
 
@@ -179,7 +178,8 @@ class Shelf:
         keys = [BlockKey(recovered.names[position]) for position in positions.tolist()]
         self.disk_digests[recovered.slots] = recovered.digests
         self.disk.restore(keys, recovered.slots[positions])
-        self.events.stored("disk", keys, None)
+        parents = [BlockKey(parent) if parent != ROOT_NAME else None for parent in recovered.parents]
+        self.events.stored_runs("disk", [BlockKey(name) for name in recovered.names], parents)
 
 
 def digest_seeds(keys: Sequence[BlockKey]) -> Digests:

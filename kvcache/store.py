@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.offload import Offloader, SaveRequest
-from dynamo.kvcache.onboard import Onboarder
-from dynamo.kvcache.pool import BlockPool, SlotIds
+from dynamo.kvcache.onboard import LoadRequest, Onboarder
+from dynamo.kvcache.pool import BlockPool
 from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.stats import StoreCounters
 from dynamo.tiers.device import DeviceTier
@@ -87,9 +87,9 @@ class BlockStore:
         """How many of `keys`, from the first on, lie in host and in disk."""
         return self._shelf.count_prefix(keys)
 
-    def load(self, keys: Sequence[BlockKey], device_slots: SlotIds, timeout_s: float) -> Transfer:
+    def load(self, request: LoadRequest, timeout_s: float) -> Transfer:
         """Starts loading blocks into device slots that the caller holds until the transfer has ended."""
-        return self._onboarder.load(keys, device_slots, timeout_s)
+        return self._onboarder.load(request, timeout_s)
 
     def save(self, request: SaveRequest, timeout_s: float) -> bool:
         """Offers blocks; waits while too many are pending, at most `timeout_s`. Returns whether the offer was taken."""

@@ -24,3 +24,16 @@ def test_events_carry_keys_and_parent():
     log = EventLog()
     log.stored("host", [KEY], KEY)
     assert log.read(after=-1) == [Stored(0, "host", (KEY,), KEY)]
+
+
+def test_blocks_of_several_chains_are_told_chain_by_chain():
+    a, b, c, d = (BlockKey(bytes([number]) * 16) for number in range(4))
+    log = EventLog()
+    log.stored_runs("disk", [a, b, d, c], [None, a, None, b])
+    assert log.read(after=-1) == [
+        Stored(0, "disk", (a, b), None),
+        Stored(1, "disk", (d,), None),
+        Stored(2, "disk", (c,), b),
+    ]
+    log.stored_runs("disk", [], [])
+    assert len(log.read(after=-1)) == 3

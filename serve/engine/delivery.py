@@ -1,0 +1,112 @@
+"""How deltas get from the engine's thread to the consumers on their event loops."""
+
+import asyncio
+import threading
+
+from dynamo.serve.engine.request import OutputDelta
+from dynamo.serve.errors import ServeError
+
+__all__ = ["MAX_STEPS_AHEAD", "Outbox", "OutputStream"]
+
+# The engine's thread waits once the event loop has not looked at this many steps. A slow consumer never holds it up, as
+# deltas merge in its stream; this bounds how far the thread runs ahead of the loop itself, and gives the loop its turn
+# of the interpreter lock when steps take no time at all.
+MAX_STEPS_AHEAD = 4
+_LOOP_STALL_S = 1.0
+
+
+class OutputStream:
+    """Deltas of one request, merged into one until the consumer takes it. Used on the event loop it belongs to."""
+
+    __slots__ = ("_delta", "_error", "_waiter", "outbox")
+
+    def __init__(self, outbox: "Outbox") -> None:
+        self.outbox = outbox
+        self._delta: OutputDelta | None = None
+        self._error: ServeError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def feed(self, delta: OutputDelta) -> None:
+        """Merges a delta into what the consumer gets next."""
+        queued = self._delta
+        if queued is None:
+            self._delta = delta
+            self._wake()
+            return
+        queued.text += delta.text
+        queued.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            queued.logprobs = (queued.logprobs or []) + delta.logprobs
+        queued.finish_reason = delta.finish_reason
+        queued.stop_reason = delta.stop_reason
+
+    def fail(self, error: ServeError) -> None:
+        """Makes `next` raise `error` once all deltas are taken."""
+        self._error = error
+        self._wake()
+
+    async def next(self) -> OutputDelta:
+        """Waits for a delta, as long as the engine lives: it ends every stream it has, also when it dies.
+
+        Raises:
+            ServeError: the request failed.
+        """
+        while self._delta is None:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        delta, self._delta = self._delta, None
+        return delta
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Outbox:
+    """What the engine's thread has for the streams of one event loop: one hand-over per step.
+
+    `put` and `flush` belong to the engine's thread.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._items: list[tuple[OutputStream, OutputDelta | ServeError]] = []
+        self._num_sent = 0  # written by the engine's thread
+        self._num_seen = 0  # written by the loop
+        self._caught_up = threading.Event()
+        self._caught_up.set()
+
+    def put(self, stream: OutputStream, item: OutputDelta | ServeError) -> None:
+        self._items.append((stream, item))
+
+    def flush(self) -> bool:
+        """Hands everything over, waiting while the loop is too far behind. False if the loop is closed."""
+        if not self._items:
+            return True
+        items, self._items = self._items, []
+        try:
+            self.loop.call_soon_threadsafe(self._deliver, items)
+        except RuntimeError:  # the loop is closed, and with it everybody who could listen
+            return False
+        self._num_sent += 1
+        if self._num_sent - self._num_seen >= MAX_STEPS_AHEAD:
+            self._caught_up.clear()
+            # The loop may have caught up between the comparison and the clear; then nobody would set the event.
+            if self._num_sent - self._num_seen >= MAX_STEPS_AHEAD:
+                self._caught_up.wait(_LOOP_STALL_S)
+        return True
+
+    def _deliver(self, items: list[tuple[OutputStream, OutputDelta | ServeError]]) -> None:
+        self._num_seen += 1
+        if not self._caught_up.is_set():
+            self._caught_up.set()
+        for stream, item in items:
+            if isinstance(item, OutputDelta):
+                stream.feed(item)
+            else:
+                stream.fail(item)

@@ -1,0 +1,209 @@
+"""The embedded engine: continuous batching on one thread, behind the asynchronous `Engine` seam.
+
+It is also the example of a custom inference loop over `dynamo.kvcache`, and uses nothing but the cache's public face:
+the scheduler opens a sequence per request, appends and commits; the runner reads `block_table` and `layer`.
+
+    event loop                               engine's thread (StepLoop)
+    generate() ── Add, Abort, Stop ───────►  schedule → execute → complete → detokenise, find stops
+    OutputStream ◄── one call per step ────  Outbox
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator
+
+import torch
+
+from dynamo.kvcache import KVCache
+from dynamo.serve.engine.delivery import Outbox, OutputStream
+from dynamo.serve.engine.generation import Generation
+from dynamo.serve.engine.loader import LoadedModel
+from dynamo.serve.engine.request import EngineStats, GenerationRequest, OutputDelta
+from dynamo.serve.engine.runner import ModelRunner, TorchRunner
+from dynamo.serve.engine.sampler import Sampler
+from dynamo.serve.engine.scheduler import Scheduler, SchedulerLimits
+from dynamo.serve.engine.step_loop import Abort, Add, StepLoop, Stop
+from dynamo.serve.engine.tokenizer import Tokenizer
+from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestFailedError
+
+__all__ = ["InferenceEngine", "build_model_engine"]
+
+logger = logging.getLogger(__name__)
+
+_JOIN_GRACE_S = 30.0  # beyond the drain: the longest a single step may reasonably take
+
+
+class InferenceEngine:
+    """Serves requests from one runner and one cache; implements `dynamo.serve.engine.request.Engine`.
+
+    Owns its thread and, from construction on, the cache: `stop` closes it.
+
+    Args:
+        eos_token_ids: tokens that end a request unless it ignores them.
+        max_model_len: most tokens of a request. What the device pool can hold at once bounds it further.
+        max_waiting: requests beyond `limits.max_running` that may be live; one more is refused.
+        stall_timeout_s: a request that finds no device blocks for so long while no other runs is failed.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        runner: ModelRunner,
+        tokenizer: Tokenizer,
+        *,
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+        limits: SchedulerLimits | None = None,
+        max_waiting: int = 1024,
+        stall_timeout_s: float = 30.0,
+    ) -> None:
+        limits = limits or SchedulerLimits()
+        self._cache = cache
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._max_model_len = min(max_model_len, cache.num_device_blocks * cache.block_size)
+        self._max_live = limits.max_running + max_waiting
+        self._scheduler = Scheduler(cache, limits)
+        self._step_loop = StepLoop(self._scheduler, runner, stall_timeout_s=stall_timeout_s)
+        self._thread = threading.Thread(target=self._step_loop.run, name="dynamo-engine", daemon=True)
+        self._live_ids: set[str] = set()
+        self._outbox: Outbox | None = None
+        self._is_stopping = False
+        self._is_started = False
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    async def start(self) -> None:
+        """Starts the engine's thread. Once only."""
+        self._thread.start()
+        self._is_started = True
+
+    async def stop(self, drain_timeout_s: float) -> None:
+        """Refuses new requests, lets live ones finish for at most `drain_timeout_s`, ends the thread, closes the cache.
+
+        Raises:
+            EngineDeadError: the thread is stuck in a step; the cache is left open, as the step still uses it.
+        """
+        self._is_stopping = True
+        if self._is_started:
+            self._step_loop.commands.put(Stop(time.monotonic() + drain_timeout_s))
+            await asyncio.to_thread(self._thread.join, drain_timeout_s + _JOIN_GRACE_S)
+            if self._thread.is_alive():
+                raise EngineDeadError(f"the engine's thread did not end {_JOIN_GRACE_S:.0f} s after its deadline")
+        await asyncio.to_thread(self._cache.close)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputDelta, None]:
+        """See `Engine.generate`. The request is submitted when the first delta is asked for.
+
+        Raises:
+            ValueError: another live request has this id.
+        """
+        generation = self._submit(request)
+        is_over = False
+        try:
+            while not is_over:
+                delta = await generation.stream.next()
+                is_over = delta.finish_reason is not None
+                yield delta
+        finally:
+            self._live_ids.discard(request.request_id)
+            if not is_over:
+                self._step_loop.commands.put(Abort(generation))
+
+    def stats(self) -> EngineStats:
+        counters = self._step_loop.counters
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_steps=counters.num_steps,
+            prompt_tokens=counters.prompt_tokens,
+            cached_prompt_tokens=counters.cached_prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+        )
+
+    def check_healthy(self) -> None:
+        if self._step_loop.death is not None:
+            raise EngineDeadError(str(self._step_loop.death))
+        if not self._thread.is_alive():
+            raise EngineDeadError("the engine's thread is not running; was start() awaited?")
+
+    def _submit(self, request: GenerationRequest) -> Generation:
+        self.check_healthy()
+        if self._is_stopping:
+            raise EngineDeadError("the engine is stopping")
+        if request.request_id in self._live_ids:
+            raise ValueError(f"another live request has the id {request.request_id!r}")
+        if len(self._live_ids) >= self._max_live:
+            raise EngineOverloadedError(f"{len(self._live_ids)} requests are running or waiting; try again later")
+        self._check_prompt(request.prompt_token_ids)
+        generation = Generation(
+            request,
+            OutputStream(self._outbox_of(asyncio.get_running_loop())),
+            self._tokenizer,
+            eos_token_ids=self._eos_token_ids,
+            max_model_len=self._max_model_len,
+        )
+        self._step_loop.commands.put(Add(generation))
+        if self._step_loop.death is not None:  # it ended meanwhile, and may not have seen the command
+            raise EngineDeadError(str(self._step_loop.death))
+        self._live_ids.add(request.request_id)
+        return generation
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not 0 < len(token_ids) < self._max_model_len:
+            raise RequestFailedError(
+                f"the prompt has {len(token_ids)} tokens; this engine takes 1 to {self._max_model_len - 1}"
+            )
+        # An unknown id would fail the whole step, and with it the requests beside this one.
+        vocab_size = self._tokenizer.vocab_size
+        for token_id in (min(token_ids), max(token_ids)):
+            if not 0 <= token_id < vocab_size:
+                raise RequestFailedError(
+                    f"the prompt holds token id {token_id}; the model has ids 0 to {vocab_size - 1}"
+                )
+
+    def _outbox_of(self, loop: asyncio.AbstractEventLoop) -> Outbox:
+        if self._outbox is None or self._outbox.loop is not loop:
+            self._outbox = Outbox(loop)
+        return self._outbox
+
+
+def build_model_engine(
+    loaded: LoadedModel,
+    cache: KVCache,
+    *,
+    device: torch.device,
+    max_model_len: int | None = None,
+    limits: SchedulerLimits | None = None,
+    max_waiting: int = 1024,
+) -> InferenceEngine:
+    """An engine that runs a loaded model. The caller sets torch's thread count.
+
+    Args:
+        cache: made for this model, on the same device; the engine closes it.
+        device: where the model was loaded to.
+        max_model_len: None takes the model's own.
+    """
+    limits = limits or SchedulerLimits()
+    runner = TorchRunner(
+        loaded.model,
+        Sampler(loaded.tokenizer.eos_token_ids),
+        cache.layer,
+        device=device,
+        block_size=cache.block_size,
+        max_batch_tokens=limits.max_batch_tokens,
+    )
+    return InferenceEngine(
+        cache,
+        runner,
+        loaded.tokenizer,
+        eos_token_ids=loaded.tokenizer.eos_token_ids,
+        max_model_len=max_model_len or loaded.max_model_len,
+        limits=limits,
+        max_waiting=max_waiting,
+    )

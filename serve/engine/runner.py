@@ -1,0 +1,131 @@
+"""Executes scheduled steps: the seam between the scheduler and whatever turns tokens into the next ones."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dynamo.serve.engine.batch import ForwardBatch, SequenceSlice
+from dynamo.serve.engine.model import CausalLM
+from dynamo.serve.engine.sampler import SampledToken, Sampler, SamplingState
+from dynamo.serve.engine.scheduler import ScheduledStep
+from dynamo.serve.engine.sequence import SequenceState
+from dynamo.serve.errors import RequestFailedError
+
+__all__ = ["ModelRunner", "TorchRunner"]
+
+
+class ModelRunner(Protocol):
+    """Computes one step. Called on the engine's thread."""
+
+    def execute(self, step: ScheduledStep) -> list[SampledToken | RequestFailedError]:
+        """Writes the KV of the step's tokens and samples.
+
+        Returns:
+            One outcome per sequence of `step.sampling`, in its order; an error fails that request alone.
+
+        Raises:
+            Exception: anything; the requests of the step are failed.
+        """
+        ...
+
+
+class TorchRunner:
+    """Runs a `CausalLM` over the cache's layers.
+
+    Owns reusable host buffers for `max_batch_tokens` tokens, pinned for CUDA. They are free again when `execute`
+    returns, since sampling waits for the device.
+
+    Args:
+        kv: `KVCache.layer`.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        sampler: Sampler,
+        kv: Callable[[int], tuple[Tensor, Tensor]],
+        *,
+        device: torch.device,
+        block_size: int,
+        max_batch_tokens: int,
+    ) -> None:
+        self._model = model
+        self._sampler = sampler
+        self._kv = kv
+        self._device = device
+        self._block_size = block_size
+        # Rows: token ids, positions, slot blocks, slot offsets.
+        self._staging = torch.empty((4, max_batch_tokens), dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    def execute(self, step: ScheduledStep) -> list[SampledToken | RequestFailedError]:
+        with torch.inference_mode():
+            logits = self._model.forward(self._batch(step), self._kv)
+            return self._sampler.sample(logits, [_sampling_state(sequence) for sequence in step.sampling])
+
+    def _batch(self, step: ScheduledStep) -> ForwardBatch:
+        work = [(sequence, 1) for sequence in step.decodes]
+        work += [(chunk.sequence, chunk.num_tokens) for chunk in step.prefills]
+        tables = [_block_table(sequence) for sequence, _ in work]
+        device_tables = torch.from_numpy(np.concatenate(tables).astype(np.int64)).to(self._device)
+        slices = []
+        start = table_start = 0
+        for (sequence, num_tokens), table in zip(work, tables, strict=True):
+            device_table = device_tables[table_start : table_start + len(table)]
+            slices.append(SequenceSlice(start, num_tokens, sequence.num_computed + num_tokens, device_table))
+            start += num_tokens
+            table_start += len(table)
+        self._stage(step, tables)
+        staged = self._staging[:, :start].to(self._device, non_blocking=True)
+        token_ids, positions, slot_blocks, slot_offsets = staged.unbind()
+        return ForwardBatch(
+            token_ids=token_ids,
+            positions=positions,
+            slot_blocks=slot_blocks,
+            slot_offsets=slot_offsets,
+            sequences=tuple(slices),
+            logit_rows=torch.tensor(_logit_rows(step), dtype=torch.int64, device=self._device),
+        )
+
+    def _stage(self, step: ScheduledStep, tables: list[npt.NDArray[np.int32]]) -> None:
+        """Fills the host buffers; `tables` has one block table per decode, then one per chunk."""
+        block_size = self._block_size
+        token_ids, positions, slot_blocks, slot_offsets = self._staging.numpy()
+        end = len(step.decodes)
+        places = [sequence.num_computed for sequence in step.decodes]
+        token_ids[:end] = [sequence.tokens[-1] for sequence in step.decodes]
+        positions[:end] = places
+        slot_blocks[:end] = [table[place // block_size] for table, place in zip(tables, places, strict=False)]
+        for chunk, table in zip(step.prefills, tables[end:], strict=True):
+            start, end = end, end + chunk.num_tokens
+            first = chunk.sequence.num_computed
+            token_ids[start:end] = chunk.sequence.tokens[first : first + chunk.num_tokens]
+            positions[start:end] = np.arange(first, first + chunk.num_tokens)
+            slot_blocks[start:end] = table[positions[start:end] // block_size]
+        np.remainder(positions[:end], block_size, out=slot_offsets[:end])
+
+
+def _logit_rows(step: ScheduledStep) -> list[int]:
+    rows = list(range(len(step.decodes)))
+    end = len(rows)
+    for chunk in step.prefills:
+        end += chunk.num_tokens
+        if chunk.is_last:
+            rows.append(end - 1)
+    return rows
+
+
+def _block_table(sequence: SequenceState) -> npt.NDArray[np.int32]:
+    assert sequence.kv is not None, f"{sequence.request_id} holds no blocks"
+    return sequence.kv.block_table
+
+
+def _sampling_state(sequence: SequenceState) -> SamplingState:
+    if sequence.sampling is None:
+        prompt = sequence.tokens[: sequence.num_prompt_tokens]
+        sequence.sampling = SamplingState(sequence.params, prompt, sequence.output_tokens)
+    return sequence.sampling

@@ -5,13 +5,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
 
 from dynamo.kvcache.config import DiskPlace, format_size, parse_disk_place, parse_size
-from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, OutOfBlocksError
+from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError, OutOfBlocksError
 from dynamo.kvcache.events import Event, EventLog
 from dynamo.kvcache.hashing import BlockKey, ChainRoot, Tokens, block_keys, chain_root
 from dynamo.kvcache.offload import SaveRequest
@@ -23,7 +24,7 @@ from dynamo.kvcache.stats import CacheStats, TierUsage
 from dynamo.kvcache.store import PART_BYTES, BlockStore
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
-from dynamo.tiers.errors import TierBusyError, TierUnavailableError
+from dynamo.tiers.errors import TierBusyError, TierConfigError, TierMemoryError, TierUnavailableError
 from dynamo.tiers.host import HostTier
 from dynamo.tiers.stats import MovedBlocks, TierStats
 
@@ -81,7 +82,7 @@ class KVCache:
 
         Raises:
             CacheConfigError: a size or path is wrong.
-            dynamo.tiers.errors.TierMemoryError: device or host memory does not suffice.
+            CacheMemoryError: device or host memory does not suffice.
         """
         if device_blocks < 1:
             raise CacheConfigError(f"device_blocks must be at least 1, not {device_blocks}")
@@ -104,14 +105,15 @@ class KVCache:
         self._arena: HostTier | None = None
         self._disk: DiskTier | None = None
         self._store: BlockStore | None = None
-        self._device = DeviceTier(spec.layout, spec.dtype, device_blocks, device)
-        try:
-            self._open_store(host, disk, io_threads)
-        except BaseException:
-            self._device.close()
-            raise
+        with _translated_errors(), ExitStack() as undo:
+            self._device = DeviceTier(spec.layout, spec.dtype, device_blocks, device)
+            undo.callback(self._device.close)
+            self._open_store(host, disk, io_threads, undo)
+            undo.pop_all()
 
-    def _open_store(self, host: str | int | None, disk: str | DiskPlace | None, io_threads: int) -> None:
+    def _open_store(
+        self, host: str | int | None, disk: str | DiskPlace | None, io_threads: int, undo: ExitStack
+    ) -> None:
         slot_bytes = self.spec.layout.slot_bytes
         host_bytes = parse_size(host) if host is not None else 0
         if 0 < host_bytes < slot_bytes:
@@ -123,16 +125,13 @@ class KVCache:
             if place.capacity_bytes < slot_bytes:
                 raise CacheConfigError(f"disk={disk!r} is less than one block of {format_size(slot_bytes)}; give more")
             self._disk = self._open_disk(place, io_threads)
+            if self._disk is not None:
+                undo.callback(self._disk.close)
         if not host_bytes and self._disk is None:
             return
         num_host_slots = host_bytes // slot_bytes
         part_blocks = max(1, PART_BYTES // slot_bytes)
-        try:
-            self._arena = HostTier(self.spec.layout, num_host_slots + part_blocks * (1 if num_host_slots else 4))
-        except BaseException:
-            if self._disk:
-                self._disk.close()
-            raise
+        self._arena = HostTier(self.spec.layout, num_host_slots + part_blocks * (1 if num_host_slots else 4))
         self._store = BlockStore(
             self._device,
             self._arena,
@@ -427,6 +426,17 @@ class KVCache:
     def _check_open(self) -> None:
         if self._is_closed:
             raise CacheClosedError("the cache is closed")
+
+
+@contextmanager
+def _translated_errors() -> Iterator[None]:
+    """What tiers raise while they are made, in the words of this package."""
+    try:
+        yield
+    except TierMemoryError as error:
+        raise CacheMemoryError(str(error)) from error
+    except TierConfigError as error:
+        raise CacheConfigError(str(error)) from error
 
 
 def _usage(stats: TierStats, pool: BlockPool, slot_bytes: int, hit_blocks: int) -> TierUsage:

@@ -2,6 +2,7 @@
 
 KVCacheError
 ├── CacheConfigError    a size, path or spec given to the constructor is wrong (also a ValueError)
+├── CacheMemoryError    device or host memory does not suffice for the sizes asked for (also a MemoryError)
 ├── OutOfBlocksError    the device pool cannot give the blocks asked for; nothing was reserved
 ├── CacheClosedError    the cache or sequence was used after close()
 └── SequenceStateError  a sequence's methods were called in an order that has no meaning
@@ -9,7 +10,14 @@ KVCacheError
 A missing, damaged or late block is none of these: it is computed again, and counted in `KVCache.stats()`.
 """
 
-__all__ = ["CacheClosedError", "CacheConfigError", "KVCacheError", "OutOfBlocksError", "SequenceStateError"]
+__all__ = [
+    "CacheClosedError",
+    "CacheConfigError",
+    "CacheMemoryError",
+    "KVCacheError",
+    "OutOfBlocksError",
+    "SequenceStateError",
+]
 
 
 class KVCacheError(Exception):
@@ -18,6 +26,10 @@ class KVCacheError(Exception):
 
 class CacheConfigError(KVCacheError, ValueError):
     """A constructor argument is wrong. The message names it, its value and what would be accepted."""
+
+
+class CacheMemoryError(KVCacheError, MemoryError):
+    """Device or host memory does not suffice. The message says how much is needed and how much there is."""
 
 
 class OutOfBlocksError(KVCacheError):

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from dynamo.serve.demo.corpus import collect_entries, render_documents
 
+__all__ = ["DemoLlama", "main", "save", "train", "train_tokenizer"]
+
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

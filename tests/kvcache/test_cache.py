@@ -3,7 +3,7 @@ import threading
 import pytest
 
 from dynamo.kvcache import KVCache, OutOfBlocksError
-from dynamo.kvcache.errors import CacheClosedError, CacheConfigError
+from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError
 from dynamo.kvcache.events import Cleared, Removed, Stored
 
 
@@ -143,3 +143,8 @@ def test_what_is_no_prompt_is_refused(make_cache, tokens, message):
     with pytest.raises(ValueError, match=message):
         cache.open(tokens)
     assert cache.stats().num_open_sequences == 0
+
+
+def test_more_host_memory_than_there_is_is_refused_with_both_sizes(spec):
+    with pytest.raises(CacheMemoryError, match=r"needs .* available"):
+        KVCache(spec, device="cpu", device_blocks=4, host="900TiB")

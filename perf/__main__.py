@@ -1,0 +1,80 @@
+"""`python -m dynamo.perf COMMAND`: benchmarks of this machine."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from dynamo.kvcache import KVCacheError
+from dynamo.perf import blocks, serve, store
+from dynamo.perf.harness import BenchmarkError
+from dynamo.perf.report import Report, print_report, write_report
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """A benchmark: how it appears in the help, which options it takes, and what runs it."""
+
+    group: str
+    name: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Console], Report]
+
+
+_COMMANDS = (
+    _Command("cache", "blocks", blocks.SUMMARY, blocks.add_arguments, blocks.run),
+    _Command("cache", "store", store.SUMMARY, store.add_arguments, store.run),
+    _Command("server", "serve", serve.SUMMARY, serve.add_arguments, serve.run),
+)
+
+_FILE_WIDTH = 140  # columns where the output is no terminal
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = []
+    for group in dict.fromkeys(command.group for command in _COMMANDS):
+        lines.append(f"{group}:")
+        lines += [f"  {c.name:<10}{c.summary}" for c in _COMMANDS if c.group == group]
+    parser = argparse.ArgumentParser(
+        prog="python -m dynamo.perf",
+        description="Benchmarks of this machine. Ceilings are measured in the same run as what is compared with them.",
+        epilog="\n".join((*lines, "", "python -m dynamo.perf COMMAND --help shows a command's options.")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name, description=command.summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        command.add_arguments(subparser)
+        output = subparser.add_argument_group("output")
+        output.add_argument("--out", metavar="DIR", type=Path, help="also write the results there as JSON lines")
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+    progress = Console(stderr=True)
+    try:
+        report: Report = options.run(options, progress)
+    except (BenchmarkError, KVCacheError, OSError) as error:
+        # What a user can put right: a path, a size, a peer or a server that does not start. Bugs keep their traceback.
+        progress.print(f"error: {error}", markup=False, highlight=False)
+        return 1
+    print_report(report, console)
+    if options.out is None:
+        progress.print("results not written; --out DIR keeps them as JSON lines", style="dim")
+    else:
+        console.print(f"written to {write_report(report, options.out)}", markup=False, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""How much processor time a streamed token costs the server, and how long its clients wait.
+
+The server runs with the mocker, so what is measured is everything but the model: HTTP, validation, tokenizer, scheduler,
+block accounting, detokenizer, SSE. Its processor time is read from /proc; the client is another process, this one. Two
+paces: *unpaced*, where the mocker does not wait and the server is always busy, and *paced*, where a step takes
+as long as that of an 8B model on a GPU.
+"""
+
+import argparse
+import http.client
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import uvloop
+from rich.console import Console
+
+from dynamo.perf.harness import BenchmarkError, percentile, process_tree_cpu_s, timed
+from dynamo.perf.machine import machine_record
+from dynamo.perf.report import Report, Result
+from dynamo.perf.server_process import ServerProcess
+from dynamo.perf.sse_client import Load, StreamRecord, run_load
+
+__all__ = ["SUMMARY", "add_arguments", "run"]
+
+SUMMARY = "SSE tokens per CPU-second, time to first token and between tokens, with the mocker"
+
+_PACES = ("unpaced", "paced")
+_TIMEOUT_S = 300.0
+_PACED_TOKENS_PER_REQUEST_S = 0.01  # roughly what the mocker takes for a token at default timings
+
+_REFERENCE_SOURCE = (
+    "reference: NVIDIA Dynamo 1.6.1, frontend and mocker worker in two processes, same workload, 2-core AMD EPYC VM; "
+    "middle of the ranges seen; not measured in this run"
+)
+# CPU µs a token by pace and number of streams: frontend alone, and frontend with worker.
+_REFERENCE_US = {
+    ("unpaced", 1): (18.0, 37.0),
+    ("unpaced", 16): (11.0, 21.0),
+    ("unpaced", 64): (10.0, 18.2),
+    ("paced", 1): (185.0, 200.5),
+    ("paced", 16): (34.0, 49.5),
+    ("paced", 64): (27.5, 43.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A running server. `pid` is None where its processor time cannot be read."""
+
+    url: str
+    model: str
+    pid: int | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    workload = parser.add_argument_group("workload")
+    workload.add_argument(
+        "--streams", type=int, action="append", metavar="N", help="concurrent streams, repeatable (default: 1, 16, 64)"
+    )
+    workload.add_argument("--pace", choices=_PACES, action="append", help="pace, repeatable (default: both)")
+    workload.add_argument("--tokens", type=int, default=200, help="tokens of each request")
+    workload.add_argument("--total-tokens", type=int, default=100_000, help="tokens of each unpaced case")
+    workload.add_argument("--seconds", type=float, default=6.0, help="rough duration of each paced case")
+    server = parser.add_argument_group("server")
+    server.add_argument("--url", help="measure this server instead of starting one; pace is then its own affair")
+    server.add_argument("--server-pid", type=int, metavar="PID", help="with --url: process whose CPU time counts")
+    server.add_argument("--api-key", metavar="KEY", help="with --url: key to send")
+
+
+def run(options: argparse.Namespace, console: Console) -> Report:
+    """Measures all paces and numbers of streams.
+
+    Raises:
+        BenchmarkError: the server does not start or answer.
+    """
+    streams: Sequence[int] = options.streams or (1, 16, 64)
+    if min(*streams, options.tokens, options.total_tokens, options.server_pid or 1) < 1:
+        raise BenchmarkError("--streams, --tokens, --total-tokens and --server-pid must be at least 1")
+    machine = machine_record()
+    paces = ("as served",) if options.url else options.pace or _PACES
+    results: list[Result] = []
+    for pace in paces:
+        with _target(pace, options, console) as target:
+            _measure(target, pace, max(streams), options, requests=1)  # connections, imports, first steps
+            for num_streams in streams:
+                console.print(f"{_case(pace, num_streams)} ...", style="dim")
+                results += _measure(target, pace, num_streams, options)
+                results += _reference(pace, num_streams)
+    return Report(
+        benchmark="serve",
+        title=f"Streaming chat completions of {options.tokens} tokens",
+        machine=machine,
+        parameters={"tokens": options.tokens, "total_tokens": options.total_tokens, "seconds": options.seconds},
+        results=results,
+        notes=(
+            "dynamo-kv: one process, front and engine together, device tier only; CPU time of its process tree, user and "
+            "system",
+            "events/token: below 1 where tokens that queued up while a socket was busy left as one event",
+            "unpaced: the mocker never waits; paced: 6 ms a step and 0.05 ms a sequence, as an 8B model on a GPU",
+            "client and server share the CPUs; ITL: gaps between arrivals of text on one stream",
+        ),
+    )
+
+
+@contextmanager
+def _target(pace: str, options: argparse.Namespace, console: Console) -> Iterator[_Target]:
+    if options.url:
+        url = options.url.rstrip("/").removesuffix("/v1")
+        yield _Target(url, _model_name(url, options.api_key), options.server_pid)
+        return
+    console.print(f"starting the server ({pace}) ...", style="dim")
+    speedup = "0" if pace == "unpaced" else "1"
+    tiers = ("--host-cache", "0", "--disk-cache", "off")  # moving blocks is `perf store`'s subject
+    with ServerProcess("--engine", "mocker", "--speedup", speedup, *tiers) as server:
+        yield _Target(server.url, _model_name(server.url, None), server.pid)
+
+
+def _measure(
+    target: _Target, pace: str, num_streams: int, options: argparse.Namespace, requests: int | None = None
+) -> list[Result]:
+    if requests is None:
+        if pace == "unpaced" or options.url:
+            requests = options.total_tokens // (options.tokens * num_streams)
+        else:
+            requests = round(options.seconds / (options.tokens * _PACED_TOKENS_PER_REQUEST_S))
+    load = Load(
+        url=target.url,
+        model=target.model,
+        num_streams=num_streams,
+        num_requests=max(1, requests),
+        num_tokens=options.tokens,
+        api_key=options.api_key,
+        timeout_s=_TIMEOUT_S,
+    )
+    records: list[StreamRecord] = []
+
+    def send() -> None:
+        records.extend(uvloop.run(run_load(load)))
+
+    cpu_before = process_tree_cpu_s(target.pid) if target.pid else 0.0
+    wall_s = timed(send).wall_s
+    cpu_s = process_tree_cpu_s(target.pid) - cpu_before if target.pid else None
+    return list(_results(_case(pace, num_streams), records, wall_s, cpu_s))
+
+
+def _results(case: str, records: Sequence[StreamRecord], wall_s: float, cpu_s: float | None) -> Iterator[Result]:
+    tokens = sum(record.num_tokens for record in records)
+    events = sum(record.num_events for record in records)
+    if not tokens:
+        raise BenchmarkError("the server reported no completion tokens; it must support stream_options.include_usage")
+    gaps = [gap for record in records for gap in record.gaps_s]
+    waits = [record.ttft_s for record in records]
+    numbers: list[tuple[str, float, str]] = []
+    if cpu_s:
+        numbers += [("tokens", tokens / cpu_s, "/CPU-s"), ("CPU", 1e6 * cpu_s / tokens, "µs/token")]
+    numbers += [("throughput", tokens / wall_s, "tokens/s"), ("events", events / tokens, "/token")]
+    numbers += [(f"TTFT p{p}", 1e3 * percentile(waits, p), "ms") for p in (50, 99)]
+    if gaps:
+        numbers += [(f"ITL p{p}", 1e3 * percentile(gaps, p), "ms") for p in (50, 99)]
+    for metric, value, unit in numbers:
+        yield Result(case=case, subject="dynamo-kv", metric=metric, value=value, unit=unit)
+
+
+def _reference(pace: str, num_streams: int) -> Iterator[Result]:
+    for subject, us in zip(
+        ("Dynamo frontend", "Dynamo frontend+worker"), _REFERENCE_US.get((pace, num_streams), ()), strict=False
+    ):
+        for metric, value, unit in (("tokens", 1e6 / us, "/CPU-s"), ("CPU", us, "µs/token")):
+            yield Result(
+                case=_case(pace, num_streams),
+                subject=subject,
+                metric=metric,
+                value=value,
+                unit=unit,
+                source=_REFERENCE_SOURCE,
+            )
+
+
+def _case(pace: str, num_streams: int) -> str:
+    return f"{pace}, {num_streams} stream{'s' if num_streams > 1 else ''}"
+
+
+def _model_name(url: str, api_key: str | None) -> str:
+    """The first model the server lists."""
+    address = urlsplit(url)
+    if address.scheme != "http" or not address.hostname:
+        raise BenchmarkError(f"--url {url} must be of the form http://HOST:PORT")
+    connection = http.client.HTTPConnection(address.hostname, address.port or 80, timeout=10)
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    try:
+        connection.request("GET", "/v1/models", headers=headers)
+        response = connection.getresponse()
+        body = response.read()
+    except OSError as error:
+        raise BenchmarkError(f"{url}/v1/models does not answer: {error}") from error
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise BenchmarkError(f"{url}/v1/models answered {response.status}: {body[:200].decode(errors='replace')}")
+    return str(json.loads(body)["data"][0]["id"])

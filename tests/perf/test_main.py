@@ -1,0 +1,74 @@
+"""The command line of `python -m dynamo.perf`."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dynamo.perf.__main__ import main
+
+# A new option needs a measured reason; this list is where it is argued.
+OPTIONS = {
+    "blocks": {"--tokens", "--blocks", "--repeats", "--vllm-python", "--vllm-hash", "--out"},
+    "store": {"--shape", "--size", "--repeats", "--threads", "--path", "--out"},
+    "serve": {
+        "--streams",
+        "--pace",
+        "--tokens",
+        "--total-tokens",
+        "--seconds",
+        "--url",
+        "--server-pid",
+        "--api-key",
+        "--out",
+    },
+}
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        main([*arguments, "--help"])
+    assert exit_info.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_the_commands_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(capsys)
+    assert text.index("cache:") < text.index("  blocks ") < text.index("  store ") < text.index("server:")
+    assert "  serve " in text
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_the_options_are_these(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(capsys, command)
+    assert set(re.findall(r"--[a-z][a-z-]+", text.split("options:")[1])) - {"--help"} >= OPTIONS[command]
+    assert set(re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)) == OPTIONS[command]
+    assert "\noutput:\n" in text
+
+
+def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main([])
+    assert exit_info.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_what_cannot_be_measured_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["blocks", "--tokens", "1"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: --tokens 1 are 1 blocks")
+    assert "Traceback" not in captured.err
+
+
+def test_results_are_written_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["blocks", "--tokens", "64", "--blocks", "8", "--repeats", "1"]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "not written" in captured.err
+    assert "dynamo-kv" in captured.out
+    assert main([*arguments, "--out", str(tmp_path / "r")]) == 0
+    (path,) = (tmp_path / "r").glob("blocks-*.jsonl")
+    assert path.name in capsys.readouterr().out.replace("\n", "")
+    assert json.loads(path.read_text().splitlines()[0])["benchmark"] == "blocks"

@@ -1,0 +1,84 @@
+"""The README says nothing that is not so."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynamo.kvcache import KVCache, KVSpec
+from dynamo.perf.__main__ import main as perf_main
+from dynamo.serve.cache_metrics import CacheCollector
+from dynamo.serve.command_line import parse_command_line
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_two_commands_are_there_to_copy() -> None:
+    commands = "".join(code_blocks("sh")).splitlines()
+    assert "pip install -e . && python -m dynamo.serve" in commands
+    assert 'pip install -e ".[test]" && pytest -n auto' in commands
+
+
+def test_the_embedding_example_runs_and_is_warm_the_second_time(tmp_path: Path) -> None:
+    (example,) = code_blocks("python")
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-P", "-W", "error", "-c", example],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.splitlines())
+    assert outputs[0][0] == "0 of 100 tokens come from the cache"
+    assert outputs[1][0] == "96 of 100 tokens come from the cache"
+    assert "device_tokens=96" in outputs[0][1]
+
+
+def test_every_flag_of_the_server_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"])
+    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    configuration = README.split("## Configuration")[1].split("## Performance")[0]
+    mentioned = set(re.findall(r"--[a-z][a-z-]+", configuration))
+    assert mentioned and mentioned <= known, mentioned - known
+
+
+@pytest.mark.parametrize("line", [line for block in code_blocks("sh") for line in block.splitlines() if "perf" in line])
+def test_every_benchmark_command_exists(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = line.split("#")[0].split()
+    assert command[:3] == ["python", "-m", "dynamo.perf"]
+    with pytest.raises(SystemExit) as exit_info:
+        perf_main([*command[3:], "--help"])
+    assert exit_info.value.code == 0
+    assert all(flag in capsys.readouterr().out for flag in re.findall(r"--[a-z-]+", line))
+
+
+def test_every_metric_of_the_cache_exists() -> None:
+    spec = KVSpec(model="m", num_layers=1, num_kv_heads=1, head_dim=8, dtype=torch.float32)
+    with KVCache(spec, device="cpu", device_blocks=4) as cache:
+        known = {metric.name for metric in CacheCollector(cache.stats).collect()}
+    mentioned = {name.removesuffix("_total") for name in re.findall(r"dynamo_kvcache_[a-z_]+[a-z]", README)}
+    assert mentioned and mentioned <= known, mentioned - known
+
+
+@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md", ".github/CONTRIBUTING.md"])
+def test_links_to_files_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    links = re.findall(r"\]\(((?!https?:|#)[^)]+)\)", path.read_text())
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= 180

@@ -68,7 +68,7 @@ class KVCache:
         host: str | int | None = None,
         disk: str | DiskPlace | None = None,
         load_timeout_s: float = 30.0,
-        io_threads: int = 4,
+        io_threads: int = 8,
     ) -> None:
         """Allocates all tiers. A disk folder that cannot be used is logged and counted, and the cache goes on without it.
 

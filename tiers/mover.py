@@ -45,6 +45,11 @@ class Transfer:
         return self._ended.is_set()
 
     @property
+    def is_due(self) -> bool:
+        """True once `wait` would return at once: the transfer has ended, or its deadline has passed."""
+        return self._ended.is_set() or time.monotonic() >= self.deadline
+
+    @property
     def is_expired(self) -> bool:
         """True if the transfer was ended before all its parts had run."""
         return self._expired

@@ -203,6 +203,8 @@ import conftest
 content = conftest.Content()
 for start in range(0, 10**6, 100):
     content.run(cache, list(range(start, start + 33)))
+    if start % 300 == 0:
+        assert cache.flush()
     print(start, flush=True)
 """
 

@@ -1,0 +1,110 @@
+"""Copies rows between host arrays at memmove speed without allocating row-sized memory.
+
+Bytes moved: `len(ids) * row_bytes` read and as many written. Rows are handled as numpy void scalars, so one numpy call
+moves a whole list of rows and releases the GIL while it does.
+
+The pairs of ids may be taken in any order, so the order with the fewest runs is used:
+
+    one slice copy   per run in which both sides step by one together, in the order given
+    np.take          per run of destination rows, pairs sorted by destination (mode="clip": no bounce buffer)
+    fancy assignment per run of source rows, pairs sorted by source
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
+
+__all__ = ["copy_rows", "shared_runs"]
+
+
+def shared_runs(src_ids: SlotIds, dst_ids: SlotIds) -> SlotIds:
+    """Borders of the runs in which both id lists step by one together.
+
+    Args:
+        src_ids: int64 [n].
+        dst_ids: int64 [n].
+
+    Returns:
+        int64 [num_runs + 1], first 0 and last n: run i is the pairs [borders[i], borders[i + 1]). `[0]` when n is 0.
+    """
+    return _borders((np.diff(src_ids) != 1) | (np.diff(dst_ids) != 1), src_ids.size)
+
+
+def copy_rows(src: Rows, src_ids: SlotIds, dst: Rows, dst_ids: SlotIds, num_bytes: int | None = None) -> None:
+    """Copies `src[src_ids[i]]` to `dst[dst_ids[i]]` for every i. Blocks until done; callable from any thread.
+
+    Destination ids must be distinct, and when `src` and `dst` share memory no row may be both read and written.
+    Bytes past `num_bytes` in a destination row are undefined afterwards: they are copied where that is faster.
+
+    Args:
+        src: uint8 [num_src_rows, row_bytes], C-contiguous.
+        src_ids: int64 [n].
+        dst: uint8 [num_dst_rows, row_bytes], C-contiguous, writable.
+        dst_ids: int64 [n].
+        num_bytes: payload at the start of every row; None means the whole row.
+
+    Raises:
+        KernelArgumentError: shapes, dtypes or ids do not fit; nothing was copied.
+    """
+    check_rows(src, "src")
+    check_rows(dst, "dst", src.shape[1], writable=True)
+    check_ids(src_ids, "src_ids", src.shape[0])
+    check_ids(dst_ids, "dst_ids", dst.shape[0], src_ids.size)
+    row_bytes = src.shape[1]
+    if num_bytes is not None and not 0 <= num_bytes <= row_bytes:
+        raise KernelArgumentError(f"num_bytes is {num_bytes}, outside [0, {row_bytes}]")
+    if src_ids.size == 0 or row_bytes == 0 or num_bytes == 0:
+        return
+    borders = shared_runs(src_ids, dst_ids)
+    if borders.size > 2:
+        by_dst, by_src = np.argsort(dst_ids), np.argsort(src_ids)
+        dst_borders, src_borders = _runs(dst_ids[by_dst]), _runs(src_ids[by_src])
+        if dst_borders.size < borders.size and dst_borders.size <= src_borders.size:
+            _take_runs(src, src_ids[by_dst], dst, dst_ids[by_dst], dst_borders)
+            return
+        if src_borders.size < borders.size:
+            _scatter_runs(src, src_ids[by_src], dst, dst_ids[by_src], src_borders)
+            return
+    starts = borders[:-1]
+    lengths = np.diff(borders).tolist()
+    for s, d, length in zip(src_ids[starts].tolist(), dst_ids[starts].tolist(), lengths, strict=True):
+        dst[d : d + length] = src[s : s + length]
+
+
+def _take_runs(src: Rows, src_ids: SlotIds, dst: Rows, dst_ids: SlotIds, dst_borders: SlotIds) -> None:
+    src_void, dst_void = _as_void(src), _as_void(dst)
+    borders = dst_borders.tolist()
+    for start, stop in pairwise(borders):
+        first = int(dst_ids[start])
+        np.take(src_void, src_ids[start:stop], out=dst_void[first : first + stop - start], mode="clip")
+
+
+def _scatter_runs(src: Rows, src_ids: SlotIds, dst: Rows, dst_ids: SlotIds, src_borders: SlotIds) -> None:
+    src_void, dst_void = _as_void(src), _as_void(dst)
+    borders = src_borders.tolist()
+    for start, stop in pairwise(borders):
+        first = int(src_ids[start])
+        dst_void[dst_ids[start:stop]] = src_void[first : first + stop - start]
+
+
+def _as_void(rows: Rows) -> npt.NDArray[np.void]:
+    """Rows as scalars, so that one numpy call moves many of them."""
+    return rows.view(f"V{rows.shape[1]}")[:, 0]
+
+
+def _runs(ids: SlotIds) -> SlotIds:
+    return _borders(np.diff(ids) != 1, ids.size)
+
+
+def _borders(is_break: npt.NDArray[np.bool_], n: int) -> SlotIds:
+    """0, the positions after each break, and n."""
+    if n == 0:
+        return np.zeros(1, dtype=np.int64)
+    breaks = np.flatnonzero(is_break)
+    borders = np.empty(breaks.size + 2, dtype=np.int64)
+    borders[0], borders[-1] = 0, n
+    borders[1:-1] = breaks + 1
+    return borders

@@ -1,0 +1,203 @@
+"""G1: the blocks attention works on, in GPU memory or, without a GPU, in ordinary memory."""
+
+import time
+from collections.abc import Sequence
+from threading import local
+
+import numpy as np
+import torch
+
+from dynamo.kernels.checks import Rows, SlotIds, check_ids, check_rows
+from dynamo.kernels.copy import copy_rows, shared_runs
+from dynamo.tiers.arena import map_rows
+from dynamo.tiers.errors import TierClosedError, TierConfigError, TierMemoryError
+from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.stats import TierRecorder, TierStats
+from dynamo.tiers.tier import Outcomes
+
+__all__ = ["DeviceTier", "Fence"]
+
+
+Fence = torch.cuda.Event
+"""A point in a CUDA stream that a later copy waits for; made by `DeviceTier.fence`."""
+
+
+class DeviceTier:
+    """Slots on one device, one contiguous run each, with a view per layer for attention.
+
+    Owns the storage. On CUDA, copies run on a side stream of the calling thread, so they do not wait for the model's
+    kernels unless a fence asks them to, and have finished when the call returns.
+    """
+
+    name = "device"
+
+    def __init__(self, layout: BlockLayout, dtype: torch.dtype, num_slots: int, device: str | torch.device) -> None:
+        """Allocates zeroed storage.
+
+        Args:
+            layout: sizes of a block; `layout.itemsize` must be the size of `dtype`.
+            dtype: element type of the layer views.
+            num_slots: blocks, at least 1.
+            device: "cpu", "cuda" or "cuda:N".
+
+        Raises:
+            TierConfigError: num_slots, dtype or device is unusable.
+            TierMemoryError: the device has too little memory.
+        """
+        self.layout = layout
+        self.num_slots = num_slots
+        self.device = torch.device(device)
+        if num_slots < 1:
+            raise TierConfigError(f"the device tier needs at least 1 block, got {num_slots}")
+        if dtype.itemsize != layout.itemsize:
+            raise TierConfigError(f"{dtype} takes {dtype.itemsize} bytes, the layout says {layout.itemsize}")
+        self._dtype = dtype
+        self._recorder = TierRecorder(layout.block_bytes)
+        self._streams = local()
+        self._closed = False
+        self._rows: Rows | None = None
+        if self.device.type == "cpu":
+            self._rows = map_rows(layout, num_slots)
+            self._storage = torch.from_numpy(self._rows)
+        elif self.device.type == "cuda":
+            self._storage = self._allocate_cuda()
+        else:
+            raise TierConfigError(f"device {str(self.device)!r} is not supported; use cpu or cuda")
+
+    def _allocate_cuda(self) -> torch.Tensor:
+        num_bytes = self.num_slots * self.layout.slot_bytes
+        if not torch.cuda.is_available():
+            raise TierConfigError(f"device {str(self.device)!r} was asked for, but CUDA is not available; use cpu")
+        try:
+            storage = torch.zeros((self.num_slots, self.layout.slot_bytes), dtype=torch.uint8, device=self.device)
+        except torch.cuda.OutOfMemoryError as error:
+            free_bytes, _ = torch.cuda.mem_get_info(self.device)
+            raise TierMemoryError(
+                f"{self.num_slots} device blocks need {num_bytes} bytes, {self.device} has {free_bytes} free; "
+                "ask for fewer device blocks",
+                needed_bytes=num_bytes,
+                available_bytes=free_bytes,
+            ) from error
+        torch.cuda.synchronize(self.device)  # side streams must not copy before the zeros are there
+        return storage
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer over all slots, sharing the tier's storage.
+
+        Args:
+            index: layer in [0, num_layers).
+
+        Returns:
+            Two strided tensors [num_slots, block_size, num_kv_heads, head_dim] (NHD) on the tier's device. The stride
+            between slots is that of a whole block. They stay valid memory after `close()`.
+
+        Raises:
+            TierConfigError: no such layer.
+            TierClosedError: the tier is closed.
+        """
+        layout = self.layout
+        if not 0 <= index < layout.num_layers:
+            raise TierConfigError(f"layer {index} does not exist; the layout has {layout.num_layers}")
+        elements = self._open_storage().view(-1).view(self._dtype)
+        shape = (self.num_slots, layout.block_size, layout.num_kv_heads, layout.head_dim)
+        strides = (
+            layout.slot_bytes // layout.itemsize,
+            layout.num_kv_heads * layout.head_dim,
+            layout.head_dim,
+            1,
+        )
+        plane = layout.plane_bytes // layout.itemsize
+        key = torch.as_strided(elements, shape, strides, 2 * index * plane)
+        value = torch.as_strided(elements, shape, strides, (2 * index + 1) * plane)
+        return key, value
+
+    def fence(self) -> Fence | None:
+        """Marks the work queued so far on the calling thread's current stream. None on the CPU, which is in order."""
+        if self.device.type != "cuda":
+            return None
+        with torch.cuda.device(self.device):
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def read(self, slots: SlotIds, rows: Rows, row_ids: SlotIds, after: Sequence[Fence] = ()) -> Outcomes:
+        """Copies slots to host rows; see `Tier.read`. On CUDA, first waits (on the device) for all of `after`."""
+        return self._move(slots, rows, row_ids, after, to_device=False)
+
+    def write(self, slots: SlotIds, rows: Rows, row_ids: SlotIds, after: Sequence[Fence] = ()) -> Outcomes:
+        """Copies host rows to slots; see `Tier.write`. On CUDA, first waits (on the device) for all of `after`.
+
+        Pass the fence of the last work that used the slots' former content.
+        """
+        return self._move(slots, rows, row_ids, after, to_device=True)
+
+    def stats(self) -> TierStats:
+        """Counters; `path` is "memory" on the CPU and "cuda" on a GPU."""
+        return self._recorder.snapshot(
+            self.name, self.num_slots, "memory" if self.device.type == "cpu" else self.device.type
+        )
+
+    def close(self) -> None:
+        """Forgets the storage; it is freed when the last layer view is gone. Idempotent."""
+        self._closed = True
+        self._storage = torch.empty(0, dtype=torch.uint8)
+        self._rows = None
+
+    def _open_storage(self) -> torch.Tensor:
+        storage = self._storage
+        if self._closed:
+            raise TierClosedError("the device tier is closed")
+        return storage
+
+    def _move(
+        self, slots: SlotIds, rows: Rows, row_ids: SlotIds, after: Sequence[Fence], *, to_device: bool
+    ) -> Outcomes:
+        storage, own_rows = self._open_storage(), self._rows
+        check_rows(rows, "rows", self.layout.slot_bytes, writable=not to_device)
+        check_ids(slots, "slots", self.num_slots)
+        check_ids(row_ids, "row_ids", rows.shape[0], slots.size)
+        started = time.perf_counter()
+        if slots.size == 0:
+            pass
+        elif own_rows is None:
+            self._move_cuda(storage, slots, rows, row_ids, after, to_device)
+        elif to_device:
+            copy_rows(rows, row_ids, own_rows, slots, self.layout.block_bytes)
+        else:
+            copy_rows(own_rows, slots, rows, row_ids, self.layout.block_bytes)
+        count = self._recorder.add_write if to_device else self._recorder.add_read
+        count(slots.size, 0, time.perf_counter() - started)
+        return np.ones(slots.size, dtype=np.bool_)
+
+    def _move_cuda(
+        self,
+        storage: torch.Tensor,
+        slots: SlotIds,
+        rows: Rows,
+        row_ids: SlotIds,
+        after: Sequence[Fence],
+        to_device: bool,
+    ) -> None:
+        host = torch.from_numpy(rows)
+        borders = shared_runs(slots, row_ids)
+        starts = borders[:-1]
+        lengths = np.diff(borders).tolist()
+        stream = self._side_stream()
+        with torch.cuda.stream(stream):
+            for fence in after:
+                stream.wait_event(fence)
+            for s, r, n in zip(slots[starts].tolist(), row_ids[starts].tolist(), lengths, strict=True):
+                if to_device:
+                    storage[s : s + n].copy_(host[r : r + n], non_blocking=True)
+                else:
+                    host[r : r + n].copy_(storage[s : s + n], non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(stream)
+        done.synchronize()
+
+    def _side_stream(self) -> torch.cuda.Stream:
+        stream: torch.cuda.Stream | None = getattr(self._streams, "stream", None)
+        if stream is None:
+            stream = torch.cuda.Stream(device=self.device)  # type: ignore[no-untyped-call]
+            self._streams.stream = stream
+        return stream

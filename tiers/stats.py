@@ -1,0 +1,98 @@
+"""What a tier has moved and what went wrong, as a snapshot and as the recorder behind it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from threading import Lock
+from types import MappingProxyType
+
+__all__ = ["MovedBlocks", "TierRecorder", "TierStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class MovedBlocks:
+    """Blocks moved in one direction since the tier was opened.
+
+    Attributes:
+        blocks: blocks moved with success.
+        bytes: their payload (`block_bytes` each).
+        failed_blocks: blocks whose outcome was False.
+        calls: calls that moved or failed at least one block.
+        seconds: time spent inside those calls, added up over threads.
+    """
+
+    blocks: int = 0
+    bytes: int = 0
+    failed_blocks: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Snapshot of one tier.
+
+    Attributes:
+        name: "device", "host" or "disk".
+        num_slots: slots of the tier.
+        path: the way bytes take, such as "pinned", "pageable", "O_DIRECT" or "buffered".
+        read: blocks read out of the tier.
+        write: blocks written into the tier.
+        faults: number of faults by kind, such as {"truncated": 1}; kinds that never happened are absent.
+    """
+
+    name: str
+    num_slots: int
+    path: str
+    read: MovedBlocks
+    write: MovedBlocks
+    faults: Mapping[str, int]
+
+
+class TierRecorder:
+    """Thread-safe counters behind `TierStats`; every tier owns one."""
+
+    def __init__(self, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
+        self._lock = Lock()
+        self._read = MovedBlocks()
+        self._write = MovedBlocks()
+        self._faults: dict[str, int] = {}
+
+    def add_read(self, blocks: int, failed_blocks: int, seconds: float) -> None:
+        """Counts one read call."""
+        with self._lock:
+            self._read = self._added(self._read, blocks, failed_blocks, seconds)
+
+    def add_write(self, blocks: int, failed_blocks: int, seconds: float) -> None:
+        """Counts one write call."""
+        with self._lock:
+            self._write = self._added(self._write, blocks, failed_blocks, seconds)
+
+    def add_fault(self, kind: str, count: int = 1) -> bool:
+        """Counts a fault.
+
+        Returns:
+            True when this is the first fault of its kind, which is when it should be logged.
+        """
+        if count <= 0:
+            return False
+        with self._lock:
+            first = kind not in self._faults
+            self._faults[kind] = self._faults.get(kind, 0) + count
+            return first
+
+    def snapshot(self, name: str, num_slots: int, path: str) -> TierStats:
+        """The counters as they are now."""
+        with self._lock:
+            return TierStats(name, num_slots, path, self._read, self._write, MappingProxyType(dict(self._faults)))
+
+    def _added(self, moved: MovedBlocks, blocks: int, failed_blocks: int, seconds: float) -> MovedBlocks:
+        if blocks == 0 and failed_blocks == 0:
+            return moved
+        return MovedBlocks(
+            moved.blocks + blocks,
+            moved.bytes + blocks * self._block_bytes,
+            moved.failed_blocks + failed_blocks,
+            moved.calls + 1,
+            moved.seconds + seconds,
+        )

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dynamo.kvcache import KVCacheError
-from dynamo.perf import blocks, serve, store
+from dynamo.perf import blocks, serve, store, ttft
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.report import Report, print_report, write_report
 
@@ -29,6 +29,7 @@ _COMMANDS = (
     _Command("cache", "blocks", blocks.SUMMARY, blocks.add_arguments, blocks.run),
     _Command("cache", "store", store.SUMMARY, store.add_arguments, store.run),
     _Command("server", "serve", serve.SUMMARY, serve.add_arguments, serve.run),
+    _Command("server", "ttft", ttft.SUMMARY, ttft.add_arguments, ttft.run),
 )
 
 _FILE_WIDTH = 140  # columns where the output is no terminal

@@ -53,6 +53,11 @@ class ServerProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def kill(self) -> None:
+        """kill -9."""
+        self._process.kill()
+        self._process.wait()
+
     def close(self) -> None:
         """Stops the server, with SIGKILL if it does not end in time. Idempotent."""
         if self._process.poll() is None:

@@ -1,0 +1,215 @@
+"""From the configuration to an engine over a cache, ready to be started."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dynamo.kvcache import KVCache, KVSpec
+from dynamo.kvcache.config import DiskPlace
+from dynamo.serve import demo
+from dynamo.serve.banner import ModelSummary
+from dynamo.serve.config import DEMO_MODEL, Config
+from dynamo.serve.engine.engine import InferenceEngine, build_model_engine
+from dynamo.serve.engine.loader import GenerationDefaults, load_model
+from dynamo.serve.engine.mocker import MockTimings, build_mock_engine, mock_kv_spec
+from dynamo.serve.engine.scheduler import SchedulerLimits
+from dynamo.serve.engine.tokenizer import Tokenizer
+from dynamo.serve.errors import ConfigError
+from dynamo.serve.generation import ServedModel
+from dynamo.serve.parameters import SamplingDefaults
+
+__all__ = ["Assembly", "build_engine"]
+
+_CPU_DEVICE_CACHE_BYTES = 256 << 20
+_MOCK_MAX_MODEL_LEN = 131_072
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """An engine that has not been started, the cache it owns, and what the front says of its model."""
+
+    engine: InferenceEngine
+    cache: KVCache
+    served: ServedModel
+    summary: ModelSummary
+
+
+def build_engine(config: Config, progress: Callable[[float], None]) -> Assembly:
+    """Loads the model, makes the cache and the engine. Takes as long as reading the weights does.
+
+    Args:
+        progress: called with the share of the weights that is loaded.
+
+    Raises:
+        ConfigError: settings do not fit the model or the machine.
+        ModelLoadError: the model folder cannot be loaded.
+    """
+    torch.set_num_threads(config.engine.threads)
+    folder, default_name = _model_folder(config.model.path)
+    name = config.model.served_model_name or default_name
+    if config.engine.engine == "mocker":
+        return _build_mocker(config, folder, name)
+    return _build_model(config, folder, name, progress)
+
+
+def _model_folder(path: str) -> tuple[Path, str]:
+    if path == DEMO_MODEL:
+        return Path(demo.__file__).parent / "model", DEMO_MODEL
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"MODEL {path!r} is no folder; give a local Hugging Face folder (config.json, *.safetensors, tokenizer.json)"
+        )
+    return folder, folder.resolve().name
+
+
+def _build_model(config: Config, folder: Path, name: str, progress: Callable[[float], None]) -> Assembly:
+    device = _device(config.model.device)
+    loaded = load_model(folder, device=device, dtype=_DTYPES[config.model.dtype], progress=progress)
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > loaded.max_model_len:
+        raise ConfigError(f"--max-model-len {wanted} is more than the model's {loaded.max_model_len}")
+    spec = KVSpec(
+        model=f"{loaded.fingerprint}/{loaded.dtype}",
+        num_layers=loaded.config.num_layers,
+        num_kv_heads=loaded.config.num_kv_heads,
+        head_dim=loaded.config.head_dim,
+        dtype=loaded.dtype,
+        block_size=config.cache.block_size,
+    )
+    limits = _limits(config)
+    cache = _open_cache(config, config.cache.disk_cache, spec, device)
+    engine = build_model_engine(
+        loaded,
+        cache,
+        device=device,
+        max_model_len=wanted or loaded.max_model_len,
+        limits=limits,
+        max_waiting=config.engine.max_waiting,
+    )
+    return Assembly(
+        engine,
+        cache,
+        _served(name, loaded.tokenizer, engine, _sampling_defaults(loaded.generation_defaults)),
+        ModelSummary(
+            description=f"{name} ({folder})",
+            num_parameters=sum(weights.numel() for _, weights in loaded.model.checkpoint_views()),
+            device=_device_name(device),
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            max_model_len=wanted or loaded.max_model_len,
+        ),
+    )
+
+
+def _build_mocker(config: Config, folder: Path, name: str) -> Assembly:
+    tokenizer = Tokenizer.from_folder(folder)
+    settings = config.mocker
+    timings = MockTimings(
+        prefill_tokens_per_s=settings.prefill_rate,
+        step_s=settings.step_time,
+        token_s=settings.token_time,
+        speedup=settings.speedup,
+    )
+    limits = _limits(config)
+    # In a folder of its own, so that a model's blocks are not given up for simulated ones.
+    disk = config.cache.disk_cache and replace(
+        config.cache.disk_cache, directory=config.cache.disk_cache.directory / "mocker"
+    )
+    cache = _open_cache(config, disk, mock_kv_spec(name, config.cache.block_size), torch.device("cpu"))
+    max_model_len = config.model.max_model_len or _MOCK_MAX_MODEL_LEN
+    engine = build_mock_engine(
+        tokenizer,
+        cache,
+        timings=timings,
+        max_model_len=max_model_len,
+        limits=limits,
+        max_waiting=config.engine.max_waiting,
+    )
+    return Assembly(
+        engine,
+        cache,
+        _served(name, tokenizer, engine, SamplingDefaults()),
+        ModelSummary(
+            description=f"{name}, mocked: {timings}",
+            num_parameters=None,
+            device="no device",
+            dtype="no arithmetic",
+            max_model_len=max_model_len,
+        ),
+    )
+
+
+def _open_cache(config: Config, disk: DiskPlace | None, spec: KVSpec, device: torch.device) -> KVCache:
+    settings = config.cache
+    device_bytes = settings.device_cache
+    if device_bytes is None:
+        device_bytes = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_DEVICE_CACHE_BYTES
+    slot_bytes = spec.layout.slot_bytes
+    num_blocks = device_bytes // slot_bytes
+    if num_blocks < 2:
+        raise ConfigError(
+            f"--device-cache {device_bytes} bytes hold less than two blocks of {slot_bytes} bytes; give it more"
+        )
+    wanted = config.model.max_model_len
+    if wanted is not None and num_blocks * spec.block_size < wanted:
+        raise ConfigError(
+            f"--max-model-len {wanted} does not fit into the device cache, which holds {num_blocks * spec.block_size} "
+            "tokens; raise --device-cache or lower --max-model-len"
+        )
+    try:
+        return KVCache(
+            spec,
+            device=device,
+            device_blocks=num_blocks,
+            host=settings.host_cache or None,
+            disk=disk,
+            io_threads=settings.io_threads,
+        )
+    except (ValueError, MemoryError) as error:  # sizes that make no sense, and sizes the machine does not have
+        raise ConfigError(f"the cache cannot be made: {error}") from error
+
+
+def _limits(config: Config) -> SchedulerLimits:
+    try:
+        return SchedulerLimits(max_running=config.engine.max_running, max_batch_tokens=config.engine.max_batch_tokens)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"--device {name}: torch {torch.__version__} finds no GPU here; use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def _served(name: str, tokenizer: Tokenizer, engine: InferenceEngine, defaults: SamplingDefaults) -> ServedModel:
+    return ServedModel(name=name, codec=tokenizer, max_model_len=engine.max_model_len, defaults=defaults)
+
+
+def _sampling_defaults(proposed: GenerationDefaults) -> SamplingDefaults:
+    own = SamplingDefaults()
+    return SamplingDefaults(
+        temperature=own.temperature if proposed.temperature is None else proposed.temperature,
+        top_p=own.top_p if proposed.top_p is None else proposed.top_p,
+        top_k=proposed.top_k,
+        min_p=own.min_p if proposed.min_p is None else proposed.min_p,
+        repetition_penalty=own.repetition_penalty
+        if proposed.repetition_penalty is None
+        else proposed.repetition_penalty,
+        max_tokens=proposed.max_tokens,
+    )

@@ -1,0 +1,72 @@
+"""What the server prints when it is ready: what it serves, from where to where, and a line to paste."""
+
+import json
+import shlex
+from dataclasses import dataclass
+
+from dynamo.kvcache.config import format_size
+from dynamo.kvcache.stats import CacheStats
+from dynamo.serve.config import API_KEY_VARIABLE, ServerConfig
+
+__all__ = ["ModelSummary", "render_banner", "server_url"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSummary:
+    """The model for people.
+
+    Attributes:
+        num_parameters: None where there is no model.
+        max_model_len: what the model itself, or the user, asks for; the device cache may allow less.
+    """
+
+    description: str
+    num_parameters: int | None
+    device: str
+    dtype: str
+    max_model_len: int
+
+
+def server_url(host: str, port: int) -> str:
+    """The address as a client of this machine would write it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def render_banner(
+    summary: ModelSummary, model_name: str, max_model_len: int, stats: CacheStats, server: ServerConfig, url: str
+) -> str:
+    """Lines for people; the last one is a command that works as it stands."""
+    parameters = "" if summary.num_parameters is None else f", {_count(summary.num_parameters)} parameters"
+    rows = [
+        ("model", f"{summary.description}{parameters}"),
+        ("runs on", f"{summary.device}, {summary.dtype}"),
+        ("context", f"{max_model_len} tokens"),
+        *(
+            (
+                f"{tier.tier} tier",
+                f"{format_size(tier.num_slots * tier.slot_bytes)}, {tier.num_slots} blocks, {tier.path}",
+            )
+            for tier in stats.tiers
+        ),
+        ("listening", f"{url}  (API under /v1, docs at /docs, metrics at /metrics)"),
+    ]
+    lines = [f"  {name:<12} {value}" for name, value in rows]
+    return "\n".join(["", "Dynamo KV is ready", *lines, "", f"  {_curl(model_name, server, url)}", ""])
+
+
+def _curl(model_name: str, server: ServerConfig, url: str) -> str:
+    body = json.dumps(
+        {"model": model_name, "messages": [{"role": "user", "content": "What does os.path.join do?"}], "stream": True},
+        ensure_ascii=False,
+    )
+    key = "" if server.api_key is None else f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"'
+    headers = f"-H 'Content-Type: application/json'{key}"
+    return f"curl -N {shlex.quote(url + '/v1/chat/completions')} {headers} -d {shlex.quote(body)}"
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)

@@ -1,0 +1,90 @@
+"""The cache's own counters, tier by tier, read at scrape time."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from dynamo.kvcache.stats import CacheStats, TierUsage
+
+__all__ = ["CacheCollector"]
+
+_PREFIX = "dynamo_kvcache_"
+
+_GAUGES: tuple[tuple[str, str, Callable[[TierUsage], float]], ...] = (
+    ("slots", "Blocks the tier has room for.", lambda tier: tier.num_slots),
+    ("cached_blocks", "Blocks that can be found by content.", lambda tier: tier.num_cached_blocks),
+    ("pinned_blocks", "Slots that somebody holds.", lambda tier: tier.num_pinned_blocks),
+    ("capacity_bytes", "Bytes of all slots.", lambda tier: tier.num_slots * tier.slot_bytes),
+)
+_COUNTERS: tuple[tuple[str, str, Callable[[TierUsage], float]], ...] = (
+    ("hit_blocks", "Blocks found in this tier first.", lambda tier: tier.hit_blocks),
+    ("evicted_blocks", "Blocks given up for others.", lambda tier: tier.evicted_blocks),
+    ("read_blocks", "Blocks read from the tier.", lambda tier: tier.read.blocks),
+    ("read_bytes", "Bytes read from the tier.", lambda tier: tier.read.bytes),
+    ("read_seconds", "Time spent reading, added up over threads.", lambda tier: tier.read.seconds),
+    ("read_failed_blocks", "Blocks that could not be read.", lambda tier: tier.read.failed_blocks),
+    ("write_blocks", "Blocks written to the tier.", lambda tier: tier.write.blocks),
+    ("write_bytes", "Bytes written to the tier.", lambda tier: tier.write.bytes),
+    ("write_seconds", "Time spent writing, added up over threads.", lambda tier: tier.write.seconds),
+    ("write_failed_blocks", "Blocks that could not be written.", lambda tier: tier.write.failed_blocks),
+)
+
+
+class CacheCollector(Collector):
+    """Turns a snapshot of the cache into metrics.
+
+    Args:
+        stats: gives the snapshot, such as `KVCache.stats`; called from the thread that scrapes.
+    """
+
+    def __init__(self, stats: Callable[[], CacheStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """All families of the cache."""
+        stats = self._stats()
+        for name, text, read in _GAUGES:
+            gauge = GaugeMetricFamily(_PREFIX + name, text, labels=["tier"])
+            for tier in stats.tiers:
+                gauge.add_metric([tier.tier], read(tier))
+            yield gauge
+        for name, text, read in _COUNTERS:
+            counter = CounterMetricFamily(_PREFIX + name, text, labels=["tier"])
+            for tier in stats.tiers:
+                counter.add_metric([tier.tier], read(tier))
+            yield counter
+        yield _path_info(stats)
+        yield _tier_faults(stats)
+        yield _by_reason("load_faults", "Blocks a tier held that had to be computed all the same.", stats.load_faults)
+        yield _by_reason("dropped_blocks", "Offered blocks that did not reach a tier.", stats.dropped_blocks)
+        yield CounterMetricFamily(_PREFIX + "requested_blocks", "Full blocks asked for.", stats.requested_blocks)
+        yield CounterMetricFamily(_PREFIX + "missed_blocks", "Blocks asked for that no tier held.", stats.missed_blocks)
+        for name, text, value in (
+            ("open_sequences", "Sequences that hold blocks.", stats.num_open_sequences),
+            ("pending_offload_blocks", "Offered blocks still in device memory only.", stats.num_pending_offload_blocks),
+            ("pending_disk_blocks", "Blocks on their way from host memory to disk.", stats.num_pending_disk_blocks),
+        ):
+            yield GaugeMetricFamily(_PREFIX + name, text, value)
+
+
+def _path_info(stats: CacheStats) -> Metric:
+    family = GaugeMetricFamily(_PREFIX + "tier_info", "How a tier's bytes move.", labels=["tier", "path"])
+    for tier in stats.tiers:
+        family.add_metric([tier.tier, tier.path], 1)
+    return family
+
+
+def _tier_faults(stats: CacheStats) -> Metric:
+    family = CounterMetricFamily(_PREFIX + "tier_faults", "Faults of a tier.", labels=["tier", "kind"])
+    for tier in stats.tiers:
+        for kind, count in sorted(tier.faults.items()):
+            family.add_metric([tier.tier, kind], count)
+    return family
+
+
+def _by_reason(name: str, text: str, counts: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(_PREFIX + name, text, labels=["reason"])
+    for reason, count in sorted(counts.items()):
+        family.add_metric([reason], count)
+    return family

@@ -1,0 +1,70 @@
+"""The command line of `python -m dynamo.serve`: flags made from the settings, grouped as they are."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dynamo.serve.config import LoadedConfig, load_config, sections
+from dynamo.serve.errors import ConfigError
+
+__all__ = ["Command", "parse_command_line"]
+
+_PROGRAM = "python -m dynamo.serve"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What the user asked for: to serve, or only to see the configuration."""
+
+    loaded: LoadedConfig
+    show_config: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
+        close = get_close_matches(unknown, list(self._option_string_actions), n=1) if unknown.startswith("--") else []
+        if close:
+            message = f"{message}; did you mean {close[0]}?"
+        raise ConfigError(f"{message}; see {_PROGRAM} --help")
+
+
+def parse_command_line(arguments: Sequence[str]) -> Command:
+    """Reads flags and the TOML file they may name. `--help` prints and exits.
+
+    Raises:
+        ConfigError: a flag, key or value is not accepted.
+    """
+    show_config = arguments[:1] == ["config"]
+    namespace = vars(_parser().parse_args(arguments[1:] if show_config else arguments))
+    file = namespace.pop("config")
+    flags: dict[str, Any] = {key: value for key, value in namespace.items() if value is not None}
+    return Command(load_config(None if file is None else Path(file), flags), show_config)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=_PROGRAM,
+        usage=f"{_PROGRAM} [config] [MODEL] [flags]",
+        description="Serves a language model over a tiered KV cache, with OpenAI's API.",
+        epilog=f"'{_PROGRAM} config [flags]' prints the effective configuration as TOML and where each value came from.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it")
+    for section, entries in sections().items():
+        group = parser.add_argument_group(section.capitalize())
+        for entry in entries:
+            arguments: dict[str, Any] = {
+                "metavar": entry.metavar,
+                "help": entry.help.replace("%", "%%"),
+                "default": None,
+            }
+            key = f"{section}.{entry.name}"
+            if entry.flag is None:
+                group.add_argument(key, nargs="?", **arguments)
+            else:
+                group.add_argument(entry.flag, dest=key, **arguments)
+    return parser

@@ -1,0 +1,294 @@
+"""All settings of the server: a tree of frozen records, filled from defaults, then one TOML file, then the command line."""
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Final
+
+from dynamo.kvcache.config import DiskPlace
+from dynamo.serve.errors import ConfigError
+from dynamo.serve.options import (
+    Option,
+    byte_size,
+    byte_size_or_auto,
+    default_disk_place,
+    default_threads,
+    disk_place,
+    format_bytes,
+    format_disk_place,
+    number,
+    one_of,
+    option,
+    options_of,
+    text,
+)
+
+__all__ = [
+    "API_KEY_VARIABLE",
+    "DEMO_MODEL",
+    "CacheConfig",
+    "Config",
+    "EngineConfig",
+    "LoadedConfig",
+    "MockerConfig",
+    "ModelConfig",
+    "ServerConfig",
+    "load_config",
+    "render_toml",
+    "sections",
+]
+
+API_KEY_VARIABLE: Final = "DYNAMO_API_KEY"
+DEMO_MODEL: Final = "demo"
+
+_DEVICE_WORDS = "auto, cpu, cuda or cuda:N"
+
+
+def _device(value: Any) -> str:
+    kind, _, index = str(value).partition(":")
+    if value in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal()):
+        return str(value)
+    raise ValueError(_DEVICE_WORDS)
+
+
+def _text_or_auto(value: Any) -> str | None:
+    return None if value == "auto" else text(value)
+
+
+def _block_size(value: Any) -> int:
+    size = number(int, 1, 1024)(value)
+    if size & (size - 1):
+        raise ValueError("a power of two from 1 to 1024")
+    return int(size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model is served, and where its arithmetic happens."""
+
+    path: str = option(
+        DEMO_MODEL, "local Hugging Face folder; the small demo model if left out", text, metavar="MODEL", flag=None
+    )
+    served_model_name: str | None = option(
+        None, "name clients use; the folder's name if left out", _text_or_auto, metavar="NAME"
+    )
+    device: str = option("auto", f"{_DEVICE_WORDS}; auto takes a GPU where there is one", _device, metavar="DEVICE")
+    dtype: str = option(
+        "auto",
+        "auto (the checkpoint's), float32, bfloat16 or float16",
+        one_of("auto", "float32", "bfloat16", "float16"),
+        metavar="DTYPE",
+    )
+    max_model_len: int | None = option(
+        None,
+        "most tokens of prompt and completion together; auto: what the model and the device cache allow",
+        number(int, 2, 2**24, word="auto"),
+        metavar="TOKENS",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Sizes of the tiers that hold KV blocks."""
+
+    block_size: int = option(16, "tokens per KV block, a power of two", _block_size, metavar="TOKENS")
+    device_cache: int | None = option(
+        None,
+        "device tier, such as 64MiB; auto: 256MiB on a CPU, half of the free memory of a GPU",
+        byte_size_or_auto,
+        metavar="SIZE",
+    )
+    host_cache: int = option(1 << 30, "host memory tier, such as 1GiB; 0 for none", byte_size, metavar="SIZE")
+    disk_cache: DiskPlace | None = option(  # noqa: RUF009  # a field's declaration, made once
+        default_disk_place, "disk tier, such as /mnt/nvme/kv:200GiB; off for none", disk_place, metavar="PATH:SIZE"
+    )
+    io_threads: int = option(4, "threads that read and write the disk tier", number(int, 1, 64), metavar="N")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How sequences share the device."""
+
+    engine: str = option(
+        "model",
+        "model, or mocker: no model, simulated timings, real block accounting",
+        one_of("model", "mocker"),
+        metavar="KIND",
+    )
+    max_batch_tokens: int = option(2048, "most tokens computed in one step", number(int, 1, 2**20), metavar="TOKENS")
+    max_running: int = option(64, "most sequences generating at the same time", number(int, 1, 65536), metavar="N")
+    max_waiting: int = option(
+        1024, "most sequences waiting; more are refused with 429", number(int, 0, 2**20), metavar="N"
+    )
+    threads: int = option(
+        default_threads, "torch's CPU threads; half the cores if left out", number(int, 1, 1024), metavar="N"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Where and for whom the server listens."""
+
+    host: str = option("127.0.0.1", "address to listen on", text, metavar="ADDRESS")
+    port: int = option(8000, "port to listen on; 0 takes a free one", number(int, 0, 65535), metavar="PORT")
+    api_key: str | None = option(
+        None,
+        f"key every client must send; {API_KEY_VARIABLE} in the environment keeps it out of ps",
+        text,
+        metavar="KEY",
+        secret=True,
+    )
+    drain_timeout: float = option(
+        30.0, "seconds that running requests get when the server is stopped", number(float, 0, 86400), metavar="SECONDS"
+    )
+    log_level: str = option(
+        "info", "debug, info, warning or error", one_of("debug", "info", "warning", "error"), metavar="LEVEL"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MockerConfig:
+    """The machine that `--engine mocker` pretends to be."""
+
+    prefill_rate: float = option(
+        20000.0,
+        "prompt tokens computed per second",
+        number(float, 1e-3, 1e12),
+        metavar="TOKENS/S",
+        flag="--mocker-prefill-rate",
+    )
+    step_time: float = option(
+        0.006, "seconds that any step takes", number(float, 0, 3600), metavar="SECONDS", flag="--mocker-step-time"
+    )
+    token_time: float = option(
+        0.00005,
+        "seconds that each generating sequence adds to a step",
+        number(float, 0, 3600),
+        metavar="SECONDS",
+        flag="--mocker-token-time",
+    )
+    speedup: float = option(
+        1.0, "divides all of these; 0 does not wait at all", number(float, 0, 1e9), metavar="FACTOR"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings. Attributes are the tables of the TOML file and the groups of --help."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    mocker: MockerConfig = field(default_factory=MockerConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """Settings, and for each "section.key" that is no default where it came from."""
+
+    config: Config
+    sources: Mapping[str, str]
+
+
+def sections() -> dict[str, list[Option]]:
+    """All settings by section; what --help groups, and what the TOML file may say."""
+    return {entry.name: list(options_of(type(getattr(Config(), entry.name)))) for entry in fields(Config)}
+
+
+def load_config(file: Path | None, flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> LoadedConfig:
+    """Puts the settings together.
+
+    Args:
+        file: TOML, or None.
+        flags: "section.key" to the command line's text, for the flags that were given.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or a value is not accepted.
+    """
+    given: dict[str, tuple[Any, str]] = {}
+    if file is not None:
+        given |= {key: (value, str(file)) for key, value in _read_toml(file).items()}
+    if key_from_environ := environ.get(API_KEY_VARIABLE):
+        given["server.api_key"] = (key_from_environ, f"environment variable {API_KEY_VARIABLE}")
+    options = {f"{section}.{entry.name}": entry for section, entries in sections().items() for entry in entries}
+    given |= {key: (value, options[key].flag or "command line") for key, value in flags.items()}
+    values: dict[str, dict[str, Any]] = {}
+    for key, (value, source) in given.items():
+        section, _, name = key.partition(".")
+        values.setdefault(section, {})[name] = _parsed(options[key], value, source)
+    config = Config()
+    changed = {section: replace(getattr(config, section), **entries) for section, entries in values.items()}
+    return LoadedConfig(replace(config, **changed), {key: source for key, (_, source) in given.items()})
+
+
+def render_toml(loaded: LoadedConfig) -> str:
+    """The settings as TOML that `load_config` reads back, without secrets; every line says where its value came from."""
+    lines: list[str] = []
+    for section, entries in sections().items():
+        lines.append(f"[{section}]")
+        for entry in entries:
+            source = loaded.sources.get(f"{section}.{entry.name}", "default")
+            value = getattr(getattr(loaded.config, section), entry.name)
+            if entry.secret:
+                shown = "not set" if value is None else "set, and not shown"
+                lines.append(f"# {entry.name}: {shown} ({source})")
+            else:
+                lines.append(f"{entry.name} = {_toml_value(entry, value)}  # {source}")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    known = {section: [entry.name for entry in entries] for section, entries in sections().items()}
+    result: dict[str, Any] = {}
+    for section, table in tables.items():
+        if section not in known:
+            raise ConfigError(f"{file}: unknown section [{section}]{_nearest(section, list(known))}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: {section} = {table!r} must be a table, [{section}]")
+        for name, value in table.items():
+            if name not in known[section]:
+                elsewhere = [f"{other}.{name}" for other, keys in known.items() if name in keys]
+                hint = f"; did you mean {elsewhere[0]}?" if elsewhere else _nearest(name, known[section])
+                raise ConfigError(f"{file}: unknown key {section}.{name}{hint}")
+            result[f"{section}.{name}"] = value
+    return result
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _parsed(entry: Option, value: Any, source: str) -> Any:
+    try:
+        return entry.parse(value)
+    except ValueError as error:
+        shown = "the value" if entry.secret else repr(value)
+        where = "" if source.startswith("--") else f"{source}: "
+        raise ConfigError(
+            f"{where}{entry.flag or entry.metavar}: {shown} is not accepted; accepted is {error}"
+        ) from None
+
+
+def _toml_value(entry: Option, value: Any) -> str:
+    if entry.parse is disk_place:
+        value = format_disk_place(value)
+    elif value is None:
+        value = "auto"
+    elif entry.parse in (byte_size, byte_size_or_auto):
+        value = format_bytes(value)
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+    return repr(value)

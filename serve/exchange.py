@@ -1,0 +1,118 @@
+"""One HTTP request and its answer: identity, body, status. Raw ASGI, so that a streamed chunk passes no wrapper."""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from dynamo.serve.context import ClientDisconnectedError
+from dynamo.serve.errors import RequestError
+
+__all__ = ["Exchange", "read_json_body", "send_json"]
+
+_CLIENT_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_BODY_TIMEOUT_S = 60.0
+
+RawHeaders = Iterable[tuple[bytes, bytes]]
+
+
+class Exchange:
+    """One request from its arrival to the end of its answer.
+
+    Attributes:
+        request_id: the client's own x-request-id where it is a sane one, else ours; every answer carries it.
+        started_s: `time.perf_counter()` at arrival.
+        endpoint: the route's path, for metrics; "other" until a route is found.
+        status: what was answered; None before.
+        stream_error: code of an error told inside a stream whose status was 200.
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        self.headers = Headers(scope=scope)
+        wanted = self.headers.get("x-request-id", "")
+        self.request_id = wanted if _CLIENT_REQUEST_ID.fullmatch(wanted) else f"req_{uuid.uuid4().hex}"
+        self.started_s = time.perf_counter()
+        self.endpoint = "other"
+        self.status: int | None = None
+        self.stream_error: str | None = None
+
+    @property
+    def response_started(self) -> bool:
+        return self.status is not None
+
+    async def start(self, send: Send, status: int, headers: RawHeaders) -> None:
+        """Sends status and headers."""
+        self.status = status
+        all_headers = [*headers, (b"x-request-id", self.request_id.encode())]
+        await send({"type": "http.response.start", "status": status, "headers": all_headers})
+
+
+async def send_json(
+    send: Send,
+    exchange: Exchange,
+    status: int,
+    body: bytes,
+    headers: RawHeaders = (),
+    content_type: bytes = b"application/json",
+) -> None:
+    """Sends a whole answer."""
+    fixed = ((b"content-type", content_type), (b"content-length", b"%d" % len(body)))
+    await exchange.start(send, status, (*fixed, *headers))
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def read_json_body(exchange: Exchange, receive: Receive, max_bytes: int) -> bytes:
+    """The request's body, not yet parsed.
+
+    Raises:
+        RequestError: 415 not JSON; 413 longer than `max_bytes`; 408 it does not arrive within a minute.
+        ClientDisconnectedError: the client left in the middle.
+    """
+    _check_content_type(exchange.headers)
+    announced = exchange.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise _too_large(max_bytes)
+    parts: list[bytes] = []
+    num_bytes = 0
+    more = True
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnectedError("the client left before its body was complete")
+                parts.append(message.get("body", b""))
+                num_bytes += len(parts[-1])
+                if num_bytes > max_bytes:
+                    raise _too_large(max_bytes)
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise RequestError(
+            f"the body did not arrive within {_BODY_TIMEOUT_S:g} s", status=408, code="request_timeout"
+        ) from None
+    return b"".join(parts)
+
+
+def _check_content_type(headers: Headers) -> None:
+    content_type = headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise RequestError(
+            f"content-type {content_type!r} is not accepted; send application/json",
+            status=415,
+            code="unsupported_media_type",
+        )
+    encoding = headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise RequestError(
+            f"content-encoding {encoding!r} is not accepted; send the body uncompressed",
+            status=415,
+            code="unsupported_media_type",
+        )
+
+
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(f"the body is larger than the {max_bytes} bytes accepted", status=413, code="request_too_large")

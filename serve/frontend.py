@@ -1,0 +1,233 @@
+"""The ASGI application: routes, the key at the door, and every error in OpenAI's envelope.
+
+Starlette's router finds the endpoint; the endpoints speak ASGI themselves, so nothing stands between a streamed chunk and
+the server's socket.
+"""
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, cast
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
+
+from dynamo.serve.chat import plan_chat
+from dynamo.serve.completions import plan_completion
+from dynamo.serve.context import ClientDisconnectedError, Interruption
+from dynamo.serve.docs_page import DOCS_HEADERS, DOCS_HTML
+from dynamo.serve.engine.request import Engine
+from dynamo.serve.envelope import envelope, refusal_of, shutting_down, unforeseen
+from dynamo.serve.errors import RequestError
+from dynamo.serve.exchange import Exchange, read_json_body, send_json
+from dynamo.serve.generation import Generation, GenerationPlan, ServedModel
+from dynamo.serve.health import Health, Readiness
+from dynamo.serve.metrics import EngineCollector, ServerMetrics
+from dynamo.serve.openai import ChatCompletionRequest, CompletionRequest, ModelCard, ModelList, SamplingFields
+from dynamo.serve.openapi import openapi_document
+from dynamo.serve.validation import RequestDecoder
+
+__all__ = ["MAX_BODY_BYTES", "Frontend"]
+
+MAX_BODY_BYTES = 32 << 20
+_RETRY_AFTER = (b"retry-after", b"1")
+_CLIENT_LEFT_STATUS = "499"
+
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[Exchange, Scope, Receive, Send], Awaitable[None]]
+
+
+class _Endpoint:
+    """A handler as an ASGI application that knows its route's name."""
+
+    def __init__(self, path: str, handler: Handler) -> None:
+        self._path = path
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange: Exchange = scope["dynamo.exchange"]
+        exchange.endpoint = self._path
+        await self._handler(exchange, scope, receive, send)
+
+
+class Frontend:
+    """Serves one model's endpoints over one engine. Everything happens on the event loop that runs it.
+
+    Args:
+        api_key: asked of every request to /v1; None lets everybody in.
+        collectors: more metrics for /metrics, such as the cache's.
+        max_body_bytes: longer bodies are refused with 413.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        served: ServedModel,
+        *,
+        api_key: str | None = None,
+        collectors: Sequence[Collector] = (),
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
+        self._engine = engine
+        self._served = served
+        self._api_key = None if api_key is None else api_key.encode()
+        self._max_body_bytes = max_body_bytes
+        self.health = Health(engine)
+        self._metrics = ServerMetrics()
+        self._registry = CollectorRegistry(auto_describe=False)
+        for collector in (self._metrics, EngineCollector(engine), *collectors):
+            self._registry.register(collector)
+        self._interruption = Interruption()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._num_generating = 0
+        self._chat_decoder = RequestDecoder(ChatCompletionRequest)
+        self._completion_decoder = RequestDecoder(CompletionRequest)
+        self._openapi = msgspec.json.encode(openapi_document())
+        self._router = Router(self._routes(), redirect_slashes=False)
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until no generating request is left; False when the time was not enough."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def abort_requests(self) -> None:
+        """Ends all generating requests with an error that says the server goes away."""
+        self._interruption.trigger(shutting_down())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"only HTTP is served, not {scope['type']}")
+        exchange = Exchange(scope)
+        # Starlette's router raises for unknown paths and methods only when it finds an app to catch that.
+        scope = {**scope, "app": self, "dynamo.exchange": exchange}
+        try:
+            if scope["path"].startswith("/v1/") or scope["path"] == "/v1":
+                self._authorize(exchange)
+            await self._router(scope, receive, send)
+        except ClientDisconnectedError:
+            self._metrics.disconnects += 1
+            self._metrics.requests[exchange.endpoint, _CLIENT_LEFT_STATUS] += 1
+            return
+        except Exception as error:  # noqa: BLE001  # the root of a request: foreseen ones are answered, others logged
+            refusal = refusal_of(error, method=scope["method"], path=scope["path"])
+            if refusal is None:
+                _log.exception("request %s to %s failed", exchange.request_id, exchange.endpoint)
+                refusal = unforeseen()
+            if not exchange.response_started:
+                await _refuse(send, exchange, refusal, getattr(error, "headers", None))
+        if exchange.stream_error is not None:
+            self._metrics.stream_errors[exchange.stream_error] += 1
+        self._metrics.requests[exchange.endpoint, str(exchange.status)] += 1
+
+    def _routes(self) -> list[Route]:
+        table: list[tuple[str, str, Handler]] = [
+            ("POST", "/v1/chat/completions", self._chat),
+            ("POST", "/v1/completions", self._completions),
+            ("GET", "/v1/models", self._models),
+            ("GET", "/v1/models/{model:path}", self._model),
+            ("GET", "/health", self._health),
+            ("GET", "/live", self._live),
+            ("GET", "/metrics", self._scrape),
+            ("GET", "/openapi.json", self._openapi_json),
+            ("GET", "/docs", self._docs),
+            ("GET", "/", self._root),
+        ]
+        return [Route(path, _Endpoint(path, handler), methods=[method]) for method, path, handler in table]
+
+    def _authorize(self, exchange: Exchange) -> None:
+        if self._api_key is None:
+            return
+        scheme, _, key = exchange.headers.get("authorization", "").partition(" ")
+        # Compared as the bytes that came, which Starlette reads as Latin-1: compare_digest takes no text beyond ASCII.
+        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self._api_key):
+            # Clients recognise this error by the words OpenAI uses for it.
+            message = "Incorrect API key provided, or none; send it in the header 'Authorization: Bearer KEY'"
+            raise RequestError(message, status=401, code="invalid_api_key")
+
+    async def _chat(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._generate(exchange, receive, send, self._chat_decoder, plan_chat)
+
+    async def _completions(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._generate(exchange, receive, send, self._completion_decoder, plan_completion)
+
+    async def _generate(
+        self,
+        exchange: Exchange,
+        receive: Receive,
+        send: Send,
+        decoder: RequestDecoder[Any],
+        plan_request: Callable[[Any, ServedModel], Awaitable[GenerationPlan]],
+    ) -> None:
+        self.health.check_accepting()
+        self._num_generating += 1
+        self._idle.clear()
+        try:
+            request: SamplingFields = decoder.decode(await read_json_body(exchange, receive, self._max_body_bytes))
+            self._check_model(request.model)
+            plan = await plan_request(request, self._served)
+            await Generation(plan, self._engine, self._metrics, exchange).respond(receive, send, self._interruption)
+        finally:
+            self._num_generating -= 1
+            if self._num_generating == 0:
+                self._idle.set()
+
+    def _check_model(self, name: str) -> None:
+        if name != self._served.name:
+            message = f"the model {name[:200]!r} is not served here; served is {self._served.name!r}"
+            raise RequestError(message, status=404, param="model", code="model_not_found")
+
+    def _card(self) -> ModelCard:
+        served = self._served
+        return ModelCard(served.name, "model", served.created, "dynamo", served.max_model_len)
+
+    async def _models(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(send, exchange, 200, msgspec.json.encode(ModelList("list", [self._card()])))
+
+    async def _model(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        self._check_model(cast(str, scope["path_params"]["model"]))
+        await send_json(send, exchange, 200, msgspec.json.encode(self._card()))
+
+    async def _health(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        readiness = self.health.readiness
+        status = 200 if readiness is Readiness.READY else 503
+        await send_json(send, exchange, status, msgspec.json.encode({"status": readiness.value}))
+
+    async def _live(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(send, exchange, 200, b'{"status":"live"}')
+
+    async def _scrape(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        body = generate_latest(self._registry)
+        await send_json(send, exchange, 200, body, content_type=CONTENT_TYPE_LATEST.encode())
+
+    async def _openapi_json(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(send, exchange, 200, self._openapi)
+
+    async def _docs(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(send, exchange, 200, DOCS_HTML, DOCS_HEADERS, content_type=b"text/html; charset=utf-8")
+
+    async def _root(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(send, exchange, 307, b"", [(b"location", b"/docs")])
+
+
+async def _refuse(send: Send, exchange: Exchange, refusal: RequestError, headers: Any) -> None:
+    """Answers with the error; `headers` are those of Starlette's own exceptions, such as Allow."""
+    extra = [(name.lower().encode(), value.encode()) for name, value in dict(headers or {}).items()]
+    if refusal.status in (429, 503):
+        extra.append(_RETRY_AFTER)
+    if refusal.status == 401:
+        extra.append((b"www-authenticate", b"Bearer"))
+    if refusal.status in (408, 413):
+        # The rest of the body is still on its way and nobody will read it.
+        extra.append((b"connection", b"close"))
+    await send_json(send, exchange, refusal.status, envelope(refusal), extra)

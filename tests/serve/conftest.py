@@ -1,0 +1,294 @@
+"""A scripted engine behind a real uvicorn server, and the real server with the demo model as a process of its own."""
+
+import asyncio
+import codecs
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from dynamo.serve.engine.request import EngineStats, GenerationRequest, OutputDelta, TokenLogprob
+from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestFailedError
+from dynamo.serve.frontend import Frontend
+from dynamo.serve.generation import ServedModel
+from dynamo.serve.parameters import SamplingDefaults
+
+_START_TIMEOUT_S = 60.0
+
+
+class ByteCodec:
+    """A tokenizer whose tokens are the bytes of UTF-8; 256 begins a text and 257 ends it."""
+
+    vocab_size = 258
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
+
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        return [256, *"".join(f"{message['role']}: {message['content']}\n" for message in messages).encode()]
+
+
+@dataclass
+class ScriptedEngine:
+    """Says `reply` byte by byte, then ends.
+
+    Attributes:
+        tokens_per_step: bytes per delta.
+        fail_after: raise `failure` after this many deltas; None never.
+        hold_after: wait for `proceed` after this many deltas; None never.
+        live: ids of requests whose generator runs; `ended` maps each to when it was closed.
+    """
+
+    reply: str = "Hello, world."
+    max_model_len: int = 512
+    tokens_per_step: int = 1
+    num_cached_tokens: int = 0
+    failure: Exception = field(default_factory=lambda: RequestFailedError("the script says so"))
+    fail_after: int | None = None
+    hold_after: int | None = None
+    dead: bool = False
+    overloaded: bool = False
+    requests: list[GenerationRequest] = field(default_factory=list)
+    live: set[str] = field(default_factory=set)
+    ended: dict[str, float] = field(default_factory=dict)
+    proceed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def start(self) -> None: ...
+
+    async def stop(self, drain_timeout_s: float) -> None: ...
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.live),
+            num_waiting=0,
+            num_preemptions=0,
+            num_steps=0,
+            prompt_tokens=0,
+            cached_prompt_tokens=0,
+            generated_tokens=0,
+        )
+
+    def check_healthy(self) -> None:
+        if self.dead:
+            raise EngineDeadError("the script says so")
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputDelta, None]:
+        self.check_healthy()
+        if self.overloaded:
+            raise EngineOverloadedError("the script says so")
+        self.requests.append(request)
+        self.live.add(request.request_id)
+        try:
+            for number, delta in enumerate(self._deltas(request)):
+                if number == self.fail_after:
+                    raise self.failure
+                if number == self.hold_after:
+                    await self.proceed.wait()
+                yield delta
+                await asyncio.sleep(0)
+        finally:
+            self.live.discard(request.request_id)
+            self.ended[request.request_id] = time.perf_counter()
+
+    def _deltas(self, request: GenerationRequest) -> Iterator[OutputDelta]:
+        sampling = request.sampling
+        token_ids = list(self.reply.encode())
+        whole = len(token_ids) <= sampling.max_tokens
+        token_ids = token_ids[: sampling.max_tokens]
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for start in range(0, len(token_ids), self.tokens_per_step):
+            ids = token_ids[start : start + self.tokens_per_step]
+            last = start + self.tokens_per_step >= len(token_ids)
+            finish = ("stop" if whole else "length") if last else None
+            logprobs = None
+            if sampling.num_logprobs is not None:
+                top = [(token_id, -0.5 - token_id) for token_id in range(sampling.num_logprobs)]
+                logprobs = [TokenLogprob(token_id, -0.25, tuple(top)) for token_id in ids]
+            yield OutputDelta(
+                text=decoder.decode(bytes(ids), final=last),
+                token_ids=ids,
+                logprobs=logprobs,
+                finish_reason=finish,  # type: ignore[arg-type]
+                num_cached_tokens=self.num_cached_tokens,
+            )
+
+
+class ThreadedServer(uvicorn.Server):
+    """uvicorn in a thread of its own, on a free port of the loopback interface."""
+
+    def __init__(self, engine: ScriptedEngine, **options: Any) -> None:
+        self.engine = engine
+        served = ServedModel(
+            name="scripted",
+            codec=ByteCodec(),
+            max_model_len=engine.max_model_len,
+            defaults=options.pop("defaults", SamplingDefaults()),
+        )
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self._ready: queue.Queue[Frontend] = queue.Queue()
+        self._make = lambda: Frontend(engine, served, **options)
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+        self.frontend = self._ready.get(timeout=_START_TIMEOUT_S)
+
+    def _work(self) -> None:
+        async def serve() -> None:
+            self.loop = asyncio.get_running_loop()
+            frontend = self._make()
+            super(ThreadedServer, self).__init__(
+                uvicorn.Config(frontend, log_config=None, access_log=False, lifespan="off", ws="none")
+            )
+            self._ready.put(frontend)
+            await self.serve(sockets=[self.socket])
+
+        asyncio.run(serve())
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Runs `function` on the server's loop."""
+        self.loop.call_soon_threadsafe(function)
+
+    def close(self) -> None:
+        self.should_exit = True
+        self.force_exit = True
+        self._thread.join(_START_TIMEOUT_S)
+        assert not self._thread.is_alive()
+        self.socket.close()
+
+
+@pytest.fixture
+def codec() -> ByteCodec:
+    return ByteCodec()
+
+
+@pytest.fixture
+def scripted() -> type[ScriptedEngine]:
+    """The class of engines that say what a test wants."""
+    return ScriptedEngine
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., ThreadedServer]]:
+    """Starts servers over scripted engines: `serve(engine, api_key=...)`."""
+    servers: list[ThreadedServer] = []
+
+    def start(engine: ScriptedEngine | None = None, **options: Any) -> ThreadedServer:
+        servers.append(ThreadedServer(engine or ScriptedEngine(), **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def eventually() -> Callable[[Callable[[], bool]], None]:
+    """Polls a condition until it holds, or fails after ten seconds."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline, "the condition did not come true"
+            threading.Event().wait(0.002)
+
+    return wait
+
+
+@pytest.fixture
+def run() -> Callable[[Any], Any]:
+    """Runs a coroutine to its end, within ten seconds."""
+
+    def run_coroutine(coroutine: Any) -> Any:
+        async def bounded() -> Any:
+            async with asyncio.timeout(10):
+                return await coroutine
+
+        return asyncio.run(bounded())
+
+    return run_coroutine
+
+
+class ServerProcess:
+    """`python -m dynamo.serve` as a process of its own, with small tiers in a folder of the test's."""
+
+    def __init__(self, folder: Path, *flags: str, **environment: str) -> None:
+        self._log_path = folder / "log"
+        tiers = ("--device-cache", "32MiB", "--host-cache", "32MiB", "--disk-cache", f"{folder / 'kv'}:64MiB")
+        command = [sys.executable, "-P", "-m", "dynamo.serve", "--port", "0", "--threads", "1", *tiers, *flags]
+        with self._log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env={**os.environ, **environment}
+            )
+        watchdog = threading.Timer(_START_TIMEOUT_S, self.process.kill)
+        watchdog.start()
+        self.banner = ""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.banner += line
+            if "curl" in line:
+                break
+        watchdog.cancel()
+        if "curl" not in self.banner:
+            self.close()
+            pytest.fail(f"the server did not start: {self.log}")
+        self.url = self.banner.partition("listening")[2].split()[0]
+
+    @property
+    def log(self) -> str:
+        return self._log_path.read_text()
+
+    def close(self) -> int:
+        """Stops the process like a supervisor would; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(_START_TIMEOUT_S)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The real server with the demo model, shared by all tests of a worker."""
+    server = ServerProcess(tmp_path_factory.mktemp("server"))
+    yield server
+    assert server.close() == 0, server.log
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts servers of a test's own: `start_server("--engine", "mocker")`."""
+    servers: list[ServerProcess] = []
+
+    def start(*flags: str, **environment: str) -> ServerProcess:
+        folder = tmp_path / f"server{len(servers)}"
+        folder.mkdir()
+        servers.append(ServerProcess(folder, *flags, **environment))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()

@@ -1,0 +1,59 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo.serve.assembly import build_engine
+from dynamo.serve.config import Config, load_config
+from dynamo.serve.errors import ConfigError, ModelLoadError
+
+
+def config_of(**flags: Any) -> Config:
+    small = {"cache.disk_cache": "off", "cache.host_cache": "0", "cache.device_cache": "8MiB", "engine.threads": "1"}
+    return load_config(None, small | {key.replace("__", "."): value for key, value in flags.items()}, {}).config
+
+
+def build(run: Any, config: Config) -> Any:
+    assembly = build_engine(config, lambda share: None)
+    run(assembly.engine.stop(0.0))
+    return assembly
+
+
+def test_the_demo_model_is_served_with_its_own_defaults(run: Any) -> None:
+    shares: list[float] = []
+    assembly = build_engine(config_of(), shares.append)
+    run(assembly.engine.stop(0.0))
+    assert assembly.served.name == "demo"
+    assert 1_900_000 < assembly.summary.num_parameters < 2_000_000
+    assert assembly.served.defaults.temperature != 1.0
+    assert shares == sorted(shares) and shares[-1] == 1.0
+
+
+def test_the_context_is_what_the_device_cache_can_hold(run: Any) -> None:
+    assembly = build(run, config_of(cache__device_cache="4MiB"))
+    assert assembly.served.max_model_len == assembly.cache.num_device_blocks * 16 < assembly.summary.max_model_len
+    assert build(run, config_of(model__max_model_len="512")).served.max_model_len == 512
+
+
+def test_the_mocker_needs_no_weights_and_keeps_its_blocks_apart(run: Any, tmp_path: Path) -> None:
+    assembly = build(run, config_of(engine__engine="mocker", cache__disk_cache=f"{tmp_path}/kv:16MiB"))
+    assert assembly.summary.num_parameters is None
+    assert [entry.name for entry in (tmp_path / "kv").iterdir()] == ["mocker"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "says"),
+    [
+        ({"model__path": "/nowhere"}, ConfigError, "'/nowhere' is no folder"),
+        ({"model__path": str(Path(__file__).parent)}, ModelLoadError, "config.json"),
+        ({"model__max_model_len": "100000"}, ConfigError, "more than the model's 16384"),
+        ({"model__max_model_len": "16384"}, ConfigError, "does not fit into the device cache"),
+        ({"cache__device_cache": "4KiB"}, ConfigError, "less than two blocks"),
+        ({"cache__host_cache": "1000TiB"}, ConfigError, "the cache cannot be made"),
+        ({"engine__max_batch_tokens": "8"}, ConfigError, "max_batch_tokens"),
+        ({"model__device": "cuda:99"}, ConfigError, "--device cuda:99"),
+    ],
+)
+def test_settings_that_do_not_fit_say_why(flags: dict[str, str], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        build_engine(config_of(**flags), lambda share: None)

@@ -1,0 +1,177 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo.serve.command_line import parse_command_line
+from dynamo.serve.config import load_config, render_toml, sections
+from dynamo.serve.errors import ConfigError
+
+# A new option needs a measured reason: add it here together with the line in CHANGELOG.md that gives it.
+OPTIONS = {
+    "model": ["MODEL", "--served-model-name", "--device", "--dtype", "--max-model-len"],
+    "cache": ["--block-size", "--device-cache", "--host-cache", "--disk-cache", "--io-threads"],
+    "engine": ["--engine", "--max-batch-tokens", "--max-running", "--max-waiting", "--threads"],
+    "server": ["--host", "--port", "--api-key", "--drain-timeout", "--log-level"],
+    "mocker": ["--mocker-prefill-rate", "--mocker-step-time", "--mocker-token-time", "--speedup"],
+}
+
+
+@pytest.fixture(autouse=True)
+def no_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DYNAMO_API_KEY", raising=False)
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "dynamo.toml"
+    file.write_text(text)
+    return file
+
+
+def test_the_list_of_options_is_frozen() -> None:
+    assert {
+        name: [option.flag or option.metavar for option in options] for name, options in sections().items()
+    } == OPTIONS
+
+
+def test_defaults_are_safe() -> None:
+    config = load_config(None, {}).config
+    assert (config.server.host, config.server.port, config.server.api_key) == ("127.0.0.1", 8000, None)
+    assert config.cache.host_cache == 1 << 30
+    assert config.engine.threads >= 1
+
+
+def test_the_default_disk_tier_lies_in_the_users_cache_and_leaves_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not-yet"))
+    disk = load_config(None, {}).config.cache.disk_cache
+    assert disk is None or (disk.directory == tmp_path / "not-yet/dynamo/kv" and disk.capacity_bytes <= 4 << 30)
+    usage = (100 << 30, 99 << 30, 1 << 30)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": usage[2]}))
+    disk = load_config(None, {}).config.cache.disk_cache
+    assert disk is not None and disk.capacity_bytes == 102 << 20
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10 << 20}))
+    assert load_config(None, {}).config.cache.disk_cache is None
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, '[server]\nport = 9000\nhost = "::1"\n[cache]\nhost_cache = "2GiB"\n')
+    loaded = load_config(file, {"server.port": "9001"})
+    assert (loaded.config.server.port, loaded.config.server.host) == (9001, "::1")
+    assert loaded.config.cache.host_cache == 2 << 30
+    assert loaded.sources == {"server.port": "--port", "server.host": str(file), "cache.host_cache": str(file)}
+
+
+def test_the_environments_key_wins_over_the_file_and_loses_to_the_flag(tmp_path: Path) -> None:
+    file = write(tmp_path, '[server]\napi_key = "file"\n')
+    environ = {"DYNAMO_API_KEY": "environment"}
+    assert load_config(file, {}, environ).config.server.api_key == "environment"
+    assert load_config(file, {"server.api_key": "flag"}, environ).config.server.api_key == "flag"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("64MiB", 64 << 20), ("1GiB", 1 << 30), ("512MB", 512_000_000), ("4096", 4096), ("0", 0)],
+)
+def test_sizes_are_written_as_people_write_them(text: str, size: int) -> None:
+    assert parse_command_line(["--host-cache", text]).loaded.config.cache.host_cache == size
+
+
+def test_every_kind_of_option_is_read_from_the_command_line() -> None:
+    config = parse_command_line(
+        ["/models/x", "--disk-cache", "/a:b:10GiB", "--device-cache", "auto", "--speedup", "2.5", "--dtype", "bfloat16"]
+    ).loaded.config
+    assert config.model.path == "/models/x"
+    assert config.cache.disk_cache is not None
+    assert (config.cache.disk_cache.directory, config.cache.disk_cache.capacity_bytes) == (Path("/a:b"), 10 << 30)
+    assert (config.cache.device_cache, config.mocker.speedup, config.model.dtype) == (None, 2.5, "bfloat16")
+    assert parse_command_line(["--disk-cache", "off"]).loaded.config.cache.disk_cache is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "accepted"),
+    [
+        ("--port", "http", "an integer from 0 to 65535"),
+        ("--port", "65536", "an integer from 0 to 65535"),
+        ("--host-cache", "1GB of it", "a size such as 64MiB"),
+        ("--disk-cache", "/tmp", "PATH:SIZE"),
+        ("--device", "tpu", "auto, cpu, cuda or cuda:N"),
+        ("--dtype", "int8", "one of auto, float32"),
+        ("--block-size", "24", "a power of two"),
+        ("--max-model-len", "1", 'an integer from 2 to 1.67772e+07, or "auto"'),
+        ("--drain-timeout", "nan", "a number from 0"),
+        ("--engine", "vllm", "one of model, mocker"),
+    ],
+)
+def test_wrong_values_name_the_flag_the_value_and_what_is_accepted(flag: str, value: str, accepted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_command_line([flag, value])
+    message = str(caught.value)
+    assert flag in message and repr(value) in message and accepted in message
+    assert "\n" not in message
+
+
+def test_unknown_flags_get_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"--hots-cache.*did you mean --host-cache\?"):
+        parse_command_line(["--hots-cache", "1GiB"])
+    with pytest.raises(ConfigError, match="--por"):
+        parse_command_line(["--por", "1"])  # no abbreviations
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[servr]\nport = 1\n", r"unknown section \[servr\]; did you mean server\?"),
+        ("[server]\nprot = 1\n", r"unknown key server.prot; did you mean port\?"),
+        ("[server]\nhost_cache = 1\n", r"unknown key server.host_cache; did you mean cache.host_cache\?"),
+        ("port = 1\n", r"unknown section \[port\]"),
+        ("server = 1\n", "must be a table"),
+        ("[server]\nport = true\n", "--port: True is not accepted"),
+        ("[server\n", "not valid TOML"),
+        ('[server]\napi_key = ""\n', "the value is not accepted"),
+    ],
+)
+def test_mistakes_in_the_file_are_told_with_the_way_out(tmp_path: Path, text: str, says: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_config(file, {})
+    assert str(file) in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        parse_command_line(["--config", str(tmp_path / "none.toml")])
+
+
+def test_the_printed_configuration_can_be_loaded_again(tmp_path: Path) -> None:
+    arguments: list[Any] = [
+        *(
+            "config",
+            'a "model"\\',
+            "--disk-cache",
+            f"{tmp_path}/käse:100MiB",
+            "--device-cache",
+            "64MiB",
+            "--threads",
+            "3",
+        ),
+        *(
+            "--max-model-len",
+            "512",
+            "--api-key",
+            "the secret",
+            "--mocker-token-time",
+            "0.00001",
+            "--served-model-name",
+            "m\n",
+        ),
+    ]
+    command = parse_command_line(arguments)
+    assert command.show_config
+    printed = render_toml(command.loaded)
+    assert "the secret" not in printed
+    again = load_config(write(tmp_path, printed), {"server.api_key": "the secret"})
+    assert again.config == command.loaded.config
+    assert 'device_cache = "64MiB"  # --device-cache' in printed
+    assert "port = 8000  # default" in printed

@@ -1,0 +1,84 @@
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from dynamo.kvcache.stats import CacheStats, TierUsage
+from dynamo.serve.cache_metrics import CacheCollector
+from dynamo.serve.metrics import Histogram, ServerMetrics
+from dynamo.tiers.stats import MovedBlocks
+
+
+def samples(collector: object) -> dict[tuple[str, tuple[str, ...]], float]:
+    registry = CollectorRegistry()
+    registry.register(collector)  # type: ignore[arg-type]
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return {(s.name, tuple(s.labels.values())): s.value for family in families for s in family.samples}
+
+
+def test_histogram_buckets_are_cumulative_and_include_their_bound() -> None:
+    histogram = Histogram("x_seconds", "X.", (0.1, 1.0))
+    histogram.observe(0.1)
+    histogram.observe(0.5, 3)
+    histogram.observe(2.0)
+    values = {(s.name, s.labels.get("le")): s.value for s in histogram.family().samples}
+    assert values == {
+        ("x_seconds_bucket", "0.1"): 1,
+        ("x_seconds_bucket", "1.0"): 4,
+        ("x_seconds_bucket", "+Inf"): 5,
+        ("x_seconds_count", None): 5,
+        ("x_seconds_sum", None): 0.1 + 1.5 + 2.0,
+    }
+
+
+def test_every_server_metric_has_the_prefix() -> None:
+    assert all(name.startswith("dynamo_") for name, _ in samples(ServerMetrics()))
+
+
+def test_the_caches_numbers_come_out_per_tier() -> None:
+    tier = TierUsage(
+        tier="disk",
+        path="O_DIRECT",
+        num_slots=10,
+        slot_bytes=4096,
+        num_cached_blocks=7,
+        num_pinned_blocks=1,
+        hit_blocks=5,
+        evicted_blocks=2,
+        read=MovedBlocks(5, 20480, 1, 2, 0.5),
+        write=MovedBlocks(9, 36864, 0, 3, 0.25),
+        faults={"truncated": 3},
+    )
+    stats = CacheStats(
+        tiers=(tier,),
+        num_open_sequences=1,
+        requested_blocks=20,
+        missed_blocks=15,
+        load_faults={"corrupt": 1},
+        dropped_blocks={"queue_full": 4},
+        num_pending_offload_blocks=6,
+        num_pending_disk_blocks=8,
+    )
+    values = samples(CacheCollector(lambda: stats))
+    expected = {
+        ("slots", ("disk",)): 10,
+        ("capacity_bytes", ("disk",)): 40960,
+        ("cached_blocks", ("disk",)): 7,
+        ("pinned_blocks", ("disk",)): 1,
+        ("hit_blocks_total", ("disk",)): 5,
+        ("evicted_blocks_total", ("disk",)): 2,
+        ("read_bytes_total", ("disk",)): 20480,
+        ("read_seconds_total", ("disk",)): 0.5,
+        ("read_failed_blocks_total", ("disk",)): 1,
+        ("write_blocks_total", ("disk",)): 9,
+        ("tier_info", ("O_DIRECT", "disk")): 1,
+        ("tier_faults_total", ("truncated", "disk")): 3,
+        ("load_faults_total", ("corrupt",)): 1,
+        ("dropped_blocks_total", ("queue_full",)): 4,
+        ("requested_blocks_total", ()): 20,
+        ("missed_blocks_total", ()): 15,
+        ("open_sequences", ()): 1,
+        ("pending_offload_blocks", ()): 6,
+        ("pending_disk_blocks", ()): 8,
+    }
+    assert {
+        ("dynamo_kvcache_" + name, labels): value for (name, labels), value in expected.items()
+    }.items() <= values.items()

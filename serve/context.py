@@ -83,14 +83,14 @@ async def generate_all(
 ) -> None:
     """Runs all `requests` and hands over what they gain, until each has its finish reason.
 
-    While `on_batch` waits for a slow client, at most one delta per request is held here; the engine merges the rest.
+    While `on_batch` waits for a slow client, nothing more is taken from the engine.
     On any error, and when cancelled, all of them are aborted before this returns.
 
     Raises:
         EngineOverloadedError, EngineDeadError, RequestFailedError: the first error of any of them.
     """
     if len(requests) == 1:
-        await _run_one(engine, requests[0], lambda delta: on_batch([(0, delta)]))
+        await _run_one(engine, requests[0], lambda deltas: on_batch([(0, delta) for delta in deltas]))
         return
     merger = _Merger()
     try:
@@ -107,11 +107,13 @@ async def generate_all(
         raise _first(group_error) from None
 
 
-async def _run_one(engine: Engine, request: GenerationRequest, sink: Callable[[OutputDelta], Awaitable[None]]) -> None:
-    async with aclosing(engine.generate(request)) as deltas:
-        async for delta in deltas:
-            await sink(delta)
-            if delta.finish_reason is not None:
+async def _run_one(
+    engine: Engine, request: GenerationRequest, sink: Callable[[list[OutputDelta]], Awaitable[None]]
+) -> None:
+    async with aclosing(engine.generate(request)) as gains:
+        async for deltas in gains:
+            await sink(deltas)
+            if deltas[-1].finish_reason is not None:
                 return
     raise RequestFailedError("the engine ended the sequence without saying why")
 
@@ -124,11 +126,11 @@ class _Merger:
         self._arrived = asyncio.Event()
         self._release = asyncio.Event()
 
-    def sink(self, index: int) -> Callable[[OutputDelta], Awaitable[None]]:
-        async def put(delta: OutputDelta) -> None:
-            self._batch.append((index, delta))
+    def sink(self, index: int) -> Callable[[list[OutputDelta]], Awaitable[None]]:
+        async def put(deltas: list[OutputDelta]) -> None:
+            self._batch += [(index, delta) for delta in deltas]
             self._arrived.set()
-            if delta.finish_reason is None:
+            if deltas[-1].finish_reason is None:
                 await self._release.wait()
 
         return put

@@ -6,52 +6,54 @@ import threading
 from dynamo.serve.engine.request import OutputDelta
 from dynamo.serve.errors import ServeError
 
-__all__ = ["MAX_STEPS_AHEAD", "Outbox", "OutputStream"]
+__all__ = ["MAX_QUEUED_DELTAS", "MAX_STEPS_AHEAD", "Outbox", "OutputStream"]
 
 # The engine's thread waits once the event loop has not looked at this many steps. A slow consumer never holds it up, as
-# deltas merge in its stream; this bounds how far the thread runs ahead of the loop itself, and gives the loop its turn
+# deltas queue in its stream; this bounds how far the thread runs ahead of the loop itself, and gives the loop its turn
 # of the interpreter lock when steps take no time at all.
 MAX_STEPS_AHEAD = 4
 _LOOP_STALL_S = 1.0
+MAX_QUEUED_DELTAS = 256  # bounds the memory that a client which does not read can take
 
 
 class OutputStream:
-    """Deltas of one request, merged into one until the consumer takes it. Used on the event loop it belongs to."""
+    """Deltas of one request until the consumer takes them. Used on the event loop it belongs to."""
 
-    __slots__ = ("_delta", "_error", "_waiter", "outbox")
+    __slots__ = ("_deltas", "_error", "_waiter", "outbox")
 
     def __init__(self, outbox: "Outbox") -> None:
         self.outbox = outbox
-        self._delta: OutputDelta | None = None
+        self._deltas: list[OutputDelta] = []
         self._error: ServeError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def feed(self, delta: OutputDelta) -> None:
-        """Merges a delta into what the consumer gets next."""
-        queued = self._delta
-        if queued is None:
-            self._delta = delta
+        """Queues a delta; merges it into the last one where `MAX_QUEUED_DELTAS` are queued already."""
+        deltas = self._deltas
+        if len(deltas) < MAX_QUEUED_DELTAS:
+            deltas.append(delta)
             self._wake()
             return
-        queued.text += delta.text
-        queued.token_ids += delta.token_ids
+        last = deltas[-1]
+        last.text += delta.text
+        last.token_ids += delta.token_ids
         if delta.logprobs is not None:
-            queued.logprobs = (queued.logprobs or []) + delta.logprobs
-        queued.finish_reason = delta.finish_reason
-        queued.stop_reason = delta.stop_reason
+            last.logprobs = (last.logprobs or []) + delta.logprobs
+        last.finish_reason = delta.finish_reason
+        last.stop_reason = delta.stop_reason
 
     def fail(self, error: ServeError) -> None:
         """Makes `next` raise `error` once all deltas are taken."""
         self._error = error
         self._wake()
 
-    async def next(self) -> OutputDelta:
-        """Waits for a delta, as long as the engine lives: it ends every stream it has, also when it dies.
+    async def next(self) -> list[OutputDelta]:
+        """Waits for deltas, as long as the engine lives: it ends every stream it has, also when it dies.
 
         Raises:
             ServeError: the request failed.
         """
-        while self._delta is None:
+        while not self._deltas:
             if self._error is not None:
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
@@ -59,8 +61,8 @@ class OutputStream:
                 await self._waiter
             finally:
                 self._waiter = None
-        delta, self._delta = self._delta, None
-        return delta
+        deltas, self._deltas = self._deltas, []
+        return deltas
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -96,8 +96,8 @@ class InferenceEngine:
                 raise EngineDeadError(f"the engine's thread did not end {_JOIN_GRACE_S:.0f} s after its deadline")
         await asyncio.to_thread(self._cache.close)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputDelta, None]:
-        """See `Engine.generate`. The request is submitted when the first delta is asked for.
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[OutputDelta], None]:
+        """See `Engine.generate`. The request is submitted when the first deltas are asked for.
 
         Raises:
             ValueError: another live request has this id.
@@ -106,9 +106,9 @@ class InferenceEngine:
         is_over = False
         try:
             while not is_over:
-                delta = await generation.stream.next()
-                is_over = delta.finish_reason is not None
-                yield delta
+                deltas = await generation.stream.next()
+                is_over = deltas[-1].finish_reason is not None
+                yield deltas
         finally:
             self._live_ids.discard(request.request_id)
             if not is_over:

@@ -4,7 +4,15 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-__all__ = ["Engine", "EngineStats", "FinishReason", "GenerationRequest", "OutputDelta", "SamplingParams", "TokenLogprob"]
+__all__ = [
+    "Engine",
+    "EngineStats",
+    "FinishReason",
+    "GenerationRequest",
+    "OutputDelta",
+    "SamplingParams",
+    "TokenLogprob",
+]
 
 FinishReason = Literal["stop", "length"]
 
@@ -67,7 +75,7 @@ class GenerationRequest:
 
 @dataclass(slots=True)
 class OutputDelta:
-    """What one request gained since its last delta; the last one carries `finish_reason`.
+    """What one request gained in a step; the last one carries `finish_reason`.
 
     Text never ends inside a UTF-8 character or inside what may still become a stop string, so it may lag behind
     `token_ids`; the last delta brings the rest. `logprobs`, if asked for, has one entry per token id.
@@ -114,8 +122,10 @@ class Engine(Protocol):
         """Lets running requests finish for at most `drain_timeout_s`, aborts the rest, joins the thread, closes the cache."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputDelta, None]:
-        """Yields deltas, each merging all that queued while the consumer was busy; closing the generator aborts the request.
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[list[OutputDelta], None]:
+        """Yields the deltas that queued while the consumer was busy, at least one; closing the generator aborts the request.
+
+        A delta is one step's. Only for a consumer that has fallen far behind are several merged into one.
 
         Raises:
             EngineOverloadedError: the waiting queue is full.

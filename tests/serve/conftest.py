@@ -92,7 +92,7 @@ class ScriptedEngine:
         if self.dead:
             raise EngineDeadError("the script says so")
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[OutputDelta, None]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[OutputDelta], None]:
         self.check_healthy()
         if self.overloaded:
             raise EngineOverloadedError("the script says so")
@@ -104,7 +104,7 @@ class ScriptedEngine:
                     raise self.failure
                 if number == self.hold_after:
                     await self.proceed.wait()
-                yield delta
+                yield [delta]
                 await asyncio.sleep(0)
         finally:
             self.live.discard(request.request_id)

@@ -10,6 +10,7 @@ import pytest
 
 import dynamo.serve.demo
 from dynamo.kvcache import KVCache
+from dynamo.serve.engine.delivery import MAX_QUEUED_DELTAS, Outbox, OutputStream
 from dynamo.serve.engine.engine import InferenceEngine
 from dynamo.serve.engine.mocker import mock_kv_spec
 from dynamo.serve.engine.request import GenerationRequest, OutputDelta, SamplingParams, TokenLogprob
@@ -87,14 +88,15 @@ class Stage:
     async def collect(self, request: GenerationRequest) -> OutputDelta:
         """All deltas of a request as one."""
         whole = OutputDelta()
-        async for delta in self.engine.generate(request):
-            assert whole.finish_reason is None, "a delta after the last one"
-            whole.text += delta.text
-            whole.token_ids += delta.token_ids
-            if delta.logprobs is not None:
-                whole.logprobs = (whole.logprobs or []) + delta.logprobs
-            whole.finish_reason, whole.stop_reason = delta.finish_reason, delta.stop_reason
-            whole.num_cached_tokens = delta.num_cached_tokens
+        async for deltas in self.engine.generate(request):
+            for delta in deltas:
+                assert whole.finish_reason is None, "a delta after the last one"
+                whole.text += delta.text
+                whole.token_ids += delta.token_ids
+                if delta.logprobs is not None:
+                    whole.logprobs = (whole.logprobs or []) + delta.logprobs
+                whole.finish_reason, whole.stop_reason = delta.finish_reason, delta.stop_reason
+                whole.num_cached_tokens = delta.num_cached_tokens
         assert whole.finish_reason is not None
         return whole
 
@@ -284,7 +286,7 @@ def test_cached_tokens_are_reported_and_counted(tokenizer: Tokenizer) -> None:
     run(test())
 
 
-def test_deltas_merge_while_the_consumer_is_busy(tokenizer: Tokenizer) -> None:
+def test_deltas_queue_while_the_consumer_is_busy(tokenizer: Tokenizer) -> None:
     async def test() -> None:
         async with playing(tokenizer) as stage:
             slow = stage.engine.generate(stage.request(max_tokens=40, num_logprobs=0))
@@ -292,12 +294,26 @@ def test_deltas_merge_while_the_consumer_is_busy(tokenizer: Tokenizer) -> None:
             whole = await stage.collect(stage.request(max_tokens=40))  # not held up by the slow one
             await stage.until(stage.holds_nothing)
             await stage.collect(stage.request(max_tokens=1))  # handed over after all of the slow one's deltas
-            rest = [delta async for delta in slow]
-            assert len(rest) == 1
-            assert first.token_ids + rest[0].token_ids == whole.token_ids
-            assert first.text + rest[0].text == whole.text
-            assert len((first.logprobs or []) + (rest[0].logprobs or [])) == 40
-            assert rest[0].finish_reason == "length"
+            (rest,) = [deltas async for deltas in slow]
+            assert len(first + rest) == 40
+            assert [token_id for delta in first + rest for token_id in delta.token_ids] == whole.token_ids
+            assert "".join(delta.text for delta in first + rest) == whole.text
+            assert [delta.finish_reason for delta in rest] == [None] * (len(rest) - 1) + ["length"]
+
+    run(test())
+
+
+def test_what_queues_for_a_consumer_that_never_reads_is_bounded() -> None:
+    async def test() -> None:
+        stream = OutputStream(Outbox(asyncio.get_running_loop()))
+        for token_id in range(MAX_QUEUED_DELTAS + 40):
+            stream.feed(OutputDelta("x", [token_id], [TokenLogprob(token_id, -1.0)]))
+        stream.feed(OutputDelta(finish_reason="length"))
+        deltas = await stream.next()
+        assert len(deltas) == MAX_QUEUED_DELTAS
+        assert [token_id for delta in deltas for token_id in delta.token_ids] == list(range(MAX_QUEUED_DELTAS + 40))
+        assert len(deltas[-1].text) == len(deltas[-1].logprobs or []) == 41
+        assert deltas[-1].finish_reason == "length"
 
     run(test())
 
@@ -517,8 +533,8 @@ def test_many_requests_with_random_disconnects_leave_nothing_behind(tokenizer: T
                 request = stage.request(prompt, max_tokens=number % 23 + 1)
                 seen: list[int] = []
                 generator = stage.engine.generate(request)
-                async for delta in generator:
-                    seen += delta.token_ids
+                async for deltas in generator:
+                    seen += [token_id for delta in deltas for token_id in delta.token_ids]
                     if number % 4 == 0 and len(seen) > number % 6:
                         await generator.aclose()
                         return

@@ -58,9 +58,10 @@ async def say(engine: InferenceEngine, name: str, prompt: list[int], **sampling:
     params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, **({"temperature": 0.0} | sampling))
     tokens: list[int] = []
     num_cached = 0
-    async for delta in engine.generate(GenerationRequest(request_id=name, prompt_token_ids=prompt, sampling=params)):
-        tokens += delta.token_ids
-        num_cached = delta.num_cached_tokens
+    async for deltas in engine.generate(GenerationRequest(request_id=name, prompt_token_ids=prompt, sampling=params)):
+        for delta in deltas:
+            tokens += delta.token_ids
+            num_cached = delta.num_cached_tokens
     return tokens, num_cached
 
 

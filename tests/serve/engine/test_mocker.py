@@ -29,11 +29,12 @@ async def collect(
     sampling = SamplingParams(max_tokens=max_tokens, num_logprobs=num_logprobs)
     request = GenerationRequest(request_id="only", prompt_token_ids=prompt, sampling=sampling)
     whole = OutputDelta(logprobs=[])
-    async for delta in engine.generate(request):
-        whole.text += delta.text
-        whole.token_ids += delta.token_ids
-        whole.logprobs = (whole.logprobs or []) + (delta.logprobs or [])
-        whole.num_cached_tokens = delta.num_cached_tokens
+    async for deltas in engine.generate(request):
+        for delta in deltas:
+            whole.text += delta.text
+            whole.token_ids += delta.token_ids
+            whole.logprobs = (whole.logprobs or []) + (delta.logprobs or [])
+            whole.num_cached_tokens = delta.num_cached_tokens
     return whole
 
 

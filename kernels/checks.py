@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["KernelArgumentError", "Rows", "SlotIds", "check_ids", "check_rows"]
+__all__ = ["KernelArgumentError", "Rows", "SlotIds", "check_distinct", "check_ids", "check_rows"]
 
 SlotIds = npt.NDArray[np.int64]
 """1-D array of row or slot numbers; the numbers need not be consecutive."""
@@ -62,3 +62,17 @@ def check_ids(ids: SlotIds, name: str, num_rows: int, length: int | None = None)
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= num_rows:
             raise KernelArgumentError(f"{name} holds {low if low < 0 else high}, outside [0, {num_rows})")
+
+
+def check_distinct(ids: SlotIds, name: str, num_rows: int) -> None:
+    """Checks that no number occurs twice in `ids`, whose numbers lie in [0, num_rows).
+
+    Raises:
+        KernelArgumentError: a number is repeated.
+    """
+    if ids.size > 1:
+        is_named = np.zeros(num_rows, dtype=np.bool_)
+        is_named[ids] = True
+        if int(np.count_nonzero(is_named)) != ids.size:
+            numbers, counts = np.unique(ids, return_counts=True)
+            raise KernelArgumentError(f"{name} holds {numbers[counts > 1][0]} more than once")

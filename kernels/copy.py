@@ -17,7 +17,9 @@ import numpy.typing as npt
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
 
-__all__ = ["copy_rows", "shared_runs"]
+__all__ = ["copy_row_numbers", "copy_rows", "shared_runs"]
+
+Voids = npt.NDArray[np.void]
 
 
 def shared_runs(src_ids: SlotIds, dst_ids: SlotIds) -> SlotIds:
@@ -29,6 +31,10 @@ def shared_runs(src_ids: SlotIds, dst_ids: SlotIds) -> SlotIds:
 
     Returns:
         int64 [num_runs + 1], first 0 and last n: run i is the pairs [borders[i], borders[i + 1]). `[0]` when n is 0.
+
+    >>> import numpy as np
+    >>> shared_runs(np.array([4, 5, 6, 0]), np.array([0, 1, 2, 3])).tolist()
+    [0, 3, 4]
     """
     return _borders((np.diff(src_ids) != 1) | (np.diff(dst_ids) != 1), src_ids.size)
 
@@ -48,6 +54,13 @@ def copy_rows(src: Rows, src_ids: SlotIds, dst: Rows, dst_ids: SlotIds, num_byte
 
     Raises:
         KernelArgumentError: shapes, dtypes or ids do not fit; nothing was copied.
+
+    >>> import numpy as np
+    >>> src = np.arange(8, dtype=np.uint8).reshape(4, 2)
+    >>> dst = np.zeros((3, 2), dtype=np.uint8)
+    >>> copy_rows(src, np.array([3, 1]), dst, np.array([0, 2]))
+    >>> dst.tolist()
+    [[6, 7], [0, 0], [2, 3]]
     """
     check_rows(src, "src")
     check_rows(dst, "dst", src.shape[1], writable=True)
@@ -58,10 +71,33 @@ def copy_rows(src: Rows, src_ids: SlotIds, dst: Rows, dst_ids: SlotIds, num_byte
         raise KernelArgumentError(f"num_bytes is {num_bytes}, outside [0, {row_bytes}]")
     if src_ids.size == 0 or row_bytes == 0 or num_bytes == 0:
         return
+    copy_row_numbers(_as_void(src), src_ids, _as_void(dst), dst_ids)
+
+
+def copy_row_numbers(src: Voids, src_ids: SlotIds, dst: Voids, dst_ids: SlotIds) -> None:
+    """Copies rows as `copy_rows` does, between arrays of void scalars, and trusts ids and shapes.
+
+    Args:
+        src: void [num_src_rows], contiguous.
+        src_ids: int64 [n].
+        dst: void [num_dst_rows], contiguous, rows as wide as those of `src`.
+        dst_ids: int64 [n], distinct.
+
+    >>> import numpy as np
+    >>> src, dst = np.arange(4).view("V8"), np.zeros(3, dtype=np.int64)
+    >>> copy_row_numbers(src, np.array([3, 1]), dst.view("V8"), np.array([0, 2]))
+    >>> dst.tolist()
+    [3, 0, 1]
+    """
     borders = shared_runs(src_ids, dst_ids)
     if borders.size > 2:
-        by_dst, by_src = np.argsort(dst_ids), np.argsort(src_ids)
-        dst_borders, src_borders = _runs(dst_ids[by_dst]), _runs(src_ids[by_src])
+        by_dst = _ascending(dst_ids)
+        dst_borders = _runs(dst_ids[by_dst])
+        if dst_borders.size == 2:
+            _take_runs(src, src_ids[by_dst], dst, dst_ids[by_dst], dst_borders)
+            return
+        by_src = _ascending(src_ids)
+        src_borders = _runs(src_ids[by_src])
         if dst_borders.size < borders.size and dst_borders.size <= src_borders.size:
             _take_runs(src, src_ids[by_dst], dst, dst_ids[by_dst], dst_borders)
             return
@@ -74,23 +110,24 @@ def copy_rows(src: Rows, src_ids: SlotIds, dst: Rows, dst_ids: SlotIds, num_byte
         dst[d : d + length] = src[s : s + length]
 
 
-def _take_runs(src: Rows, src_ids: SlotIds, dst: Rows, dst_ids: SlotIds, dst_borders: SlotIds) -> None:
-    src_void, dst_void = _as_void(src), _as_void(dst)
-    borders = dst_borders.tolist()
-    for start, stop in pairwise(borders):
+def _take_runs(src: Voids, src_ids: SlotIds, dst: Voids, dst_ids: SlotIds, dst_borders: SlotIds) -> None:
+    for start, stop in pairwise(dst_borders.tolist()):
         first = int(dst_ids[start])
-        np.take(src_void, src_ids[start:stop], out=dst_void[first : first + stop - start], mode="clip")
+        np.take(src, src_ids[start:stop], out=dst[first : first + stop - start], mode="clip")
 
 
-def _scatter_runs(src: Rows, src_ids: SlotIds, dst: Rows, dst_ids: SlotIds, src_borders: SlotIds) -> None:
-    src_void, dst_void = _as_void(src), _as_void(dst)
-    borders = src_borders.tolist()
-    for start, stop in pairwise(borders):
+def _scatter_runs(src: Voids, src_ids: SlotIds, dst: Voids, dst_ids: SlotIds, src_borders: SlotIds) -> None:
+    for start, stop in pairwise(src_borders.tolist()):
         first = int(src_ids[start])
-        dst_void[dst_ids[start:stop]] = src_void[first : first + stop - start]
+        dst[dst_ids[start:stop]] = src[first : first + stop - start]
 
 
-def _as_void(rows: Rows) -> npt.NDArray[np.void]:
+def _ascending(ids: SlotIds) -> "SlotIds | slice":
+    """An index that sorts `ids`; the whole slice where they are sorted."""
+    return slice(None) if (ids[1:] >= ids[:-1]).all() else np.argsort(ids)
+
+
+def _as_void(rows: Rows) -> Voids:
     """Rows as scalars, so that one numpy call moves many of them."""
     return rows.view(f"V{rows.shape[1]}")[:, 0]
 

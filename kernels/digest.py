@@ -26,6 +26,12 @@ def digest_rows(rows: Rows, row_ids: SlotIds, seeds: npt.NDArray[np.uint64], num
 
     Raises:
         KernelArgumentError: shapes, dtypes or ids do not fit.
+
+    >>> import numpy as np
+    >>> rows = np.zeros((3, 4096), dtype=np.uint8)
+    >>> digests = digest_rows(rows, np.array([0, 2]), np.array([7, 7], dtype=np.uint64), num_bytes=4000)
+    >>> bool(digests[0] == digests[1])  # same bytes under the same seed
+    True
     """
     check_rows(rows, "rows")
     check_ids(row_ids, "row_ids", rows.shape[0])

@@ -1,4 +1,4 @@
-"""Paged attention in plain torch: writes keys and values into cache blocks and attends over block tables."""
+"""Writes keys and values into cache blocks and attends over block tables: in plain torch, or with the paged kernels."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dynamo.serve.engine.batch import ForwardBatch, SequenceSlice
+from dynamo.kernels.paged_attention import paged_decode, paged_prefill, paged_write
+from dynamo.serve.engine.batch import ForwardBatch, PagedTables, SequenceSlice
 
-__all__ = ["AttentionPlan"]
+__all__ = ["AttentionPlan", "PagedAttentionPlan", "plan_attention"]
 
 QUERY_TILE = 256
 """Most queries of a chunk attended at once: bounds the mask at QUERY_TILE x context and skips keys after the tile."""
@@ -212,3 +213,51 @@ class AttentionPlan:
 
     def _used_blocks(self, sequence: SequenceSlice) -> Tensor:
         return sequence.block_table[: self._num_blocks(sequence)]
+
+
+class PagedAttentionPlan:
+    """The same over `ForwardBatch.paged`: nothing is gathered, and nothing depends on what lies on the device."""
+
+    def __init__(self, batch: ForwardBatch, tables: PagedTables) -> None:
+        self._batch, self._tables = batch, tables
+
+    def write(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+        """See `AttentionPlan.write`; padding is not stored."""
+        paged_write(k, v, k_cache, v_cache, self._batch.slot_blocks, self._batch.slot_offsets)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """See `AttentionPlan.attend`; padding gives zeros."""
+        tables = self._tables
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        scale = q.shape[2] ** -0.5
+        first = tables.num_decodes
+        if first:
+            paged_decode(
+                q[:first],
+                k_cache,
+                v_cache,
+                tables.block_tables[:first],
+                tables.context_lens[:first],
+                scale=scale,
+                out=out[:first],
+                workspace=tables.workspace,
+                num_splits=tables.num_splits,
+            )
+        if tables.max_query_len:
+            paged_prefill(
+                q[first:],
+                k_cache,
+                v_cache,
+                tables.block_tables[first:],
+                tables.context_lens[first:],
+                tables.query_starts,
+                max_query_len=tables.max_query_len,
+                scale=scale,
+                out=out[first:],
+            )
+        return out.flatten(1)
+
+
+def plan_attention(batch: ForwardBatch, k_cache: Tensor) -> AttentionPlan | PagedAttentionPlan:
+    """The plan for a batch; `k_cache` as in `AttentionPlan`."""
+    return AttentionPlan(batch, k_cache) if batch.paged is None else PagedAttentionPlan(batch, batch.paged)

@@ -20,6 +20,7 @@ from dynamo.kvcache import KVCache
 from dynamo.serve.engine.delivery import Outbox, OutputStream
 from dynamo.serve.engine.generation import Generation
 from dynamo.serve.engine.loader import LoadedModel
+from dynamo.serve.engine.paged_steps import PagedSteps
 from dynamo.serve.engine.request import EngineStats, GenerationRequest, OutputDelta
 from dynamo.serve.engine.runner import ModelRunner, TorchRunner
 from dynamo.serve.engine.sampler import Sampler
@@ -181,6 +182,7 @@ def build_model_engine(
     max_model_len: int | None = None,
     limits: SchedulerLimits | None = None,
     max_waiting: int = 1024,
+    paged_attention: bool | None = None,
 ) -> InferenceEngine:
     """An engine that runs a loaded model. The caller sets torch's thread count.
 
@@ -188,8 +190,20 @@ def build_model_engine(
         cache: made for this model, on the same device; the engine closes it.
         device: where the model was loaded to.
         max_model_len: None takes the model's own.
+        paged_attention: whether the paged kernels attend, and decode steps are captured; None: on CUDA.
     """
     limits = limits or SchedulerLimits()
+    max_model_len = max_model_len or loaded.max_model_len
+    paged = None
+    if paged_attention or (paged_attention is None and device.type == "cuda"):
+        paged = PagedSteps(
+            loaded.model,
+            cache.layer,
+            block_size=cache.block_size,
+            max_running=limits.max_running,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_model_len=min(max_model_len, cache.num_device_blocks * cache.block_size),
+        )
     runner = TorchRunner(
         loaded.model,
         Sampler(loaded.tokenizer.eos_token_ids),
@@ -197,13 +211,14 @@ def build_model_engine(
         device=device,
         block_size=cache.block_size,
         max_batch_tokens=limits.max_batch_tokens,
+        paged=paged,
     )
     return InferenceEngine(
         cache,
         runner,
         loaded.tokenizer,
         eos_token_ids=loaded.tokenizer.eos_token_ids,
-        max_model_len=max_model_len or loaded.max_model_len,
+        max_model_len=max_model_len,
         limits=limits,
         max_waiting=max_waiting,
     )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamo.serve.engine.attention import AttentionPlan
+from dynamo.serve.engine.attention import plan_attention
 from dynamo.serve.engine.batch import ForwardBatch
 from dynamo.serve.engine.model_config import ModelConfig
 from dynamo.serve.engine.rope import RotaryEmbedding, apply_rope
@@ -66,9 +66,8 @@ class CausalLM:
             float32 [num_selected, vocab_size] on the model's device: logits of `batch.logit_rows`, in their order.
         """
         with torch.inference_mode():
-            plan = AttentionPlan(batch, kv(0)[0])
-            num_positions = max(sequence.context_len for sequence in batch.sequences)
-            cos, sin = self._rope.at(batch.positions, num_positions)
+            plan = plan_attention(batch, kv(0)[0])
+            cos, sin = self._rope.at(batch.positions, batch.max_context_len)
             x = F.embedding(batch.token_ids, self.embed)
             last = len(self.layers) - 1
             for i, layer in enumerate(self.layers):

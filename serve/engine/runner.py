@@ -8,8 +8,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dynamo.serve.engine.batch import ForwardBatch, SequenceSlice
+from dynamo.serve.engine.batch import ForwardBatch, SequenceSlice, logit_rows, step_tables
 from dynamo.serve.engine.model import CausalLM
+from dynamo.serve.engine.paged_steps import PagedSteps
 from dynamo.serve.engine.sampler import SampledToken, Sampler, SamplingState
 from dynamo.serve.engine.scheduler import ScheduledStep
 from dynamo.serve.engine.sequence import SequenceState
@@ -42,6 +43,7 @@ class TorchRunner:
     Args:
         kv: `KVCache.layer`.
         device: where the model is.
+        paged: computes the steps with paged attention; None: plain torch does.
     """
 
     def __init__(
@@ -53,24 +55,29 @@ class TorchRunner:
         device: torch.device,
         block_size: int,
         max_batch_tokens: int,
+        paged: PagedSteps | None = None,
     ) -> None:
         self._model = model
         self._sampler = sampler
         self._kv = kv
         self._device = device
         self._block_size = block_size
+        self._paged = paged
         # Rows: token ids, positions, slot blocks, slot offsets.
         self._staging = torch.empty((4, max_batch_tokens), dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def execute(self, step: ScheduledStep) -> list[SampledToken | RequestFailedError]:
         with torch.inference_mode():
-            logits = self._model.forward(self._batch(step), self._kv)
+            if self._paged is not None:
+                logits = self._paged.logits(step)
+            else:
+                logits = self._model.forward(self._batch(step), self._kv)
             return self._sampler.sample(logits, [_sampling_state(sequence) for sequence in step.sampling])
 
     def _batch(self, step: ScheduledStep) -> ForwardBatch:
         work = [(sequence, 1) for sequence in step.decodes]
         work += [(chunk.sequence, chunk.num_tokens) for chunk in step.prefills]
-        tables = [_block_table(sequence) for sequence, _ in work]
+        tables = step_tables(step)
         device_tables = torch.from_numpy(np.concatenate(tables).astype(np.int64)).to(self._device)
         slices = []
         start = table_start = 0
@@ -88,7 +95,7 @@ class TorchRunner:
             slot_blocks=slot_blocks,
             slot_offsets=slot_offsets,
             sequences=tuple(slices),
-            logit_rows=torch.tensor(_logit_rows(step), dtype=torch.int64, device=self._device),
+            logit_rows=torch.tensor(logit_rows(step), dtype=torch.int64, device=self._device),
         )
 
     def _stage(self, step: ScheduledStep, tables: list[npt.NDArray[np.int32]]) -> None:
@@ -107,21 +114,6 @@ class TorchRunner:
             positions[start:end] = np.arange(first, first + chunk.num_tokens)
             slot_blocks[start:end] = table[positions[start:end] // block_size]
         np.remainder(positions[:end], block_size, out=slot_offsets[:end])
-
-
-def _logit_rows(step: ScheduledStep) -> list[int]:
-    rows = list(range(len(step.decodes)))
-    end = len(rows)
-    for chunk in step.prefills:
-        end += chunk.num_tokens
-        if chunk.is_last:
-            rows.append(end - 1)
-    return rows
-
-
-def _block_table(sequence: SequenceState) -> npt.NDArray[np.int32]:
-    assert sequence.kv is not None, f"{sequence.request_id} holds no blocks"
-    return sequence.kv.block_table
 
 
 def _sampling_state(sequence: SequenceState) -> SamplingState:

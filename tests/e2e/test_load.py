@@ -49,7 +49,8 @@ async def request(port: int, rng: random.Random) -> str:
             received += chunk
             if leaves_after is not None and len(received) > leaves_after:
                 return "left"
-        if b"200 OK" not in received[:20] or b'"error"' in received or b"data: [DONE]" not in received:
+        complete = received.startswith(b"HTTP/1.1 200") and b'data: {"error"' not in received
+        if not complete or b"data: [DONE]" not in received:
             return received.decode(errors="replace")
         return "done"
     finally:

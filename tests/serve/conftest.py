@@ -1,18 +1,13 @@
-"""A scripted engine behind a real uvicorn server, and the real server with the demo model as a process of its own."""
+"""A scripted engine behind a real uvicorn server."""
 
 import asyncio
 import codecs
-import os
 import queue
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,69 +221,3 @@ def run() -> Callable[[Any], Any]:
         return asyncio.run(bounded())
 
     return run_coroutine
-
-
-class ServerProcess:
-    """`python -m dynamo.serve` as a process of its own, with small tiers in a folder of the test's."""
-
-    def __init__(self, folder: Path, *flags: str, **environment: str) -> None:
-        self._log_path = folder / "log"
-        tiers = ("--device-cache", "32MiB", "--host-cache", "32MiB", "--disk-cache", f"{folder / 'kv'}:64MiB")
-        command = [sys.executable, "-P", "-m", "dynamo.serve", "--port", "0", "--threads", "1", *tiers, *flags]
-        with self._log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env={**os.environ, **environment}
-            )
-        watchdog = threading.Timer(_START_TIMEOUT_S, self.process.kill)
-        watchdog.start()
-        self.banner = ""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.banner += line
-            if "curl" in line:
-                break
-        watchdog.cancel()
-        if "curl" not in self.banner:
-            self.close()
-            pytest.fail(f"the server did not start: {self.log}")
-        self.url = self.banner.partition("listening")[2].split()[0]
-
-    @property
-    def log(self) -> str:
-        return self._log_path.read_text()
-
-    def close(self) -> int:
-        """Stops the process like a supervisor would; its exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(_START_TIMEOUT_S)
-        finally:
-            self.process.kill()
-            self.process.wait()
-            assert self.process.stdout is not None
-            self.process.stdout.close()
-
-
-@pytest.fixture(scope="session")
-def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The real server with the demo model, shared by all tests of a worker."""
-    server = ServerProcess(tmp_path_factory.mktemp("server"))
-    yield server
-    assert server.close() == 0, server.log
-
-
-@pytest.fixture
-def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """Starts servers of a test's own: `start_server("--engine", "mocker")`."""
-    servers: list[ServerProcess] = []
-
-    def start(*flags: str, **environment: str) -> ServerProcess:
-        folder = tmp_path / f"server{len(servers)}"
-        folder.mkdir()
-        servers.append(ServerProcess(folder, *flags, **environment))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()

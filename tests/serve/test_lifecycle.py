@@ -132,7 +132,7 @@ def test_config_prints_what_a_server_would_use(tmp_path: Path) -> None:
 
 
 def test_a_key_is_asked_for_and_never_printed(start_server: Any) -> None:
-    server = start_server("--engine", "mocker", "--host", "0.0.0.0", DYNAMO_API_KEY="the-secret")
+    server = start_server("--engine", "mocker", "--host", "0.0.0.0", environment={"DYNAMO_API_KEY": "the-secret"})
     assert server.url.startswith("http://127.0.0.1:")
     assert httpx.get(server.url + "/v1/models").status_code == 401
     assert httpx.get(server.url + "/v1/models", headers={"authorization": "Bearer the-secret"}).status_code == 200

@@ -10,9 +10,11 @@ up for a bounded time, once; from then until the queue is half empty, and wherev
 counted.
 """
 
+import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,11 +22,11 @@ import numpy as np
 
 from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.pool import SlotIds
 from dynamo.kvcache.shelf import Digests, Shelf, digest_seeds
 from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.journal import ROOT_NAME
+from dynamo.tiers.tier import SlotIds
 
 __all__ = ["Offloader", "SaveRequest"]
 
@@ -51,6 +53,13 @@ class SaveRequest:
     device_slots: SlotIds
     fence: Fence | None
     release: Callable[[], None]
+
+
+class _Touch:
+    """In the queue: chains wait to be touched."""
+
+
+_TOUCH = _Touch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +100,8 @@ class Offloader:
         self._num_writing = 0
         self._closing = False
         self._congested = False
-        self._requests: queue.SimpleQueue[SaveRequest | list[BlockKey] | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[SaveRequest | _Touch | None] = queue.SimpleQueue()
+        self._touches: dict[BlockKey, list[BlockKey]] = {}  # the longest chain of those that start with the same block
         self._writes: queue.Queue[_DiskWrite | None] = queue.Queue(maxsize=_MAX_QUEUED_WRITES)
         self._threads = [threading.Thread(target=self._run, name="kv-offload", daemon=True)]
         if shelf.disk_tier:
@@ -133,13 +143,18 @@ class Offloader:
         if taken:
             self._requests.put(request)
         else:
-            self._shelf.counters.count_dropped("offload_queue_full", count)
+            self._shelf.counters.count_dropped("closing" if self._closing else "offload_queue_full", count)
             request.release()
         return taken
 
     def touch(self, chain: list[BlockKey]) -> None:
         """`Shelf.touch`, later and on the offload thread, to keep it off the caller's path."""
-        self._requests.put(chain)
+        with self._settled:
+            is_first = not self._touches
+            if len(chain) > len(self._touches.get(chain[0], ())):
+                self._touches[chain[0]] = chain
+        if is_first:
+            self._requests.put(_TOUCH)
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until everything offered so far is in its tiers or dropped; False if that took longer than `timeout_s`."""
@@ -147,16 +162,22 @@ class Offloader:
             return self._settled.wait_for(lambda: not self._num_pending and not self._num_writing, timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """Finishes what is pending, for at most `timeout_s`, and ends the threads."""
+        """Finishes what is pending and ends the threads, all within `timeout_s`; a thread that hangs is left behind."""
+        deadline = time.monotonic() + timeout_s
         with self._settled:
             self._closing = True
             self._settled.notify_all()
         self.flush(timeout_s)
         self._requests.put(None)
-        self._threads[0].join()
-        if len(self._threads) > 1:
-            self._writes.put(None)
-            self._threads[1].join()
+        self._threads[0].join(max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(queue.Full):  # the disk thread hangs, or it would have made room
+            self._writes.put(None, timeout=max(0.0, deadline - time.monotonic()))
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            logger.error(
+                "offloading KV blocks still runs %g s after it was told to end; going on without it", timeout_s
+            )
 
     def _has_room(self, count: int) -> bool:
         return self._closing or not self._num_pending or self._num_pending + count <= self._max_pending_blocks
@@ -165,12 +186,10 @@ class Offloader:
         is_open = True
         while is_open:
             requests: list[SaveRequest] = []
-            chains: dict[BlockKey, list[BlockKey]] = {}  # the longest of those that start with the same block
-            is_open = self._collect(requests, chains)
+            is_open = self._collect(requests)
             try:
                 self._offload(self._merge(requests))
-                for chain in chains.values():
-                    self._shelf.touch(chain)
+                self._touch(requests)
             except Exception:
                 logger.exception("offloading KV blocks failed; they stay in device memory only")
                 self._shelf.counters.count_dropped("offload_error", sum(len(r.device_slots) for r in requests))
@@ -181,7 +200,7 @@ class Offloader:
                     self._num_pending -= sum(len(request.device_slots) for request in requests)
                     self._settled.notify_all()
 
-    def _collect(self, requests: list[SaveRequest], chains: dict[BlockKey, list[BlockKey]]) -> bool:
+    def _collect(self, requests: list[SaveRequest]) -> bool:
         """Waits for a request, and takes what has queued behind it up to about one part. False at the end of the queue."""
         num_blocks = 0
         request = self._requests.get()
@@ -189,13 +208,19 @@ class Offloader:
             if isinstance(request, SaveRequest):
                 requests.append(request)
                 num_blocks += len(request.device_slots)
-            chain = request.chain if isinstance(request, SaveRequest) else request
-            if len(chain) > len(chains.get(chain[0], ())):
-                chains[chain[0]] = chain
             if num_blocks >= self._part_blocks or self._requests.empty():
                 return True
             request = self._requests.get()
         return False
+
+    def _touch(self, requests: list[SaveRequest]) -> None:
+        with self._settled:
+            chains, self._touches = self._touches, {}
+        for request in requests:
+            if len(request.chain) > len(chains.get(request.chain[0], ())):
+                chains[request.chain[0]] = request.chain
+        for chain in chains.values():
+            self._shelf.touch(chain)
 
     def _merge(self, requests: list[SaveRequest]) -> _Offer:
         shelf = self._shelf
@@ -230,10 +255,12 @@ class Offloader:
         shelf = self._shelf
         keys, parents = offer.keys[part], offer.parents[part]
         try:
+            started_s = time.perf_counter()
             done = self._device.read(offer.device_slots[part], shelf.rows, rows, after=offer.fences)
             if not done.all():
                 shelf.counters.count_dropped("offload_error", len(keys))
                 return
+            shelf.count_host_write(rows, time.perf_counter() - started_s)
             digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
             if shelf.host.num_slots:
                 rows = shelf.keep_in_host(keys, rows, parents)
@@ -296,7 +323,10 @@ class Offloader:
         with shelf.changed:
             if keys and recorded:
                 shelf.disk_digests[slots[done]] = digests
-                slots = np.concatenate((pool.register(keys, slots[done]), slots[~done]))
-                shelf.events.stored_runs("disk", keys, parents)
+                registered = pool.register(keys, slots[done])
+                slots = np.concatenate((registered.slots, slots[~done]))
+                shelf.events.stored_runs(
+                    "disk", [keys[i] for i in registered.new], [parents[i] for i in registered.new]
+                )
             pool.release(slots)
         shelf.counters.count_dropped("disk_write_failed", len(slots) - (len(keys) if recorded else 0))

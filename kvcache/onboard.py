@@ -5,20 +5,19 @@ forgotten, counted and computed again.
 """
 
 import logging
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.pool import SlotIds
 from dynamo.kvcache.shelf import Shelf, digest_seeds
 from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
-from dynamo.tiers.mover import Mover, Transfer
+from dynamo.tiers.mover import Mover, Part, Transfer
+from dynamo.tiers.tier import Outcomes, SlotIds
 
 __all__ = ["LoadRequest", "Onboarder"]
 
@@ -53,7 +52,7 @@ class _Part:
     positions: SlotIds
     slots: SlotIds
 
-    def cut(self, which: slice | npt.NDArray[np.bool_]) -> "_Part":
+    def cut(self, which: slice | Outcomes) -> "_Part":
         return _Part(self.request, self.transfer, self.positions[which], self.slots[which])
 
     @property
@@ -98,7 +97,7 @@ class Onboarder:
                     break
             shelf.host.acquire(np.array([slot for _, slot in in_host], dtype=np.int64))
             shelf.disk.acquire(np.array([slot for _, slot in on_disk], dtype=np.int64))
-        parts: list[Callable[[], None]] = []
+        parts: list[Part] = []
         for places, load in ((in_host, self._load_from_host), (on_disk, self._load_from_disk)):
             for start in range(0, len(places), self._part_blocks):
                 positions, slots = np.array(places[start : start + self._part_blocks], dtype=np.int64).T.copy()
@@ -106,9 +105,9 @@ class Onboarder:
         self._mover.submit(transfer, parts)
         return transfer
 
-    def close(self) -> None:
-        """Waits for the parts that are queued or running, and ends the threads."""
-        self._mover.close()
+    def close(self, timeout_s: float) -> None:
+        """Waits for the parts that are queued or running, at most `timeout_s`, and ends the threads."""
+        self._mover.close(timeout_s)
 
     def _load_from_host(self, part: _Part) -> None:
         try:
@@ -141,14 +140,14 @@ class Onboarder:
             with shelf.changed:
                 shelf.disk.release(whole.slots)
 
-    def _read_checked(
-        self, disk: DiskTier, keys: list[BlockKey], slots: SlotIds, rows: SlotIds
-    ) -> npt.NDArray[np.bool_]:
+    def _read_checked(self, disk: DiskTier, keys: list[BlockKey], slots: SlotIds, rows: SlotIds) -> Outcomes:
         """Reads blocks into rows; returns bool [n], True where the bytes are those once written. Forgets the others."""
         shelf = self._shelf
+        started_s = time.perf_counter()
         readable = disk.read(slots, shelf.rows, rows)
+        shelf.count_host_write(rows[readable], time.perf_counter() - started_s)
         digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
-        good: npt.NDArray[np.bool_] = readable & (digests == shelf.disk_digests[slots])
+        good: Outcomes = readable & (digests == shelf.disk_digests[slots])
         if not good.all() and not shelf.notice_lost_disk():
             shelf.forget_on_disk([key for key, ok in zip(keys, good.tolist(), strict=True) if not ok])
             self._count_bad(int(np.count_nonzero(~readable)), int(np.count_nonzero(readable & ~good)))
@@ -164,12 +163,15 @@ class Onboarder:
                 num_corrupt,
             )
 
-    def _deliver(self, tier: str, part: _Part, rows: SlotIds, good: npt.NDArray[np.bool_]) -> None:
+    def _deliver(self, tier: str, part: _Part, rows: SlotIds, good: Outcomes) -> None:
         """The last hop, for the blocks of `part` in those of `rows` that are `good`."""
         request, positions = part.request, part.positions[good]
         fences = [request.fence] if request.fence is not None else []
         device_slots = request.device_slots[positions]
+        shelf = self._shelf
+        started_s = time.perf_counter()
         if part.transfer.deliver(
-            positions, lambda: self._device.write(device_slots, self._shelf.rows, rows[good], after=fences)
+            positions, lambda: self._device.write(device_slots, shelf.rows, rows[good], after=fences)
         ):
-            self._shelf.counters.count_loaded(tier, len(positions))
+            shelf.counters.count_hits(tier, len(positions))
+            shelf.count_host_read(rows[good], time.perf_counter() - started_s)

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.tiers.tier import SlotIds
 
-__all__ = ["Allocation", "BlockPool", "SlotIds"]
+__all__ = ["Allocation", "BlockPool", "Registration"]
 
-SlotIds = npt.NDArray[np.int64]
 _NO_SLOTS: SlotIds = np.empty(0, dtype=np.int64)
 
 
@@ -22,6 +21,14 @@ class Allocation:
     slots: SlotIds
     evicted_keys: list[BlockKey]
     evicted_slots: SlotIds
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """Where blocks can be found now, one slot for each key, and the positions of the keys that were not known before."""
+
+    slots: SlotIds
+    new: Sequence[int]
 
 
 class BlockPool:
@@ -71,6 +78,11 @@ class BlockPool:
     def num_pinned(self) -> int:
         """Slots somebody holds."""
         return self.num_slots - self._num_free - self._num_idle
+
+    @property
+    def num_places(self) -> int:
+        """Places in the order of eviction, stale ones included: what the order costs in memory."""
+        return self._filed_slots
 
     def find(self, key: BlockKey) -> int | None:
         """Slot of a registered block. The slot is not pinned."""
@@ -150,15 +162,12 @@ class BlockPool:
         self._num_idle = len(slots)
         self._file(slots[::-1])
 
-    def register(self, keys: Sequence[BlockKey], slots: SlotIds) -> SlotIds:
+    def register(self, keys: Sequence[BlockKey], slots: SlotIds) -> Registration:
         """Makes used slots findable. Where a key is already registered, the caller's reference moves to that slot.
 
         Args:
             keys: distinct keys.
             slots: distinct slots, one for each key, on which the caller holds a reference each.
-
-        Returns:
-            The slot of each key: `slots` itself, but for the duplicates.
         """
         index, names = self._index, self._keys
         if index.keys().isdisjoint(keys):
@@ -167,20 +176,23 @@ class BlockPool:
             for key, slot in zip(keys, numbers, strict=True):
                 names[slot] = key
             self._registered[slots] = True
-            return slots
+            return Registration(slots, range(len(numbers)))
         canonical = slots.copy()
+        new: list[int] = []
         for i, key in enumerate(keys):
             own = int(slots[i])
-            known = index.setdefault(key, own)
-            if known == own:
+            known = index.get(key)
+            if known is None:
+                index[key] = own
                 names[own] = key
                 self._registered[own] = True
+                new.append(i)
             else:
                 canonical[i] = known
         moved = canonical != slots
         self.acquire(canonical[moved])
         self.release(slots[moved])
-        return canonical
+        return Registration(canonical, new)
 
     def forget(self, keys: Sequence[BlockKey]) -> tuple[list[BlockKey], SlotIds]:
         """Makes blocks unfindable, idle or not; slots in use become free when they are released.

@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.pool import BlockPool, SlotIds
-from dynamo.kvcache.stats import StoreCounters
+from dynamo.kvcache.pool import BlockPool
+from dynamo.kvcache.stats import CacheCounters
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.host import HostTier
 from dynamo.tiers.journal import ROOT_NAME
-from dynamo.tiers.tier import Rows
+from dynamo.tiers.tier import Rows, SlotIds
 
 __all__ = ["Digests", "Shelf", "digest_seeds"]
 
@@ -27,19 +27,21 @@ class Shelf:
     """Index of the lower tiers. Thread-safe; owns no threads, and not the tiers.
 
     Attributes:
-        changed: guards all pools and digests; notified whenever rows or slots are given back. Public members that take it
-            say so by not being marked "locked".
+        changed: guards all pools and digests; notified whenever rows or slots are given back. Hold it to use the pools;
+            all methods take it themselves.
         host: host tier's slots; slot i is row i of the arena.
         disk: disk tier's slots.
         staging: the arena's other rows, for bytes on their way between device and disk.
         disk_digests: of the block in each disk slot, uint64 [num_disk_slots].
-        counters: faults and drops of the store.
+        counters: the cache's.
     """
 
-    def __init__(self, arena: HostTier, num_host_slots: int, disk: DiskTier | None, events: EventLog) -> None:
+    def __init__(
+        self, arena: HostTier, num_host_slots: int, disk: DiskTier | None, events: EventLog, counters: CacheCounters
+    ) -> None:
         """Takes up where the disk tier's journal left off. `arena` has at least one row more than `num_host_slots`."""
         self.changed = threading.Condition()
-        self.counters = StoreCounters()
+        self.counters = counters
         self.host = BlockPool(num_host_slots)
         self.disk = BlockPool(disk.num_slots if disk else 0)
         self.staging = BlockPool(arena.num_slots - num_host_slots)
@@ -55,6 +57,16 @@ class Shelf:
     def rows(self) -> Rows:
         """The arena, uint8 [num_rows, slot_bytes]."""
         return self._arena.rows
+
+    def count_host_read(self, rows: SlotIds, seconds: float) -> None:
+        """Counts blocks copied out of `rows`, if those are host slots."""
+        if len(rows) and self.is_host_row(rows):
+            self._arena.count_read(len(rows), seconds)
+
+    def count_host_write(self, rows: SlotIds, seconds: float) -> None:
+        """Counts blocks copied into `rows`, if those are host slots."""
+        if len(rows) and self.is_host_row(rows):
+            self._arena.count_write(len(rows), seconds)
 
     @property
     def disk_tier(self) -> DiskTier | None:
@@ -112,33 +124,37 @@ class Shelf:
             The rows on which the caller holds its references now; others than `rows` where a key was known already.
         """
         with self.changed:
-            new = [i for i, key in enumerate(keys) if key not in self.host]
-            rows = self.host.register(keys, rows)
-            self.events.stored_runs("host", [keys[i] for i in new], [parents[i] for i in new])
+            registered = self.host.register(keys, rows)
+            self.events.stored_runs("host", [keys[i] for i in registered.new], [parents[i] for i in registered.new])
             self.changed.notify_all()
-        return rows
+        return registered.slots
 
     def clear(self, tier: str) -> None:
         """Drops every block of "host" or "disk" that is not in use."""
         pool = self.host if tier == "host" else self.disk
+        if not pool.num_slots:
+            return
         with self.changed:
             removed, slots = pool.evict_idle()
-            if tier == "disk":
-                self.record_drop(removed, slots)
             if len(pool):
                 self.events.removed(tier, removed)
             else:
                 self.events.cleared(tier)
+        if tier == "disk":
+            self.record_drop(removed, slots)
 
     def forget_on_disk(self, keys: list[BlockKey]) -> None:
         """Drops blocks whose bytes on disk are not what they were."""
         with self.changed:
             known, slots = self.disk.forget(keys)
             self.events.removed("disk", known)
-            self.record_drop(known, slots)
+        self.record_drop(known, slots)
 
     def record_drop(self, keys: list[BlockKey], slots: SlotIds) -> None:
-        """Records in the journal that blocks are gone. If that fails, digests still keep other bytes from passing for them."""
+        """Records in the journal that blocks are gone; not under the lock, since it writes to disk.
+
+        If it fails, digests still keep other bytes from passing for them.
+        """
         if keys and self._disk_tier:
             self._disk_tier.journal.drop(keys, slots)
 

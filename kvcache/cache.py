@@ -188,12 +188,11 @@ class KVCache:
         sequence = self._open(packed, salt, lora, held // self.block_size, 0)
 
         def finish() -> None:
-            try:
-                with sequence:
-                    sequence.wait(0.0)
-                    done.set_result(sequence.num_cached_tokens)
-            except Exception as error:  # noqa: BLE001 - whatever it is belongs to whoever holds the future
-                done.set_exception(error)
+            with sequence:
+                sequence.wait(0.0)
+                num_tokens = sequence.num_cached_tokens
+            if done.set_running_or_notify_cancel():
+                done.set_result(num_tokens)
 
         sequence.when_ready(finish)
         return done

@@ -71,7 +71,9 @@ class DevicePool:
                 self._pool.release(matched)
                 raise
             self._num_sequences += 1
-        self._counters.count_hits("device", len(matched))
+        if len(matched):
+            self.tier.join()  # another stream may still be writing them
+            self._counters.count_hits("device", len(matched))
         return Reservation(matched, fresh)
 
     def grow(self, num_blocks: int) -> SlotIds:
@@ -83,12 +85,11 @@ class DevicePool:
         with self._changed:
             return self._allocate(num_blocks, 0)
 
-    def share(self, keys: Sequence[BlockKey], slots: SlotIds, parent: BlockKey | None, *, pin: bool) -> SlotIds:
+    def share(self, keys: Sequence[BlockKey], slots: SlotIds, parent: BlockKey | None) -> SlotIds:
         """Makes a sequence's blocks findable, whose bytes are written and will not change.
 
         Args:
             keys: of the blocks in `slots`, which follow one another in a chain after `parent`.
-            pin: adds a reference to each block, to be taken back by `unpin`.
 
         Returns:
             Where the sequence holds its blocks now: a block known before is shared, and the sequence's own slot freed.
@@ -103,20 +104,28 @@ class DevicePool:
                     "device", [keys[i] for i in registered.new], [parents[i] for i in registered.new]
                 )
                 self._changed.notify_all()
-            if pin:
-                self._pool.acquire(registered.slots)
-                self._num_pins += len(registered.slots)
             return registered.slots
 
+    def pin(self, slots: SlotIds) -> None:
+        """Holds a sequence's shared blocks, from its first one on, for an offload that may outlast the sequence.
+
+        All of them and not the new ones alone: whichever of sequence and offload ends last then files the chain as one,
+        leaves first.
+        """
+        with self._changed:
+            self._pool.acquire(slots)
+            self._num_pins += 1
+
     def unpin(self, slots: SlotIds) -> None:
-        """Takes back what `share` pinned."""
+        """Takes back what `pin` took."""
         with self._changed:
             self._pool.release(slots)
-            self._num_pins -= len(slots)
+            self._num_pins -= 1
             self._changed.notify_all()
 
     def release(self, slots: SlotIds) -> None:
         """Ends a sequence that holds `slots`, given in chain order."""
+        self.tier.fences()  # marks this stream, whose queued kernels may still read the slots
         with self._changed:
             self._pool.release(slots)
             self._num_sequences -= 1

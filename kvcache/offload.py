@@ -19,10 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.shelf import Digests, Shelf, digest_seeds
+from dynamo.kvcache.shelf import Digests, Hold, Shelf, digest_seeds
 from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.journal import ROOT_NAME
@@ -33,6 +34,7 @@ __all__ = ["Offloader", "SaveRequest"]
 logger = logging.getLogger(__name__)
 
 _ROOM_TIMEOUT_S = 10.0  # a block whose way down is barred for so long is dropped
+_MAX_TOUCHES = 1024
 _MAX_QUEUED_WRITES = 8  # parts; bounds the host rows that are pinned for the disk
 
 
@@ -44,14 +46,14 @@ class SaveRequest:
         chain: keys of the whole sequence so far.
         first: position in `chain` of the first offered block; all from there on are offered.
         device_slots: where the offered blocks lie. Pinned until `release` is called.
-        fence: point in a CUDA stream after which their bytes are written; None on CPU.
+        fences: points in CUDA streams after which their bytes are written; none on CPU.
         release: gives the pins back. Called exactly once, on any thread.
     """
 
     chain: list[BlockKey]
     first: int
     device_slots: SlotIds
-    fence: Fence | None
+    fences: list[Fence]
     release: Callable[[], None]
 
 
@@ -64,20 +66,39 @@ _TOUCH = _Touch()
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """Blocks of one or several requests, not yet in the tier below; distinct keys, parents before children."""
+    """Blocks of one or several requests, not yet in the tier below; distinct keys, parents before children.
 
+    Attributes:
+        chains: keys of the sequences they belong to.
+    """
+
+    chains: list[list[BlockKey]]
     keys: list[BlockKey]
     parents: list[BlockKey | None]
     device_slots: SlotIds
     fences: list[Fence]
 
+    def cut(self, which: slice | npt.NDArray[np.bool_]) -> "_Offer":
+        """Some of the blocks."""
+        places = np.arange(len(self.keys))[which].tolist()
+        return _Offer(
+            self.chains,
+            [self.keys[place] for place in places],
+            [self.parents[place] for place in places],
+            self.device_slots[which],
+            self.fences,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _DiskWrite:
+    """Blocks on their way to disk. `hold` has their host rows; staging rows come with a reference of their own."""
+
     keys: list[BlockKey]
     parents: list[BlockKey | None]
     rows: SlotIds
     digests: Digests
+    hold: Hold
 
 
 class Offloader:
@@ -100,8 +121,10 @@ class Offloader:
         self._num_writing = 0
         self._closing = False
         self._congested = False
+        self._is_disk_behind = False
+        self._being_written: set[BlockKey] = set()  # guarded by the shelf's lock
         self._requests: queue.SimpleQueue[SaveRequest | _Touch | None] = queue.SimpleQueue()
-        self._touches: dict[BlockKey, list[BlockKey]] = {}  # the longest chain of those that start with the same block
+        self._touches: dict[BlockKey, list[BlockKey]] = {}  # chains to be touched, by their last block
         self._writes: queue.Queue[_DiskWrite | None] = queue.Queue(maxsize=_MAX_QUEUED_WRITES)
         self._threads = [threading.Thread(target=self._run, name="kv-offload", daemon=True)]
         if shelf.disk_tier:
@@ -151,8 +174,9 @@ class Offloader:
         """`Shelf.touch`, later and on the offload thread, to keep it off the caller's path."""
         with self._settled:
             is_first = not self._touches
-            if len(chain) > len(self._touches.get(chain[0], ())):
-                self._touches[chain[0]] = chain
+            self._touches[chain[-1]] = chain
+            if len(self._touches) > _MAX_TOUCHES:  # the oldest: it would be the first to lose its place anyway
+                del self._touches[next(iter(self._touches))]
         if is_first:
             self._requests.put(_TOUCH)
 
@@ -216,75 +240,135 @@ class Offloader:
     def _touch(self, requests: list[SaveRequest]) -> None:
         with self._settled:
             chains, self._touches = self._touches, {}
-        for request in requests:
-            if len(request.chain) > len(chains.get(request.chain[0], ())):
-                chains[request.chain[0]] = request.chain
+        chains |= {request.chain[-1]: request.chain for request in requests}
         for chain in chains.values():
             self._shelf.touch(chain)
 
     def _merge(self, requests: list[SaveRequest]) -> _Offer:
         shelf = self._shelf
-        target = shelf.host if shelf.host.num_slots else shelf.disk
         places: dict[BlockKey, tuple[BlockKey | None, int]] = {}
         with shelf.changed:
             for request in requests:
                 for position, slot in enumerate(request.device_slots.tolist(), request.first):
                     key = request.chain[position]
-                    if key not in target:
+                    if key not in shelf.host and (shelf.host.num_slots or key not in shelf.disk):
                         places[key] = (request.chain[position - 1] if position else None, slot)
         return _Offer(
+            [request.chain for request in requests],
             list(places),
             [parent for parent, _ in places.values()],
             np.array([slot for _, slot in places.values()], dtype=np.int64),
-            [request.fence for request in requests if request.fence is not None],
+            [fence for request in requests for fence in request.fences],
         )
 
     def _offload(self, offer: _Offer) -> None:
         shelf = self._shelf
-        pools = (shelf.host,) if shelf.host.num_slots else (shelf.staging,)
-        start = 0
-        while start < len(offer.keys):
-            rows = shelf.take_rows(min(len(offer.keys) - start, self._part_blocks), _ROOM_TIMEOUT_S, pools)
-            if not len(rows):
-                shelf.counters.count_dropped("no_host_row", len(offer.keys) - start)
-                break
-            self._offload_part(offer, slice(start, start + len(rows)), rows)
-            start += len(rows)
-
-    def _offload_part(self, offer: _Offer, part: slice, rows: SlotIds) -> None:
-        shelf = self._shelf
-        keys, parents = offer.keys[part], offer.parents[part]
+        hold = shelf.hold(offer.chains)
         try:
-            started_s = time.perf_counter()
-            done = self._device.read(offer.device_slots[part], shelf.rows, rows, after=offer.fences)
-            if not done.all():
-                shelf.counters.count_dropped("offload_error", len(keys))
-                return
-            shelf.count_host_write(rows, time.perf_counter() - started_s)
-            digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
-            if shelf.host.num_slots:
-                rows = shelf.keep_in_host(keys, rows, parents)
-            if self._queue_write(_DiskWrite(keys, parents, rows, digests)):
-                rows = rows[:0]  # the disk thread holds them now
+            rest = self._offload_to_host(offer, hold)
+            if shelf.disk_tier:
+                self._queue_host_rows(offer.chains)
+                rest = self._offload_to_staging(rest, hold)
+            shelf.counters.count_dropped("no_host_row", len(rest.keys))
         finally:
-            shelf.release_rows(rows)
+            shelf.let_go(hold)
 
-    def _queue_write(self, write: _DiskWrite) -> bool:
+    def _offload_to_host(self, offer: _Offer, hold: Hold) -> _Offer:
+        """Copies to the host tier what has its parent there; returns what had no place."""
         shelf = self._shelf
         with shelf.changed:
-            if shelf.disk_tier is None or all(key in shelf.disk for key in write.keys):
-                return False
+            reachable: set[BlockKey | None] = {None}
+            mask = []
+            for key, parent in zip(offer.keys, offer.parents, strict=True):
+                mask.append(key not in shelf.host and (parent in reachable or parent in shelf.host))
+                if mask[-1]:
+                    reachable.add(key)
+            absent = np.array([key not in shelf.host for key in offer.keys], dtype=np.bool_)
+        chosen = np.array(mask, dtype=np.bool_)
+        wanted = offer.cut(chosen)
+        while len(wanted.keys):
+            rows = shelf.take_rows(
+                min(len(wanted.keys), self._part_blocks),
+                _ROOM_TIMEOUT_S,
+                (shelf.host,),
+                hold,
+                lambda: self._is_disk_behind,
+            )
+            if not len(rows):  # what is there already is worth more than its own continuation
+                break
+            part, wanted = wanted.cut(slice(len(rows))), wanted.cut(slice(len(rows), None))
+            try:
+                if self._copy(part, rows):
+                    rows = shelf.keep_in_host(part.keys, rows, part.parents)
+                    hold.host, rows = np.concatenate((hold.host, rows)), rows[:0]
+            finally:
+                shelf.release_rows(rows)
+        left = set(wanted.keys)
+        return offer.cut(np.array([key in left for key in offer.keys], dtype=np.bool_) | (absent & ~chosen))
+
+    def _offload_to_staging(self, offer: _Offer, hold: Hold) -> _Offer:
+        """Sends blocks to disk through staging rows; returns what had no place."""
+        shelf = self._shelf
+        while len(offer.keys):
+            count = min(len(offer.keys), self._part_blocks)
+            rows = shelf.take_rows(count, _ROOM_TIMEOUT_S, (shelf.staging,), hold, lambda: self._is_disk_behind)
+            if not len(rows):
+                break
+            part, offer = offer.cut(slice(len(rows))), offer.cut(slice(len(rows), None))
+            try:
+                if self._copy(part, rows) and self._queue_write(part.chains, part.keys, part.parents, rows):
+                    rows = rows[:0]  # the disk thread gives them back
+            finally:
+                shelf.release_rows(rows)
+        return offer
+
+    def _copy(self, part: _Offer, rows: SlotIds) -> bool:
+        started_s = time.perf_counter()
+        done = self._device.read(part.device_slots, self._shelf.rows, rows, after=part.fences)
+        if not done.all():
+            self._shelf.counters.count_dropped("offload_error", len(rows))
+            return False
+        self._shelf.count_host_write(rows, time.perf_counter() - started_s)
+        return True
+
+    def _queue_host_rows(self, chains: list[list[BlockKey]]) -> None:
+        """Sends to disk what the host tier has of `chains` and the disk tier lacks, be it new, lost or refused before."""
+        shelf = self._shelf
+        parent_of = {key: parent for chain in chains for key, parent in zip(chain, (None, *chain), strict=False)}
+        with shelf.changed:
+            lacking = [key for key in parent_of if key in shelf.host and key not in shelf.disk]
+            lacking = [key for key in lacking if key not in self._being_written]
+            rows = shelf.host.find_any(lacking)
+        for start in range(0, len(lacking), self._part_blocks):
+            keys = lacking[start : start + self._part_blocks]
+            self._queue_write(chains, keys, [parent_of[key] for key in keys], rows[start : start + len(keys)])
+
+    def _queue_write(
+        self, chains: list[list[BlockKey]], keys: list[BlockKey], parents: list[BlockKey | None], rows: SlotIds
+    ) -> bool:
+        """Hands blocks to the disk thread, and with them staging rows; False if its queue is full."""
+        shelf = self._shelf
+        # Of the rows as they are now: an equal block that came from disk meanwhile may be rounded otherwise.
+        digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
         with self._settled:
-            self._num_writing += len(write.keys)
+            self._num_writing += len(keys)
+        with shelf.changed:
+            self._being_written.update(keys)
+        write = _DiskWrite(keys, parents, rows, digests, shelf.hold(chains))
         try:
-            self._writes.put(write, timeout=_ROOM_TIMEOUT_S)
+            # A disk that is too slow holds the host tier up once, and not again before it has written something.
+            self._writes.put(write, timeout=0.0 if self._is_disk_behind else _ROOM_TIMEOUT_S)
         except queue.Full:
-            shelf.counters.count_dropped("disk_queue_full", len(write.keys))
+            self._is_disk_behind = True
+            shelf.counters.count_dropped("disk_queue_full", len(keys))
             self._settle_write(write)
             return False
         return True
 
     def _settle_write(self, write: _DiskWrite) -> None:
+        with self._shelf.changed:
+            self._being_written.difference_update(write.keys)
+        self._shelf.let_go(write.hold)
         with self._settled:
             self._num_writing -= len(write.keys)
             self._settled.notify_all()
@@ -297,36 +381,51 @@ class Offloader:
                 logger.exception("writing KV blocks to disk failed; they stay in the tiers above")
                 self._shelf.counters.count_dropped("disk_write_failed", len(write.keys))
             finally:
-                self._shelf.release_rows(write.rows)
+                self._is_disk_behind = False
+                if not self._shelf.is_host_row(write.rows):
+                    self._shelf.release_rows(write.rows)
                 self._settle_write(write)
 
     def _write(self, disk: DiskTier, write: _DiskWrite) -> None:
-        shelf, pool = self._shelf, self._shelf.disk
+        shelf = self._shelf
         shelf.notice_lost_disk()
         generation = disk.generation
         with shelf.changed:
-            fresh = np.array([i for i, key in enumerate(write.keys) if key not in pool], dtype=np.int64)
-            room = pool.allocate(min(len(fresh), pool.num_available))
-            assert room is not None, "no more was asked for than there is"
-            shelf.events.removed("disk", room.evicted_keys)
-        shelf.counters.count_dropped("disk_slots_in_use", len(fresh) - len(room.slots))
-        fresh, slots = fresh[: len(room.slots)], room.slots
-        # Recorded before the slots are overwritten, so that a crash in between leaves no name for other bytes.
-        shelf.record_drop(room.evicted_keys, room.evicted_slots)
-        done = disk.write(slots, shelf.rows, write.rows[fresh])
-        stored = fresh[done].tolist()
-        keys = [write.keys[i] for i in stored]
-        parents = [write.parents[i] for i in stored]
-        digests = write.digests[fresh[done]]
-        names = [ROOT_NAME if parent is None else parent for parent in parents]
-        recorded = not keys or (disk.journal.put(keys, names, slots[done], digests) and disk.generation == generation)
-        with shelf.changed:
+            # Of what is on disk now: blocks that were queued before these may have been written meanwhile.
+            hold = shelf.hold(write.hold.chains)
+            reachable: set[BlockKey | None] = {None}
+            wanted = []
+            num_absent = sum(key not in shelf.disk for key in write.keys)
+            for i, (key, parent) in enumerate(zip(write.keys, write.parents, strict=True)):
+                if parent in reachable or parent in shelf.disk:  # behind its parent, or nobody would find it
+                    reachable.add(key)
+                    if key not in shelf.disk:
+                        wanted.append(i)
+        fresh = np.array(wanted, dtype=np.int64)
+        room = shelf.take_disk_slots(len(fresh))
+        held = room.slots
+        was_refused = False
+        try:
+            shelf.counters.count_dropped("no_disk_slot", num_absent - len(held))
+            # Recorded before the slots are overwritten, so that a crash in between leaves no name for other bytes.
+            shelf.record_drop(room.evicted_keys, room.evicted_slots)
+            stored = fresh[: len(held)]
+            done = disk.write(held, shelf.rows, write.rows[stored])
+            was_refused = not done.all()
+            slots, stored = held[done], stored[done]
+            keys = [write.keys[i] for i in stored.tolist()]
+            parents = [write.parents[i] for i in stored.tolist()]
+            digests = write.digests[stored]
+            names = [ROOT_NAME if parent is None else parent for parent in parents]
+            recorded = not keys or (disk.journal.put(keys, names, slots, digests) and disk.generation == generation)
+            shelf.counters.count_dropped("disk_write_failed", len(held) - (len(keys) if recorded else 0))
             if keys and recorded:
-                shelf.disk_digests[slots[done]] = digests
-                registered = pool.register(keys, slots[done])
-                slots = np.concatenate((registered.slots, slots[~done]))
-                shelf.events.stored_runs(
-                    "disk", [keys[i] for i in registered.new], [parents[i] for i in registered.new]
-                )
-            pool.release(slots)
-        shelf.counters.count_dropped("disk_write_failed", len(slots) - (len(keys) if recorded else 0))
+                kept = shelf.keep_on_disk(keys, slots, parents, digests)
+                hold.disk = np.concatenate((hold.disk, kept))
+                held = held[~done]
+        finally:
+            with shelf.changed:
+                shelf.disk.release(held)
+                shelf.let_go(hold)
+            if was_refused:
+                shelf.limit_disk()

@@ -53,6 +53,7 @@ class BlockPool:
         self._free = np.arange(num_slots - 1, -1, -1, dtype=np.int64)  # a stack; popping from the end gives 0, 1, 2 ...
         self._num_free = num_slots
         self._num_idle = 0
+        self._withheld = _NO_SLOTS
         self._refs = np.zeros(num_slots, dtype=np.int32)
         self._stamp = np.zeros(num_slots, dtype=np.int64)  # number of the run an idle slot is in; 0: not idle
         self._registered = np.zeros(num_slots, dtype=np.bool_)
@@ -77,7 +78,7 @@ class BlockPool:
     @property
     def num_pinned(self) -> int:
         """Slots somebody holds."""
-        return self.num_slots - self._num_free - self._num_idle
+        return self.num_slots - self._num_free - self._num_idle - len(self._withheld)
 
     @property
     def num_places(self) -> int:
@@ -101,7 +102,7 @@ class BlockPool:
         return np.array(slots, dtype=np.int64)
 
     def find_any(self, keys: Sequence[BlockKey]) -> SlotIds:
-        """Slots of those of `keys` that are registered, in their order. They are not pinned."""
+        """Slots of those of the distinct `keys` that are registered, in their order. They are not pinned."""
         get = self._index.get
         return np.array([slot for key in keys if (slot := get(key)) is not None], dtype=np.int64)
 
@@ -147,6 +148,20 @@ class BlockPool:
         self._num_free = top - count
         self._refs[slots] = 1
         return Allocation(slots, evicted_keys, evicted_slots)
+
+    def withhold(self, first: int) -> None:
+        """Takes the free ones of the slots from `first` on out of use, until `put_back`."""
+        free = self._free[: self._num_free]
+        beyond = free >= first
+        self._withheld = np.concatenate((self._withheld, free[beyond]))
+        kept = free[~beyond].copy()
+        self._free[: len(kept)] = kept
+        self._num_free = len(kept)
+
+    def put_back(self) -> None:
+        """Makes withheld slots free again."""
+        withheld, self._withheld = self._withheld, _NO_SLOTS
+        self._push_free(withheld)
 
     def restore(self, keys: Sequence[BlockKey], slots: SlotIds) -> None:
         """Fills an unused pool with idle blocks, given in the order in which they are to be evicted."""
@@ -222,7 +237,7 @@ class BlockPool:
         used = np.flatnonzero(self._refs)
         assert len(np.unique(free)) == self._num_free, "a slot is free twice"
         assert len(idle) == self._num_idle, f"{len(idle)} idle slots, {self._num_idle} counted"
-        states = np.concatenate((free, idle, used))
+        states = np.concatenate((free, idle, used, self._withheld))
         assert len(states) == self.num_slots, f"{len(states)} slots accounted for, {self.num_slots} exist"
         assert len(np.unique(states)) == self.num_slots, "a slot is in two states"
         assert (self._refs >= 0).all(), "a reference count is negative"

@@ -1,6 +1,7 @@
 """One token sequence and the blocks it holds."""
 
 import asyncio
+import contextlib
 from array import array
 from collections.abc import Callable
 from typing import Self
@@ -73,7 +74,11 @@ class Sequence:
         self._add_slots(reservation.matched)
         self._add_slots(reservation.fresh)
         self._num_shared_blocks = len(reservation.matched)  # leading blocks that are registered in the pool
-        num_loading = self._start_loading(keys, reservation.fresh, load_timeout_s)
+        try:
+            num_loading = self._start_loading(keys, reservation.fresh, load_timeout_s)
+        except BaseException:
+            pool.release(self.block_table.astype(np.int64))
+            raise
         self._num_missed_blocks = len(keys) - self._num_shared_blocks - num_loading
 
     def __enter__(self) -> Self:
@@ -127,7 +132,7 @@ class Sequence:
         arrived = transfer.wait(timeout_s)
         if transfer.is_expired:
             self._counters.count_fault("late", transfer.num_blocks - arrived)
-        self._share(self._num_shared_blocks + arrived, pin=False)
+        self._share(self._num_shared_blocks + arrived)
         self._transfer = None
         self._num_cached_tokens = self._num_shared_blocks * self._block_size
 
@@ -139,7 +144,8 @@ class Sequence:
             ended = asyncio.Event()
 
             def tell_loop() -> None:
-                loop.call_soon_threadsafe(ended.set)
+                with contextlib.suppress(RuntimeError):  # the loop was closed, and with it whoever waited
+                    loop.call_soon_threadsafe(ended.set)
 
             transfer.when_ended(tell_loop)
             try:
@@ -183,14 +189,17 @@ class Sequence:
         if end <= first:
             return
         self._extend_chain(end)
-        slots = self._share(end, pin=self._store is not None)
+        fences = self._pool.tier.fences()
+        self._share(end)
         if self._store is not None:
+            held = self.block_table[:end].astype(np.int64)
+            self._pool.pin(held)
             request = SaveRequest(
                 chain=self._chain.keys[:end],
                 first=first,
-                device_slots=slots,
-                fence=self._pool.tier.fence(),
-                release=lambda: self._pool.unpin(slots),
+                device_slots=held[first:],
+                fences=fences,
+                release=lambda: self._pool.unpin(held),
             )
             self._store.save(request, _OFFER_WAIT_S)
 
@@ -199,9 +208,11 @@ class Sequence:
         if self._is_closed:
             return
         self._is_closed = True
-        if self._transfer is not None:
-            self._transfer.expire()
-        self._pool.release(self.block_table.astype(np.int64))
+        try:
+            if self._transfer is not None:
+                self._transfer.expire()
+        finally:
+            self._pool.release(self.block_table.astype(np.int64))
 
     def when_ready(self, callback: Callable[[], None]) -> None:
         """Calls `callback` once, on some thread, when the loads have ended; at once if there are none."""
@@ -215,7 +226,7 @@ class Sequence:
         first = self._num_shared_blocks
         num_loading = self._store.count_loadable(keys[first:]) if self._store else 0
         if num_loading and self._store:
-            request = LoadRequest(keys, first, fresh[:num_loading], self._pool.tier.fence())
+            request = LoadRequest(keys, first, fresh[:num_loading], self._pool.tier.fences())
             self._transfer = self._store.load(request, timeout_s)
         else:
             self._num_cached_tokens = first * self._block_size
@@ -223,15 +234,13 @@ class Sequence:
             self._store.touch(keys)
         return num_loading
 
-    def _share(self, end: int, *, pin: bool) -> SlotIds:
-        """Shares the blocks from the last shared one up to `end`; returns their slots."""
+    def _share(self, end: int) -> None:
+        """Shares the blocks from the last shared one up to `end`."""
         first = self._num_shared_blocks
         parent = self._chain.keys[first - 1] if first else None
         own = self.block_table[first:end].astype(np.int64)
-        slots = self._pool.share(self._chain.keys[first:end], own, parent, pin=pin)
-        self.block_table[first:end] = slots
+        self.block_table[first:end] = self._pool.share(self._chain.keys[first:end], own, parent)
         self._num_shared_blocks = end
-        return slots
 
     def _extend_chain(self, num_blocks: int) -> None:
         num_hashed, size = len(self._chain.keys), self._block_size

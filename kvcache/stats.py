@@ -16,8 +16,8 @@ LoadFault = Literal["late", "corrupt", "unreadable", "missing"]
 DropReason = Literal[
     "closing",
     "disk_queue_full",
-    "disk_slots_in_use",
     "disk_write_failed",
+    "no_disk_slot",
     "no_host_row",
     "offload_error",
     "offload_queue_full",

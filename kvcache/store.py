@@ -172,6 +172,13 @@ class BlockStore:
     def check_invariants(self) -> None:
         """Raises AssertionError if the books do not balance."""
         self._shelf.check_invariants()
+        self._shelf.check_unpinned(
+            lambda: (
+                not self._offloader.num_pending_blocks
+                and not self._offloader.num_writing_blocks
+                and not self._onboarder.num_unfinished
+            )
+        )
 
     def close(self, timeout_s: float) -> None:
         """Writes what is pending, then ends threads and tiers. Idempotent.

@@ -1,4 +1,4 @@
-"""The real server, with the demo model, as a process of its own."""
+"""The real server, with the demo model, as a process of its own; and the one way to wait for something."""
 
 import os
 import resource
@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 _TIMEOUT_S = 60.0
+_POLL_TIMEOUT_S = 30.0
 _SMALL_TIERS = ("--threads", "1", "--device-cache", "32MiB", "--host-cache", "32MiB")
 
 
@@ -109,3 +111,18 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
     yield start
     for server in servers:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[[Callable[[], bool]], None]:
+    """Polls a condition that no event tells of until it holds; fails after half a minute. Blocks: in a coroutine, use
+    `await asyncio.to_thread(eventually, condition)`."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _POLL_TIMEOUT_S
+        pause = threading.Event()
+        while not condition():
+            assert time.monotonic() < deadline, f"the condition did not come true within {_POLL_TIMEOUT_S:g} s"
+            pause.wait(0.002)
+
+    return wait

@@ -1,6 +1,6 @@
 """Runs the parts of transfers on its own threads, a few parts of each transfer at a time.
 
-A transfer is many independent parts (runs of blocks). Each transfer has at most `PARTS_AT_ONCE` of its parts running or
+A transfer is many independent parts (runs of blocks). Each transfer has at most `PARTS_AT_ONCE` parts of a lane running or
 queued, and queues the next one behind the parts of all other transfers: a short transfer never waits for the whole of a
 long one.
 """
@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 PARTS_AT_ONCE = 2  # one part reads while the other copies
 
 Part = Callable[[], None]
-"""Moves some of a transfer's blocks and gives back the pins it holds, in every case."""
+"""Moves some of a transfer's blocks."""
 
 
 class Transfer:
@@ -107,36 +107,58 @@ class Transfer:
             callbacks, self._callbacks = self._callbacks, []
         self._ended.set()
         for callback in callbacks:
-            callback()
+            try:
+                callback()
+            except Exception:
+                logger.exception("a listener to the end of a KV transfer failed")
 
 
 class Mover:
-    """Owns the threads that run transfers' parts, and one that ends transfers whose deadline has passed."""
+    """Owns the threads that run transfers' parts, and one that ends transfers whose deadline has passed.
 
-    def __init__(self, num_threads: int) -> None:
+    Parts belong to lanes, such as "host" and "disk", with threads of their own: a disk that hangs holds up no load that
+    needs host memory only.
+    """
+
+    def __init__(self, num_threads: Mapping[str, int]) -> None:
+        """Starts `num_threads[lane]` threads for each lane."""
         self._changed = threading.Condition()  # guards all below
-        self._parts: deque[tuple[_Work, Part]] = deque()
+        self._lanes: dict[str, deque[_Queued]] = {lane: deque() for lane in num_threads}
         self._deadlines: list[tuple[float, int, Transfer]] = []  # a heap; the number keeps equal deadlines apart
         self._num_submitted = 0
+        self._num_unfinished = 0
         self._is_closing = False
         self._threads = [
-            threading.Thread(target=self._run_parts, name=f"kv-load-{i}", daemon=True) for i in range(num_threads)
+            threading.Thread(target=self._run_parts, args=(queued,), name=f"kv-load-{lane}-{i}", daemon=True)
+            for lane, queued in self._lanes.items()
+            for i in range(num_threads[lane])
         ]
         self._threads.append(threading.Thread(target=self._watch_deadlines, name="kv-load-deadlines", daemon=True))
         for thread in self._threads:
             thread.start()
 
-    def submit(self, transfer: Transfer, parts: list[Part]) -> None:
-        """Runs all parts, in order of their start, and then finishes the transfer. A part runs even if the transfer has
-        expired, since it owns pins that it must give back."""
-        if not parts:
+    @property
+    def num_unfinished(self) -> int:
+        """Transfers with parts queued or running, expired ones included."""
+        return self._num_unfinished
+
+    def submit(self, transfer: Transfer, parts: Mapping[str, Sequence[Part]], on_done: Callable[[], None]) -> None:
+        """Runs all parts, those of a lane in order of their start, then `on_done`, and then finishes the transfer.
+
+        Parts run, and `on_done` waits for them, even if the transfer expires meanwhile: `on_done` gives back what they use.
+        """
+        num_parts = sum(map(len, parts.values()))
+        if num_parts == 0:
+            on_done()
             transfer.finish()
             return
-        work = _Work(transfer, deque(parts), len(parts))
+        work = _Work(transfer, {lane: deque(lane_parts) for lane, lane_parts in parts.items()}, num_parts, on_done)
         with self._changed:
-            for _ in range(min(PARTS_AT_ONCE, len(parts))):
-                self._parts.append((work, work.waiting.popleft()))
+            for lane, waiting in work.waiting.items():
+                for _ in range(min(PARTS_AT_ONCE, len(waiting))):
+                    self._lanes[lane].append(_Queued(work, lane, waiting.popleft()))
             self._num_submitted += 1
+            self._num_unfinished += 1
             heapq.heappush(self._deadlines, (transfer.deadline, self._num_submitted, transfer))
             self._changed.notify_all()
 
@@ -153,24 +175,28 @@ class Mover:
                 "loads of KV blocks still run %g s after they were told to end; going on without them", timeout_s
             )
 
-    def _run_parts(self) -> None:
+    def _run_parts(self, lane: "deque[_Queued]") -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._parts or self._is_closing)
-                if not self._parts:
+                self._changed.wait_for(lambda: lane or self._is_closing)
+                if not lane:
                     return
-                work, part = self._parts.popleft()
+                queued = lane.popleft()
             try:
-                part()
+                queued.part()
             except Exception:  # root of a task: the part's blocks count as not arrived
                 logger.exception("a part of a KV transfer failed; its blocks are computed again")
+            work = queued.work
             with self._changed:
                 work.num_remaining -= 1
                 is_last = work.num_remaining == 0
-                if work.waiting:
-                    self._parts.append((work, work.waiting.popleft()))
-                    self._changed.notify()
+                if waiting := work.waiting[queued.lane]:
+                    lane.append(_Queued(work, queued.lane, waiting.popleft()))
+                    self._changed.notify_all()
             if is_last:
+                work.on_done()
+                with self._changed:
+                    self._num_unfinished -= 1
                 work.transfer.finish()
 
     def _watch_deadlines(self) -> None:
@@ -188,8 +214,16 @@ class Mover:
 
 @dataclass(slots=True)
 class _Work:
-    """A transfer's parts that are not queued yet, and how many have not ended."""
+    """A transfer's parts that are not queued yet, by lane, and how many have not ended."""
 
     transfer: Transfer
-    waiting: deque[Part]
+    waiting: dict[str, deque[Part]]
     num_remaining: int
+    on_done: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    work: _Work
+    lane: str
+    part: Part

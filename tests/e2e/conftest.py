@@ -1,7 +1,6 @@
 """What a client and an operator see of a server: completions, metrics, health, its log."""
 
 import json
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -14,8 +13,9 @@ import pytest
 class Client:
     """Talks to a running server of the demo model."""
 
-    def __init__(self, server: Any) -> None:
+    def __init__(self, server: Any, eventually: Callable[[Callable[[], bool]], None]) -> None:
         self.server = server
+        self._eventually = eventually
 
     def complete(self, prompt: list[int], **options: Any) -> dict[str, Any]:
         """Greedy completion of token ids, not streamed."""
@@ -38,16 +38,11 @@ class Client:
 
     def settle(self) -> None:
         """Waits until nothing is on its way to the lower tiers."""
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            metrics = self.metrics()
-            if (
-                not metrics["dynamo_kvcache_pending_offload_blocks"]
-                and not metrics["dynamo_kvcache_pending_disk_blocks"]
-            ):
-                return
-            time.sleep(0.05)
-        raise AssertionError("offloading did not end")
+        self._eventually(self._is_settled)
+
+    def _is_settled(self) -> bool:
+        metrics = self.metrics()
+        return not (metrics["dynamo_kvcache_pending_offload_blocks"] or metrics["dynamo_kvcache_pending_disk_blocks"])
 
     def is_healthy(self) -> bool:
         try:
@@ -62,9 +57,9 @@ class Client:
 
 
 @pytest.fixture
-def start(start_server: Callable[..., Any]) -> Callable[..., Client]:
+def start(start_server: Callable[..., Any], eventually: Callable[..., None]) -> Callable[..., Client]:
     """Starts a server and gives a client of it."""
-    return lambda *flags, **options: Client(start_server(*flags, **options))
+    return lambda *flags, **options: Client(start_server(*flags, **options), eventually)
 
 
 @pytest.fixture

@@ -133,7 +133,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.acquire(matched)
         room = self.pool.allocate(length - len(matched))
         if room is None:
-            self.pool.release(matched)
+            self.pool.release(matched)  # which makes it the last used
+            self.clock += 1
+            self.last_use.update(dict.fromkeys(keys[: len(matched)], self.clock))
             return multiple()
         self.holders.update(matched.tolist())
         kept = [k for k in self.last_use if k in self.pool and not self.holders[self.pool.find(k)]]

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import uvicorn
 
-from dynamo.serve.engine.request import EngineStats, GenerationRequest, OutputDelta, TokenLogprob
+from dynamo.serve.engine.request import EngineStats, GenerationRequest, OutputDelta, SamplingDefaults, TokenLogprob
 from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestFailedError
 from dynamo.serve.frontend import Frontend
-from dynamo.serve.generation import ServedModel
-from dynamo.serve.parameters import SamplingDefaults
+from dynamo.serve.served_model import ServedModel
 
 _START_TIMEOUT_S = 60.0
 
@@ -27,10 +26,10 @@ class ByteCodec:
 
     vocab_size = 258
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
 
     def token_text(self, token_id: int) -> str:
@@ -39,7 +38,7 @@ class ByteCodec:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b""
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]:
         return [256, *"".join(f"{message['role']}: {message['content']}\n" for message in messages).encode()]
 
 
@@ -50,6 +49,7 @@ class ScriptedEngine:
     Attributes:
         tokens_per_step: bytes per delta.
         fail_after: raise `failure` after this many deltas; None never.
+        stop_reason: of the last delta.
         hold_after: wait for `proceed` after this many deltas; None never.
         live: ids of requests whose generator runs; `ended` maps each to when it was closed.
     """
@@ -63,6 +63,7 @@ class ScriptedEngine:
     hold_after: int | None = None
     dead: bool = False
     overloaded: bool = False
+    stop_reason: str | int | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     live: set[str] = field(default_factory=set)
     ended: dict[str, float] = field(default_factory=dict)
@@ -70,7 +71,7 @@ class ScriptedEngine:
 
     async def start(self) -> None: ...
 
-    async def stop(self, drain_timeout_s: float) -> None: ...
+    async def stop(self) -> None: ...
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -124,6 +125,7 @@ class ScriptedEngine:
                 token_ids=ids,
                 logprobs=logprobs,
                 finish_reason=finish,  # type: ignore[arg-type]
+                stop_reason=self.stop_reason if last else None,
                 num_cached_tokens=self.num_cached_tokens,
             )
 
@@ -194,19 +196,6 @@ def serve() -> Iterator[Callable[..., ThreadedServer]]:
     yield start
     for server in servers:
         server.close()
-
-
-@pytest.fixture
-def eventually() -> Callable[[Callable[[], bool]], None]:
-    """Polls a condition until it holds, or fails after ten seconds."""
-
-    def wait(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 10
-        while not condition():
-            assert time.monotonic() < deadline, "the condition did not come true"
-            threading.Event().wait(0.002)
-
-    return wait
 
 
 @pytest.fixture

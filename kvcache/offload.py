@@ -1,16 +1,13 @@
-"""Copies committed blocks down: device to host rows on one thread, host rows to disk on another.
+"""Copies committed blocks down: device to host rows on one thread, and from there to disk on `DiskWriter`'s.
 
-    save ──► queue ──► offload thread: device ─► host rows, digests ──► host pool
-                                                     │ rows stay pinned
-                        bounded queue ◄──────────────┘
-                            └──► disk thread: host rows ─► disk slots ─► journal ──► disk pool
+    save ──► queue ──► offload thread: device ─► host rows ──► host pool
+                                                     └───────► disk writer
 
 Requests that queue up are copied together, since a decoding sequence commits one block at a time. A full queue holds `save`
 up for a bounded time, once; from then until the queue is half empty, and wherever a tier has no room, blocks are dropped and
 counted.
 """
 
-import contextlib
 import logging
 import queue
 import threading
@@ -21,12 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dynamo.kernels.digest import digest_rows
+from dynamo.kvcache.disk_writer import DiskWriter
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.shelf import Digests, Hold, Shelf, digest_seeds
+from dynamo.kvcache.shelf import Hold, Shelf
 from dynamo.tiers.device import DeviceTier, Fence
-from dynamo.tiers.disk import DiskTier
-from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.tier import SlotIds
 
 __all__ = ["Offloader", "SaveRequest"]
@@ -35,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 _ROOM_TIMEOUT_S = 10.0  # a block whose way down is barred for so long is dropped
 _MAX_TOUCHES = 1024
-_MAX_QUEUED_WRITES = 8  # parts; bounds the host rows that are pinned for the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +84,8 @@ class _Offer:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _DiskWrite:
-    """Blocks on their way to disk. `hold` has their host rows; staging rows come with a reference of their own."""
-
-    keys: list[BlockKey]
-    parents: list[BlockKey | None]
-    rows: SlotIds
-    digests: Digests
-    hold: Hold
-
-
 class Offloader:
-    """Owns the offload and disk threads. Thread-safe."""
+    """Owns the offload thread and the disk writer. Thread-safe."""
 
     def __init__(self, shelf: Shelf, device: DeviceTier, *, part_blocks: int, max_pending_blocks: int) -> None:
         """Starts the threads.
@@ -115,24 +98,19 @@ class Offloader:
         self._device = device
         self._part_blocks = part_blocks
         self._max_pending_blocks = max_pending_blocks
-        self._block_bytes = device.layout.block_bytes
         self._settled = threading.Condition()  # guards the counts; notified when one falls
         self._num_pending = 0
-        self._num_writing = 0
         self._closing = False
         self._congested = False
-        self._is_disk_behind = False
-        self._being_written: set[BlockKey] = set()  # guarded by the shelf's lock
         self._requests: queue.SimpleQueue[SaveRequest | _Touch | None] = queue.SimpleQueue()
         self._touches: dict[BlockKey, list[BlockKey]] = {}  # chains to be touched, by their last block
-        self._writes: queue.Queue[_DiskWrite | None] = queue.Queue(maxsize=_MAX_QUEUED_WRITES)
-        self._threads = [threading.Thread(target=self._run, name="kv-offload", daemon=True)]
+        self._writer: DiskWriter | None = None
         if shelf.disk_tier:
-            self._threads.append(
-                threading.Thread(target=self._run_writes, args=(shelf.disk_tier,), name="kv-disk-write", daemon=True)
+            self._writer = DiskWriter(
+                shelf, shelf.disk_tier, part_blocks=part_blocks, block_bytes=device.layout.block_bytes
             )
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._run, name="kv-offload", daemon=True)
+        self._thread.start()
 
     @property
     def num_pending_blocks(self) -> int:
@@ -142,7 +120,7 @@ class Offloader:
     @property
     def num_writing_blocks(self) -> int:
         """Blocks that lie in host rows and are on their way to disk."""
-        return self._num_writing
+        return self._writer.num_writing_blocks if self._writer else 0
 
     def save(self, request: SaveRequest, timeout_s: float) -> bool:
         """Offers blocks; waits while too many are pending, at most `timeout_s`, and then drops the offer.
@@ -182,8 +160,11 @@ class Offloader:
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until everything offered so far is in its tiers or dropped; False if that took longer than `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
         with self._settled:
-            return self._settled.wait_for(lambda: not self._num_pending and not self._num_writing, timeout_s)
+            if not self._settled.wait_for(lambda: not self._num_pending, timeout_s):
+                return False
+        return self._writer is None or self._writer.wait_settled(max(0.0, deadline - time.monotonic()))
 
     def close(self, timeout_s: float) -> None:
         """Finishes what is pending and ends the threads, all within `timeout_s`; a thread that hangs is left behind."""
@@ -193,15 +174,11 @@ class Offloader:
             self._settled.notify_all()
         self.flush(timeout_s)
         self._requests.put(None)
-        self._threads[0].join(max(0.0, deadline - time.monotonic()))
-        with contextlib.suppress(queue.Full):  # the disk thread hangs, or it would have made room
-            self._writes.put(None, timeout=max(0.0, deadline - time.monotonic()))
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
-            logger.error(
-                "offloading KV blocks still runs %g s after it was told to end; going on without it", timeout_s
-            )
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            logger.error("KV blocks are still being offloaded after %g s; going on without them", timeout_s)
+        if self._writer:
+            self._writer.close(max(0.0, deadline - time.monotonic()))
 
     def _has_room(self, count: int) -> bool:
         return self._closing or not self._num_pending or self._num_pending + count <= self._max_pending_blocks
@@ -266,9 +243,9 @@ class Offloader:
         hold = shelf.hold(offer.chains)
         try:
             rest = self._offload_to_host(offer, hold)
-            if shelf.disk_tier:
-                self._queue_host_rows(offer.chains)
-                rest = self._offload_to_staging(rest, hold)
+            if self._writer:
+                self._writer.put_host_rows(offer.chains)
+                rest = self._offload_to_staging(rest, hold, self._writer)
             shelf.counters.count_dropped("no_host_row", len(rest.keys))
         finally:
             shelf.let_go(hold)
@@ -292,7 +269,7 @@ class Offloader:
                 _ROOM_TIMEOUT_S,
                 (shelf.host,),
                 hold,
-                lambda: self._is_disk_behind,
+                self._is_futile,
             )
             if not len(rows):  # what is there already is worth more than its own continuation
                 break
@@ -306,17 +283,21 @@ class Offloader:
         left = set(wanted.keys)
         return offer.cut(np.array([key in left for key in offer.keys], dtype=np.bool_) | (absent & ~chosen))
 
-    def _offload_to_staging(self, offer: _Offer, hold: Hold) -> _Offer:
+    def _is_futile(self) -> bool:
+        """Whether rows that others hold will not be given back soon, since the disk they wait for does not keep up."""
+        return self._writer is not None and self._writer.is_behind
+
+    def _offload_to_staging(self, offer: _Offer, hold: Hold, writer: DiskWriter) -> _Offer:
         """Sends blocks to disk through staging rows; returns what had no place."""
         shelf = self._shelf
         while len(offer.keys):
             count = min(len(offer.keys), self._part_blocks)
-            rows = shelf.take_rows(count, _ROOM_TIMEOUT_S, (shelf.staging,), hold, lambda: self._is_disk_behind)
+            rows = shelf.take_rows(count, _ROOM_TIMEOUT_S, (shelf.staging,), hold, self._is_futile)
             if not len(rows):
                 break
             part, offer = offer.cut(slice(len(rows))), offer.cut(slice(len(rows), None))
             try:
-                if self._copy(part, rows) and self._queue_write(part.chains, part.keys, part.parents, rows):
+                if self._copy(part, rows) and writer.put(part.chains, part.keys, part.parents, rows):
                     rows = rows[:0]  # the disk thread gives them back
             finally:
                 shelf.release_rows(rows)
@@ -330,102 +311,3 @@ class Offloader:
             return False
         self._shelf.count_host_write(rows, time.perf_counter() - started_s)
         return True
-
-    def _queue_host_rows(self, chains: list[list[BlockKey]]) -> None:
-        """Sends to disk what the host tier has of `chains` and the disk tier lacks, be it new, lost or refused before."""
-        shelf = self._shelf
-        parent_of = {key: parent for chain in chains for key, parent in zip(chain, (None, *chain), strict=False)}
-        with shelf.changed:
-            lacking = [key for key in parent_of if key in shelf.host and key not in shelf.disk]
-            lacking = [key for key in lacking if key not in self._being_written]
-            rows = shelf.host.find_any(lacking)
-        for start in range(0, len(lacking), self._part_blocks):
-            keys = lacking[start : start + self._part_blocks]
-            self._queue_write(chains, keys, [parent_of[key] for key in keys], rows[start : start + len(keys)])
-
-    def _queue_write(
-        self, chains: list[list[BlockKey]], keys: list[BlockKey], parents: list[BlockKey | None], rows: SlotIds
-    ) -> bool:
-        """Hands blocks to the disk thread, and with them staging rows; False if its queue is full."""
-        shelf = self._shelf
-        # Of the rows as they are now: an equal block that came from disk meanwhile may be rounded otherwise.
-        digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
-        with self._settled:
-            self._num_writing += len(keys)
-        with shelf.changed:
-            self._being_written.update(keys)
-        write = _DiskWrite(keys, parents, rows, digests, shelf.hold(chains))
-        try:
-            # A disk that is too slow holds the host tier up once, and not again before it has written something.
-            self._writes.put(write, timeout=0.0 if self._is_disk_behind else _ROOM_TIMEOUT_S)
-        except queue.Full:
-            self._is_disk_behind = True
-            shelf.counters.count_dropped("disk_queue_full", len(keys))
-            self._settle_write(write)
-            return False
-        return True
-
-    def _settle_write(self, write: _DiskWrite) -> None:
-        with self._shelf.changed:
-            self._being_written.difference_update(write.keys)
-        self._shelf.let_go(write.hold)
-        with self._settled:
-            self._num_writing -= len(write.keys)
-            self._settled.notify_all()
-
-    def _run_writes(self, disk: DiskTier) -> None:
-        while (write := self._writes.get()) is not None:
-            try:
-                self._write(disk, write)
-            except Exception:
-                logger.exception("writing KV blocks to disk failed; they stay in the tiers above")
-                self._shelf.counters.count_dropped("disk_write_failed", len(write.keys))
-            finally:
-                self._is_disk_behind = False
-                if not self._shelf.is_host_row(write.rows):
-                    self._shelf.release_rows(write.rows)
-                self._settle_write(write)
-
-    def _write(self, disk: DiskTier, write: _DiskWrite) -> None:
-        shelf = self._shelf
-        shelf.notice_lost_disk()
-        generation = disk.generation
-        with shelf.changed:
-            # Of what is on disk now: blocks that were queued before these may have been written meanwhile.
-            hold = shelf.hold(write.hold.chains)
-            reachable: set[BlockKey | None] = {None}
-            wanted = []
-            num_absent = sum(key not in shelf.disk for key in write.keys)
-            for i, (key, parent) in enumerate(zip(write.keys, write.parents, strict=True)):
-                if parent in reachable or parent in shelf.disk:  # behind its parent, or nobody would find it
-                    reachable.add(key)
-                    if key not in shelf.disk:
-                        wanted.append(i)
-        fresh = np.array(wanted, dtype=np.int64)
-        room = shelf.take_disk_slots(len(fresh))
-        held = room.slots
-        was_refused = False
-        try:
-            shelf.counters.count_dropped("no_disk_slot", num_absent - len(held))
-            # Recorded before the slots are overwritten, so that a crash in between leaves no name for other bytes.
-            shelf.record_drop(room.evicted_keys, room.evicted_slots)
-            stored = fresh[: len(held)]
-            done = disk.write(held, shelf.rows, write.rows[stored])
-            was_refused = not done.all()
-            slots, stored = held[done], stored[done]
-            keys = [write.keys[i] for i in stored.tolist()]
-            parents = [write.parents[i] for i in stored.tolist()]
-            digests = write.digests[stored]
-            names = [ROOT_NAME if parent is None else parent for parent in parents]
-            recorded = not keys or (disk.journal.put(keys, names, slots, digests) and disk.generation == generation)
-            shelf.counters.count_dropped("disk_write_failed", len(held) - (len(keys) if recorded else 0))
-            if keys and recorded:
-                kept = shelf.keep_on_disk(keys, slots, parents, digests)
-                hold.disk = np.concatenate((hold.disk, kept))
-                held = held[~done]
-        finally:
-            with shelf.changed:
-                shelf.disk.release(held)
-                shelf.let_go(hold)
-            if was_refused:
-                shelf.limit_disk()

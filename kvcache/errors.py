@@ -7,7 +7,8 @@ KVCacheError
 ├── CacheClosedError    the cache or sequence was used after close()
 └── SequenceStateError  a sequence's methods were called in an order that has no meaning
 
-A missing, damaged or late block is none of these: it is computed again, and counted in `KVCache.stats()`.
+A missing, damaged or late block is none of these: it is computed again, and counted in `KVCache.stats()`. Tokens that are
+no token ids raise a plain ValueError.
 """
 
 __all__ = [
@@ -29,7 +30,17 @@ class CacheConfigError(KVCacheError, ValueError):
 
 
 class CacheMemoryError(KVCacheError, MemoryError):
-    """Device or host memory does not suffice. The message says how much is needed and how much there is."""
+    """Device or host memory does not suffice; ask for less.
+
+    Attributes:
+        needed_bytes: what the tier needs.
+        available_bytes: what the machine can still give; None where unknown.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int, available_bytes: int | None) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
 
 
 class OutOfBlocksError(KVCacheError):

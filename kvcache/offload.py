@@ -1,9 +1,7 @@
-"""Copies committed blocks down: device to host rows on one thread, host rows to disk on another.
+"""Copies committed blocks down: device to host rows on one thread, and from there to disk on `DiskWriter`'s.
 
-    save ──► queue ──► offload thread: device ─► host rows, digests ──► host pool
-                                                     │ rows stay pinned
-                        bounded queue ◄──────────────┘
-                            └──► disk thread: host rows ─► disk slots ─► journal ──► disk pool
+    save ──► queue ──► offload thread: device ─► host rows ──► host pool
+                                                     └───────► disk writer
 
 Requests that queue up are copied together, since a decoding sequence commits one block at a time. A full queue holds `save`
 up for a bounded time, once; from then until the queue is half empty, and wherever a tier has no room, blocks are dropped and
@@ -13,25 +11,25 @@ counted.
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from dynamo.kernels.digest import digest_rows
+from dynamo.kvcache.disk_writer import DiskWriter
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.pool import SlotIds
-from dynamo.kvcache.shelf import Digests, Shelf, digest_seeds
+from dynamo.kvcache.shelf import Hold, Shelf
 from dynamo.tiers.device import DeviceTier, Fence
-from dynamo.tiers.disk import DiskTier
-from dynamo.tiers.journal import ROOT_NAME
+from dynamo.tiers.tier import SlotIds
 
 __all__ = ["Offloader", "SaveRequest"]
 
 logger = logging.getLogger(__name__)
 
 _ROOM_TIMEOUT_S = 10.0  # a block whose way down is barred for so long is dropped
-_MAX_QUEUED_WRITES = 8  # parts; bounds the host rows that are pinned for the disk
+_MAX_TOUCHES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,37 +40,52 @@ class SaveRequest:
         chain: keys of the whole sequence so far.
         first: position in `chain` of the first offered block; all from there on are offered.
         device_slots: where the offered blocks lie. Pinned until `release` is called.
-        fence: point in a CUDA stream after which their bytes are written; None on CPU.
+        fences: points in CUDA streams after which their bytes are written; none on CPU.
         release: gives the pins back. Called exactly once, on any thread.
     """
 
     chain: list[BlockKey]
     first: int
     device_slots: SlotIds
-    fence: Fence | None
+    fences: list[Fence]
     release: Callable[[], None]
+
+
+class _Touch:
+    """In the queue: chains wait to be touched."""
+
+
+_TOUCH = _Touch()
 
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """Blocks of one or several requests, not yet in the tier below; distinct keys, parents before children."""
+    """Blocks of one or several requests, not yet in the tier below; distinct keys, parents before children.
 
+    Attributes:
+        chains: keys of the sequences they belong to.
+    """
+
+    chains: list[list[BlockKey]]
     keys: list[BlockKey]
     parents: list[BlockKey | None]
     device_slots: SlotIds
     fences: list[Fence]
 
-
-@dataclass(frozen=True, slots=True)
-class _DiskWrite:
-    keys: list[BlockKey]
-    parents: list[BlockKey | None]
-    rows: SlotIds
-    digests: Digests
+    def cut(self, which: slice | npt.NDArray[np.bool_]) -> "_Offer":
+        """Some of the blocks."""
+        places = np.arange(len(self.keys))[which].tolist()
+        return _Offer(
+            self.chains,
+            [self.keys[place] for place in places],
+            [self.parents[place] for place in places],
+            self.device_slots[which],
+            self.fences,
+        )
 
 
 class Offloader:
-    """Owns the offload and disk threads. Thread-safe."""
+    """Owns the offload thread and the disk writer. Thread-safe."""
 
     def __init__(self, shelf: Shelf, device: DeviceTier, *, part_blocks: int, max_pending_blocks: int) -> None:
         """Starts the threads.
@@ -85,21 +98,19 @@ class Offloader:
         self._device = device
         self._part_blocks = part_blocks
         self._max_pending_blocks = max_pending_blocks
-        self._block_bytes = device.layout.block_bytes
         self._settled = threading.Condition()  # guards the counts; notified when one falls
         self._num_pending = 0
-        self._num_writing = 0
         self._closing = False
         self._congested = False
-        self._requests: queue.SimpleQueue[SaveRequest | list[BlockKey] | None] = queue.SimpleQueue()
-        self._writes: queue.Queue[_DiskWrite | None] = queue.Queue(maxsize=_MAX_QUEUED_WRITES)
-        self._threads = [threading.Thread(target=self._run, name="kv-offload", daemon=True)]
+        self._requests: queue.SimpleQueue[SaveRequest | _Touch | None] = queue.SimpleQueue()
+        self._touches: dict[BlockKey, list[BlockKey]] = {}  # chains to be touched, by their last block
+        self._writer: DiskWriter | None = None
         if shelf.disk_tier:
-            self._threads.append(
-                threading.Thread(target=self._run_writes, args=(shelf.disk_tier,), name="kv-disk-write", daemon=True)
+            self._writer = DiskWriter(
+                shelf, shelf.disk_tier, part_blocks=part_blocks, block_bytes=device.layout.block_bytes
             )
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._run, name="kv-offload", daemon=True)
+        self._thread.start()
 
     @property
     def num_pending_blocks(self) -> int:
@@ -109,7 +120,7 @@ class Offloader:
     @property
     def num_writing_blocks(self) -> int:
         """Blocks that lie in host rows and are on their way to disk."""
-        return self._num_writing
+        return self._writer.num_writing_blocks if self._writer else 0
 
     def save(self, request: SaveRequest, timeout_s: float) -> bool:
         """Offers blocks; waits while too many are pending, at most `timeout_s`, and then drops the offer.
@@ -133,30 +144,41 @@ class Offloader:
         if taken:
             self._requests.put(request)
         else:
-            self._shelf.counters.count_dropped("offload_queue_full", count)
+            self._shelf.counters.count_dropped("closing" if self._closing else "offload_queue_full", count)
             request.release()
         return taken
 
     def touch(self, chain: list[BlockKey]) -> None:
         """`Shelf.touch`, later and on the offload thread, to keep it off the caller's path."""
-        self._requests.put(chain)
+        with self._settled:
+            is_first = not self._touches
+            self._touches[chain[-1]] = chain
+            if len(self._touches) > _MAX_TOUCHES:  # the oldest: it would be the first to lose its place anyway
+                del self._touches[next(iter(self._touches))]
+        if is_first:
+            self._requests.put(_TOUCH)
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until everything offered so far is in its tiers or dropped; False if that took longer than `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
         with self._settled:
-            return self._settled.wait_for(lambda: not self._num_pending and not self._num_writing, timeout_s)
+            if not self._settled.wait_for(lambda: not self._num_pending, timeout_s):
+                return False
+        return self._writer is None or self._writer.wait_settled(max(0.0, deadline - time.monotonic()))
 
     def close(self, timeout_s: float) -> None:
-        """Finishes what is pending, for at most `timeout_s`, and ends the threads."""
+        """Finishes what is pending and ends the threads, all within `timeout_s`; a thread that hangs is left behind."""
+        deadline = time.monotonic() + timeout_s
         with self._settled:
             self._closing = True
             self._settled.notify_all()
         self.flush(timeout_s)
         self._requests.put(None)
-        self._threads[0].join()
-        if len(self._threads) > 1:
-            self._writes.put(None)
-            self._threads[1].join()
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            logger.error("KV blocks are still being offloaded after %g s; going on without them", timeout_s)
+        if self._writer:
+            self._writer.close(max(0.0, deadline - time.monotonic()))
 
     def _has_room(self, count: int) -> bool:
         return self._closing or not self._num_pending or self._num_pending + count <= self._max_pending_blocks
@@ -165,12 +187,10 @@ class Offloader:
         is_open = True
         while is_open:
             requests: list[SaveRequest] = []
-            chains: dict[BlockKey, list[BlockKey]] = {}  # the longest of those that start with the same block
-            is_open = self._collect(requests, chains)
+            is_open = self._collect(requests)
             try:
                 self._offload(self._merge(requests))
-                for chain in chains.values():
-                    self._shelf.touch(chain)
+                self._touch(requests)
             except Exception:
                 logger.exception("offloading KV blocks failed; they stay in device memory only")
                 self._shelf.counters.count_dropped("offload_error", sum(len(r.device_slots) for r in requests))
@@ -181,7 +201,7 @@ class Offloader:
                     self._num_pending -= sum(len(request.device_slots) for request in requests)
                     self._settled.notify_all()
 
-    def _collect(self, requests: list[SaveRequest], chains: dict[BlockKey, list[BlockKey]]) -> bool:
+    def _collect(self, requests: list[SaveRequest]) -> bool:
         """Waits for a request, and takes what has queued behind it up to about one part. False at the end of the queue."""
         num_blocks = 0
         request = self._requests.get()
@@ -189,114 +209,105 @@ class Offloader:
             if isinstance(request, SaveRequest):
                 requests.append(request)
                 num_blocks += len(request.device_slots)
-            chain = request.chain if isinstance(request, SaveRequest) else request
-            if len(chain) > len(chains.get(chain[0], ())):
-                chains[chain[0]] = chain
             if num_blocks >= self._part_blocks or self._requests.empty():
                 return True
             request = self._requests.get()
         return False
 
+    def _touch(self, requests: list[SaveRequest]) -> None:
+        with self._settled:
+            chains, self._touches = self._touches, {}
+        chains |= {request.chain[-1]: request.chain for request in requests}
+        for chain in chains.values():
+            self._shelf.touch(chain)
+
     def _merge(self, requests: list[SaveRequest]) -> _Offer:
         shelf = self._shelf
-        target = shelf.host if shelf.host.num_slots else shelf.disk
         places: dict[BlockKey, tuple[BlockKey | None, int]] = {}
         with shelf.changed:
             for request in requests:
                 for position, slot in enumerate(request.device_slots.tolist(), request.first):
                     key = request.chain[position]
-                    if key not in target:
+                    if key not in shelf.host and (shelf.host.num_slots or key not in shelf.disk):
                         places[key] = (request.chain[position - 1] if position else None, slot)
         return _Offer(
+            [request.chain for request in requests],
             list(places),
             [parent for parent, _ in places.values()],
             np.array([slot for _, slot in places.values()], dtype=np.int64),
-            [request.fence for request in requests if request.fence is not None],
+            [fence for request in requests for fence in request.fences],
         )
 
     def _offload(self, offer: _Offer) -> None:
         shelf = self._shelf
-        pools = (shelf.host,) if shelf.host.num_slots else (shelf.staging,)
-        start = 0
-        while start < len(offer.keys):
-            rows = shelf.take_rows(min(len(offer.keys) - start, self._part_blocks), _ROOM_TIMEOUT_S, pools)
-            if not len(rows):
-                shelf.counters.count_dropped("no_host_row", len(offer.keys) - start)
-                break
-            self._offload_part(offer, slice(start, start + len(rows)), rows)
-            start += len(rows)
-
-    def _offload_part(self, offer: _Offer, part: slice, rows: SlotIds) -> None:
-        shelf = self._shelf
-        keys, parents = offer.keys[part], offer.parents[part]
+        hold = shelf.hold(offer.chains)
         try:
-            done = self._device.read(offer.device_slots[part], shelf.rows, rows, after=offer.fences)
-            if not done.all():
-                shelf.counters.count_dropped("offload_error", len(keys))
-                return
-            digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
-            if shelf.host.num_slots:
-                rows = shelf.keep_in_host(keys, rows, parents)
-            if self._queue_write(_DiskWrite(keys, parents, rows, digests)):
-                rows = rows[:0]  # the disk thread holds them now
+            rest = self._offload_to_host(offer, hold)
+            if self._writer:
+                self._writer.put_host_rows(offer.chains)
+                rest = self._offload_to_staging(rest, hold, self._writer)
+            shelf.counters.count_dropped("no_host_row", len(rest.keys))
         finally:
-            shelf.release_rows(rows)
+            shelf.let_go(hold)
 
-    def _queue_write(self, write: _DiskWrite) -> bool:
+    def _offload_to_host(self, offer: _Offer, hold: Hold) -> _Offer:
+        """Copies to the host tier what has its parent there; returns what had no place."""
         shelf = self._shelf
         with shelf.changed:
-            if shelf.disk_tier is None or all(key in shelf.disk for key in write.keys):
-                return False
-        with self._settled:
-            self._num_writing += len(write.keys)
-        try:
-            self._writes.put(write, timeout=_ROOM_TIMEOUT_S)
-        except queue.Full:
-            shelf.counters.count_dropped("disk_queue_full", len(write.keys))
-            self._settle_write(write)
-            return False
-        return True
-
-    def _settle_write(self, write: _DiskWrite) -> None:
-        with self._settled:
-            self._num_writing -= len(write.keys)
-            self._settled.notify_all()
-
-    def _run_writes(self, disk: DiskTier) -> None:
-        while (write := self._writes.get()) is not None:
+            reachable: set[BlockKey | None] = {None}
+            mask = []
+            for key, parent in zip(offer.keys, offer.parents, strict=True):
+                mask.append(key not in shelf.host and (parent in reachable or parent in shelf.host))
+                if mask[-1]:
+                    reachable.add(key)
+            absent = np.array([key not in shelf.host for key in offer.keys], dtype=np.bool_)
+        chosen = np.array(mask, dtype=np.bool_)
+        wanted = offer.cut(chosen)
+        while len(wanted.keys):
+            rows = shelf.take_rows(
+                min(len(wanted.keys), self._part_blocks),
+                _ROOM_TIMEOUT_S,
+                (shelf.host,),
+                hold,
+                self._is_futile,
+            )
+            if not len(rows):  # what is there already is worth more than its own continuation
+                break
+            part, wanted = wanted.cut(slice(len(rows))), wanted.cut(slice(len(rows), None))
             try:
-                self._write(disk, write)
-            except Exception:
-                logger.exception("writing KV blocks to disk failed; they stay in the tiers above")
-                self._shelf.counters.count_dropped("disk_write_failed", len(write.keys))
+                if self._copy(part, rows):
+                    rows = shelf.keep_in_host(part.keys, rows, part.parents)
+                    hold.host, rows = np.concatenate((hold.host, rows)), rows[:0]
             finally:
-                self._shelf.release_rows(write.rows)
-                self._settle_write(write)
+                shelf.release_rows(rows)
+        left = set(wanted.keys)
+        return offer.cut(np.array([key in left for key in offer.keys], dtype=np.bool_) | (absent & ~chosen))
 
-    def _write(self, disk: DiskTier, write: _DiskWrite) -> None:
-        shelf, pool = self._shelf, self._shelf.disk
-        shelf.notice_lost_disk()
-        generation = disk.generation
-        with shelf.changed:
-            fresh = np.array([i for i, key in enumerate(write.keys) if key not in pool], dtype=np.int64)
-            room = pool.allocate(min(len(fresh), pool.num_available))
-            assert room is not None, "no more was asked for than there is"
-            shelf.events.removed("disk", room.evicted_keys)
-        shelf.counters.count_dropped("disk_slots_in_use", len(fresh) - len(room.slots))
-        fresh, slots = fresh[: len(room.slots)], room.slots
-        # Recorded before the slots are overwritten, so that a crash in between leaves no name for other bytes.
-        shelf.record_drop(room.evicted_keys, room.evicted_slots)
-        done = disk.write(slots, shelf.rows, write.rows[fresh])
-        stored = fresh[done].tolist()
-        keys = [write.keys[i] for i in stored]
-        parents = [write.parents[i] for i in stored]
-        digests = write.digests[fresh[done]]
-        names = [ROOT_NAME if parent is None else parent for parent in parents]
-        recorded = not keys or (disk.journal.put(keys, names, slots[done], digests) and disk.generation == generation)
-        with shelf.changed:
-            if keys and recorded:
-                shelf.disk_digests[slots[done]] = digests
-                slots = np.concatenate((pool.register(keys, slots[done]), slots[~done]))
-                shelf.events.stored_runs("disk", keys, parents)
-            pool.release(slots)
-        shelf.counters.count_dropped("disk_write_failed", len(slots) - (len(keys) if recorded else 0))
+    def _is_futile(self) -> bool:
+        """Whether rows that others hold will not be given back soon, since the disk they wait for does not keep up."""
+        return self._writer is not None and self._writer.is_behind
+
+    def _offload_to_staging(self, offer: _Offer, hold: Hold, writer: DiskWriter) -> _Offer:
+        """Sends blocks to disk through staging rows; returns what had no place."""
+        shelf = self._shelf
+        while len(offer.keys):
+            count = min(len(offer.keys), self._part_blocks)
+            rows = shelf.take_rows(count, _ROOM_TIMEOUT_S, (shelf.staging,), hold, self._is_futile)
+            if not len(rows):
+                break
+            part, offer = offer.cut(slice(len(rows))), offer.cut(slice(len(rows), None))
+            try:
+                if self._copy(part, rows) and writer.put(part.chains, part.keys, part.parents, rows):
+                    rows = rows[:0]  # the disk thread gives them back
+            finally:
+                shelf.release_rows(rows)
+        return offer
+
+    def _copy(self, part: _Offer, rows: SlotIds) -> bool:
+        started_s = time.perf_counter()
+        done = self._device.read(part.device_slots, self._shelf.rows, rows, after=part.fences)
+        if not done.all():
+            self._shelf.counters.count_dropped("offload_error", len(rows))
+            return False
+        self._shelf.count_host_write(rows, time.perf_counter() - started_s)
+        return True

@@ -5,26 +5,25 @@ forgotten, counted and computed again.
 """
 
 import logging
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.pool import SlotIds
-from dynamo.kvcache.shelf import Shelf, digest_seeds
+from dynamo.kvcache.shelf import Hold, Shelf, digest_seeds
 from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
-from dynamo.tiers.mover import Mover, Transfer
+from dynamo.tiers.mover import Mover, Part, Transfer
+from dynamo.tiers.tier import Outcomes, SlotIds
 
 __all__ = ["LoadRequest", "Onboarder"]
 
 logger = logging.getLogger(__name__)
 
-_NUM_THREADS = 4
+_NUM_THREADS = {"host": 2, "disk": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +34,27 @@ class LoadRequest:
         chain: keys of the whole sequence so far.
         first: position in `chain` of the first wanted block.
         device_slots: where the wanted blocks go, one slot for each.
-        fence: point in a CUDA stream after which nothing uses the slots' former content; None on CPU.
+        fences: points in CUDA streams after which nothing uses the slots' former content; none on CPU.
     """
 
     chain: list[BlockKey]
     first: int
     device_slots: SlotIds
-    fence: Fence | None
+    fences: list[Fence]
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Some blocks of a request: their positions in it, and the host or disk slots they lie in, pinned."""
+    """Some blocks of a request: their positions in it, and the host or disk slots they lie in, which `hold` pins."""
 
     request: LoadRequest
     transfer: Transfer
+    hold: Hold
     positions: SlotIds
     slots: SlotIds
 
-    def cut(self, which: slice | npt.NDArray[np.bool_]) -> "_Part":
-        return _Part(self.request, self.transfer, self.positions[which], self.slots[which])
+    def cut(self, which: slice | Outcomes) -> "_Part":
+        return _Part(self.request, self.transfer, self.hold, self.positions[which], self.slots[which])
 
     @property
     def keys(self) -> list[BlockKey]:
@@ -88,6 +88,7 @@ class Onboarder:
         in_host: list[tuple[int, int]] = []
         on_disk: list[tuple[int, int]] = []
         with shelf.changed:
+            hold = shelf.hold([request.chain])
             for position, key in enumerate(keys):
                 if (slot := shelf.host.find(key)) is not None:
                     in_host.append((position, slot))
@@ -96,61 +97,61 @@ class Onboarder:
                 else:  # evicted since the caller looked; what follows is of no use without it
                     shelf.counters.count_fault("missing", len(keys) - position)
                     break
-            shelf.host.acquire(np.array([slot for _, slot in in_host], dtype=np.int64))
-            shelf.disk.acquire(np.array([slot for _, slot in on_disk], dtype=np.int64))
-        parts: list[Callable[[], None]] = []
-        for places, load in ((in_host, self._load_from_host), (on_disk, self._load_from_disk)):
+        parts: dict[str, list[Part]] = {"host": [], "disk": []}
+        for lane, places, load in (
+            ("host", in_host, self._load_from_host),
+            ("disk", on_disk, self._load_from_disk),
+        ):
             for start in range(0, len(places), self._part_blocks):
                 positions, slots = np.array(places[start : start + self._part_blocks], dtype=np.int64).T.copy()
-                parts.append(partial(load, _Part(request, transfer, positions, slots)))
-        self._mover.submit(transfer, parts)
+                parts[lane].append(partial(load, _Part(request, transfer, hold, positions, slots)))
+        self._mover.submit(transfer, parts, on_done=lambda: shelf.let_go(hold))
         return transfer
 
-    def close(self) -> None:
-        """Waits for the parts that are queued or running, and ends the threads."""
-        self._mover.close()
+    @property
+    def num_unfinished(self) -> int:
+        """Loads that still hold pins."""
+        return self._mover.num_unfinished
+
+    def close(self, timeout_s: float) -> None:
+        """Waits for the parts that are queued or running, at most `timeout_s`, and ends the threads."""
+        self._mover.close(timeout_s)
 
     def _load_from_host(self, part: _Part) -> None:
-        try:
-            self._deliver("host", part, part.slots, np.ones(len(part.slots), dtype=np.bool_))
-        finally:
-            self._shelf.release_rows(part.slots)
+        self._deliver("host", part, part.slots, np.ones(len(part.slots), dtype=np.bool_))
 
     def _load_from_disk(self, whole: _Part) -> None:
-        shelf = self._shelf
+        shelf, transfer = self._shelf, whole.transfer
         disk = shelf.disk_tier
         assert disk is not None, "blocks lie on disk only with a disk tier"
+        pools = (shelf.host, shelf.staging)
         start = 0
-        try:
-            while start < len(whole.slots) and not whole.transfer.is_ended:
-                num_left, remaining_s = len(whole.slots) - start, whole.transfer.remaining_s
-                rows = shelf.take_rows(num_left, remaining_s, (shelf.host, shelf.staging))
-                if not len(rows):
-                    break
-                part = whole.cut(slice(start, start + len(rows)))
-                try:
-                    good = self._read_checked(disk, part.keys, part.slots, rows)
-                    self._deliver("disk", part, rows, good)
-                    if good.any() and shelf.is_host_row(rows):
-                        kept = part.cut(good)
-                        rows = np.concatenate((shelf.keep_in_host(kept.keys, rows[good], kept.parents), rows[~good]))
-                finally:
-                    shelf.release_rows(rows)
-                start += len(part.slots)
-        finally:
-            with shelf.changed:
-                shelf.disk.release(whole.slots)
+        while start < len(whole.slots) and not transfer.is_ended:
+            num_left = len(whole.slots) - start
+            rows = shelf.take_rows(num_left, transfer.remaining_s, pools, whole.hold, lambda: transfer.is_ended)
+            if not len(rows):
+                break
+            part = whole.cut(slice(start, start + len(rows)))
+            try:
+                good = self._read_checked(disk, part.keys, part.slots, rows)
+                self._deliver("disk", part, rows, good)
+                if good.any() and shelf.is_host_row(rows):
+                    kept = part.cut(good)
+                    rows = np.concatenate((shelf.keep_in_host(kept.keys, rows[good], kept.parents), rows[~good]))
+            finally:
+                shelf.release_rows(rows)
+            start += len(part.slots)
 
-    def _read_checked(
-        self, disk: DiskTier, keys: list[BlockKey], slots: SlotIds, rows: SlotIds
-    ) -> npt.NDArray[np.bool_]:
+    def _read_checked(self, disk: DiskTier, keys: list[BlockKey], slots: SlotIds, rows: SlotIds) -> Outcomes:
         """Reads blocks into rows; returns bool [n], True where the bytes are those once written. Forgets the others."""
         shelf = self._shelf
+        started_s = time.perf_counter()
         readable = disk.read(slots, shelf.rows, rows)
+        shelf.count_host_write(rows[readable], time.perf_counter() - started_s)
         digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
-        good: npt.NDArray[np.bool_] = readable & (digests == shelf.disk_digests[slots])
+        good: Outcomes = readable & (digests == shelf.disk_digests[slots])
         if not good.all() and not shelf.notice_lost_disk():
-            shelf.forget_on_disk([key for key, ok in zip(keys, good.tolist(), strict=True) if not ok])
+            shelf.forget_on_disk([key for key, ok in zip(keys, good.tolist(), strict=True) if not ok], slots[~good])
             self._count_bad(int(np.count_nonzero(~readable)), int(np.count_nonzero(readable & ~good)))
         return good
 
@@ -164,12 +165,14 @@ class Onboarder:
                 num_corrupt,
             )
 
-    def _deliver(self, tier: str, part: _Part, rows: SlotIds, good: npt.NDArray[np.bool_]) -> None:
+    def _deliver(self, tier: str, part: _Part, rows: SlotIds, good: Outcomes) -> None:
         """The last hop, for the blocks of `part` in those of `rows` that are `good`."""
         request, positions = part.request, part.positions[good]
-        fences = [request.fence] if request.fence is not None else []
         device_slots = request.device_slots[positions]
+        shelf = self._shelf
+        started_s = time.perf_counter()
         if part.transfer.deliver(
-            positions, lambda: self._device.write(device_slots, self._shelf.rows, rows[good], after=fences)
+            positions, lambda: self._device.write(device_slots, shelf.rows, rows[good], after=request.fences)
         ):
-            self._shelf.counters.count_loaded(tier, len(positions))
+            shelf.counters.count_hits(tier, len(positions))
+            shelf.count_host_read(rows[good], time.perf_counter() - started_s)

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.tiers.tier import SlotIds
 
-__all__ = ["Allocation", "BlockPool", "SlotIds"]
+__all__ = ["Allocation", "BlockPool", "Registration"]
 
-SlotIds = npt.NDArray[np.int64]
 _NO_SLOTS: SlotIds = np.empty(0, dtype=np.int64)
 
 
@@ -22,6 +21,14 @@ class Allocation:
     slots: SlotIds
     evicted_keys: list[BlockKey]
     evicted_slots: SlotIds
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """Where blocks can be found now, one slot for each key, and the positions of the keys that were not known before."""
+
+    slots: SlotIds
+    new: Sequence[int]
 
 
 class BlockPool:
@@ -46,6 +53,7 @@ class BlockPool:
         self._free = np.arange(num_slots - 1, -1, -1, dtype=np.int64)  # a stack; popping from the end gives 0, 1, 2 ...
         self._num_free = num_slots
         self._num_idle = 0
+        self._withheld = _NO_SLOTS
         self._refs = np.zeros(num_slots, dtype=np.int32)
         self._stamp = np.zeros(num_slots, dtype=np.int64)  # number of the run an idle slot is in; 0: not idle
         self._registered = np.zeros(num_slots, dtype=np.bool_)
@@ -70,7 +78,12 @@ class BlockPool:
     @property
     def num_pinned(self) -> int:
         """Slots somebody holds."""
-        return self.num_slots - self._num_free - self._num_idle
+        return self.num_slots - self._num_free - self._num_idle - len(self._withheld)
+
+    @property
+    def num_places(self) -> int:
+        """Places in the order of eviction, stale ones included: what the order costs in memory."""
+        return self._filed_slots
 
     def find(self, key: BlockKey) -> int | None:
         """Slot of a registered block. The slot is not pinned."""
@@ -89,7 +102,7 @@ class BlockPool:
         return np.array(slots, dtype=np.int64)
 
     def find_any(self, keys: Sequence[BlockKey]) -> SlotIds:
-        """Slots of those of `keys` that are registered, in their order. They are not pinned."""
+        """Slots of those of the distinct `keys` that are registered, in their order. They are not pinned."""
         get = self._index.get
         return np.array([slot for key in keys if (slot := get(key)) is not None], dtype=np.int64)
 
@@ -136,6 +149,20 @@ class BlockPool:
         self._refs[slots] = 1
         return Allocation(slots, evicted_keys, evicted_slots)
 
+    def withhold(self, first: int) -> None:
+        """Takes the free ones of the slots from `first` on out of use, until `put_back`."""
+        free = self._free[: self._num_free]
+        beyond = free >= first
+        self._withheld = np.concatenate((self._withheld, free[beyond]))
+        kept = free[~beyond].copy()
+        self._free[: len(kept)] = kept
+        self._num_free = len(kept)
+
+    def put_back(self) -> None:
+        """Makes withheld slots free again."""
+        withheld, self._withheld = self._withheld, _NO_SLOTS
+        self._push_free(withheld)
+
     def restore(self, keys: Sequence[BlockKey], slots: SlotIds) -> None:
         """Fills an unused pool with idle blocks, given in the order in which they are to be evicted."""
         assert self._num_free == self.num_slots, "only an unused pool can be restored"
@@ -150,15 +177,12 @@ class BlockPool:
         self._num_idle = len(slots)
         self._file(slots[::-1])
 
-    def register(self, keys: Sequence[BlockKey], slots: SlotIds) -> SlotIds:
+    def register(self, keys: Sequence[BlockKey], slots: SlotIds) -> Registration:
         """Makes used slots findable. Where a key is already registered, the caller's reference moves to that slot.
 
         Args:
             keys: distinct keys.
             slots: distinct slots, one for each key, on which the caller holds a reference each.
-
-        Returns:
-            The slot of each key: `slots` itself, but for the duplicates.
         """
         index, names = self._index, self._keys
         if index.keys().isdisjoint(keys):
@@ -167,20 +191,23 @@ class BlockPool:
             for key, slot in zip(keys, numbers, strict=True):
                 names[slot] = key
             self._registered[slots] = True
-            return slots
+            return Registration(slots, range(len(numbers)))
         canonical = slots.copy()
+        new: list[int] = []
         for i, key in enumerate(keys):
             own = int(slots[i])
-            known = index.setdefault(key, own)
-            if known == own:
+            known = index.get(key)
+            if known is None:
+                index[key] = own
                 names[own] = key
                 self._registered[own] = True
+                new.append(i)
             else:
                 canonical[i] = known
         moved = canonical != slots
         self.acquire(canonical[moved])
         self.release(slots[moved])
-        return canonical
+        return Registration(canonical, new)
 
     def forget(self, keys: Sequence[BlockKey]) -> tuple[list[BlockKey], SlotIds]:
         """Makes blocks unfindable, idle or not; slots in use become free when they are released.
@@ -210,7 +237,7 @@ class BlockPool:
         used = np.flatnonzero(self._refs)
         assert len(np.unique(free)) == self._num_free, "a slot is free twice"
         assert len(idle) == self._num_idle, f"{len(idle)} idle slots, {self._num_idle} counted"
-        states = np.concatenate((free, idle, used))
+        states = np.concatenate((free, idle, used, self._withheld))
         assert len(states) == self.num_slots, f"{len(states)} slots accounted for, {self.num_slots} exist"
         assert len(np.unique(states)) == self.num_slots, "a slot is in two states"
         assert (self._refs >= 0).all(), "a reference count is negative"

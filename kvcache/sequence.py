@@ -1,21 +1,27 @@
 """One token sequence and the blocks it holds."""
 
 import asyncio
+import contextlib
 from array import array
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from dynamo.kvcache.device_pool import DevicePool
 from dynamo.kvcache.errors import CacheClosedError, SequenceStateError
-from dynamo.kvcache.hashing import ChainRoot, KeyChain, Tokens, pack_tokens
-from dynamo.kvcache.pool import SlotIds
+from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, pack_tokens
+from dynamo.kvcache.offload import SaveRequest
+from dynamo.kvcache.onboard import LoadRequest
+from dynamo.kvcache.stats import CacheCounters
+from dynamo.kvcache.store import BlockStore
 from dynamo.tiers.mover import Transfer
-
-if TYPE_CHECKING:
-    from dynamo.kvcache.cache import KVCache
+from dynamo.tiers.tier import SlotIds
 
 __all__ = ["Sequence"]
+
+_OFFER_WAIT_S = 1.0  # how long a commit waits for a full offload queue before its blocks are not offered
 
 
 class Sequence:
@@ -31,18 +37,49 @@ class Sequence:
     A sequence belongs to one thread at a time; different sequences may be used from different threads.
     """
 
-    def __init__(self, cache: "KVCache", root: ChainRoot, tokens: Tokens) -> None:
-        self._cache = cache
-        self._tokens = array("I")
-        self._tokens.frombytes(pack_tokens(tokens))
-        self._chain = KeyChain(root, cache.block_size)
-        self._chain.extend(memoryview(self._tokens).cast("B"))
+    def __init__(
+        self,
+        pool: DevicePool,
+        store: BlockStore | None,
+        counters: CacheCounters,
+        tokens: "array[int]",
+        chain: KeyChain,
+        *,
+        block_size: int,
+        num_cacheable_blocks: int,
+        spare_blocks: int,
+        load_timeout_s: float,
+    ) -> None:
+        """Reserves blocks for all `tokens`, of which the first `num_cacheable_blocks` may come from the cache.
+
+        Args:
+            chain: keys of all full blocks of `tokens`.
+
+        Raises:
+            OutOfBlocksError: see `DevicePool.reserve`.
+        """
+        self._pool = pool
+        self._store = store
+        self._counters = counters
+        self._tokens = tokens
+        self._chain = chain
+        self._block_size = block_size
         self._table = np.empty(0, dtype=np.int32)
         self._num_blocks = 0
-        self._num_shared_blocks = 0  # leading blocks that are registered in the device pool
         self._transfer: Transfer | None = None
         self._num_cached_tokens: int | None = None
         self._is_closed = False
+        keys = chain.keys[:num_cacheable_blocks]
+        reservation = pool.reserve(keys, -(-len(tokens) // block_size), spare_blocks)
+        self._add_slots(reservation.matched)
+        self._add_slots(reservation.fresh)
+        self._num_shared_blocks = len(reservation.matched)  # leading blocks that are registered in the pool
+        try:
+            num_loading = self._start_loading(keys, reservation.fresh, load_timeout_s)
+        except BaseException:
+            pool.release(self.block_table.astype(np.int64))
+            raise
+        self._num_missed_blocks = len(keys) - self._num_shared_blocks - num_loading
 
     def __enter__(self) -> Self:
         return self
@@ -54,6 +91,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens given to `open` and `append`."""
         return len(self._tokens)
+
+    @property
+    def num_missed_blocks(self) -> int:
+        """Of the full blocks that could have come from the cache, those that no tier held at the time of `open`."""
+        return self._num_missed_blocks
 
     @property
     def is_ready(self) -> bool:
@@ -83,9 +125,16 @@ class Sequence:
             timeout_s: what has not arrived by then is computed instead; at most, and by default, the cache's
                 `load_timeout_s` since `open`.
         """
-        if self._transfer is not None:
-            self._check_open()
-            self._cache._adopt_loaded(self, timeout_s)
+        transfer = self._transfer
+        if transfer is None:
+            return
+        self._check_open()
+        arrived = transfer.wait(timeout_s)
+        if transfer.is_expired:
+            self._counters.count_fault("late", transfer.num_blocks - arrived)
+        self._share(self._num_shared_blocks + arrived)
+        self._transfer = None
+        self._num_cached_tokens = self._num_shared_blocks * self._block_size
 
     async def ready(self) -> None:
         """`wait` without blocking the event loop."""
@@ -95,7 +144,8 @@ class Sequence:
             ended = asyncio.Event()
 
             def tell_loop() -> None:
-                loop.call_soon_threadsafe(ended.set)
+                with contextlib.suppress(RuntimeError):  # the loop was closed, and with it whoever waited
+                    loop.call_soon_threadsafe(ended.set)
 
             transfer.when_ended(tell_loop)
             try:
@@ -108,21 +158,23 @@ class Sequence:
         """Adds tokens and reserves slots for their KV: for all of them or, with an error, none.
 
         Raises:
-            OutOfBlocksError: the device pool is full of blocks in use; nothing was changed.
+            OutOfBlocksError: the device pool is full of blocks in use; nothing was changed. Where some are held only by
+                their own offload, waits up to 50 ms for them first.
             ValueError: a token is not in [0, 2**32).
         """
         self._check_open()
         added = pack_tokens(tokens)
-        num_blocks = -(-(len(self._tokens) + len(added) // 4) // self._cache.block_size)
+        num_blocks = -(-(len(self._tokens) + len(added) // 4) // self._block_size)
         if num_blocks > self._num_blocks:
-            self._cache._grow(self, num_blocks)
+            self._add_slots(self._pool.grow(num_blocks - self._num_blocks))
         self._tokens.frombytes(added)
 
     def commit(self, num_tokens: int | None = None) -> None:
         """Says that the KV of the first `num_tokens` tokens (default: all) is written and will not change.
 
-        Their full blocks become reusable by other sequences and are offered to the lower tiers. On CUDA, kernels that
-        write them must have been submitted to the current stream.
+        Their full blocks become reusable by other sequences and are offered to the lower tiers. When those cannot keep
+        up, waits for them for up to a second, once for as long as they are behind. On CUDA, kernels that write the blocks
+        must have been submitted to the current stream.
 
         Raises:
             SequenceStateError: before `wait`, or beyond the sequence's tokens.
@@ -133,21 +185,66 @@ class Sequence:
             raise SequenceStateError("commit() before wait(): blocks that are still being loaded cannot be committed")
         if not 0 <= count <= len(self._tokens):
             raise SequenceStateError(f"cannot commit {count} tokens of a sequence of {len(self._tokens)}")
-        num_full = count // self._cache.block_size
-        if num_full > self._num_shared_blocks:
-            self._extend_chain(num_full)
-            self._cache._share(self, num_full)
+        first, end = self._num_shared_blocks, count // self._block_size
+        if end <= first:
+            return
+        self._extend_chain(end)
+        fences = self._pool.tier.fences()
+        self._share(end)
+        if self._store is not None:
+            held = self.block_table[:end].astype(np.int64)
+            self._pool.pin(held)
+            request = SaveRequest(
+                chain=self._chain.keys[:end],
+                first=first,
+                device_slots=held[first:],
+                fences=fences,
+                release=lambda: self._pool.unpin(held),
+            )
+            self._store.save(request, _OFFER_WAIT_S)
 
     def close(self) -> None:
         """Gives all blocks back: committed ones stay cached until evicted, the others are free. Idempotent."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._cache._release(self)
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            if self._transfer is not None:
+                self._transfer.expire()
+        finally:
+            self._pool.release(self.block_table.astype(np.int64))
+
+    def when_ready(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` once, on some thread, when the loads have ended; at once if there are none."""
+        if self._transfer is None:
+            callback()
+        else:
+            self._transfer.when_ended(callback)
+
+    def _start_loading(self, keys: list[BlockKey], fresh: SlotIds, timeout_s: float) -> int:
+        """Starts to load what follows the matched blocks; returns how many blocks."""
+        first = self._num_shared_blocks
+        num_loading = self._store.count_loadable(keys[first:]) if self._store else 0
+        if num_loading and self._store:
+            request = LoadRequest(keys, first, fresh[:num_loading], self._pool.tier.fences())
+            self._transfer = self._store.load(request, timeout_s)
+        else:
+            self._num_cached_tokens = first * self._block_size
+        if keys and self._store:
+            self._store.touch(keys)
+        return num_loading
+
+    def _share(self, end: int) -> None:
+        """Shares the blocks from the last shared one up to `end`."""
+        first = self._num_shared_blocks
+        parent = self._chain.keys[first - 1] if first else None
+        own = self.block_table[first:end].astype(np.int64)
+        self.block_table[first:end] = self._pool.share(self._chain.keys[first:end], own, parent)
+        self._num_shared_blocks = end
 
     def _extend_chain(self, num_blocks: int) -> None:
-        num_hashed = len(self._chain.keys)
+        num_hashed, size = len(self._chain.keys), self._block_size
         if num_blocks > num_hashed:
-            size = self._cache.block_size
             self._chain.extend(memoryview(self._tokens[num_hashed * size : num_blocks * size]).cast("B"))
 
     def _add_slots(self, slots: SlotIds) -> None:

@@ -1,45 +1,70 @@
 """What lies where below the device: the host and disk pools, the rows of the host arena, and one lock over all of it."""
 
 import logging
+import math
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.pool import BlockPool, SlotIds
-from dynamo.kvcache.stats import StoreCounters
+from dynamo.kvcache.pool import Allocation, BlockPool
+from dynamo.kvcache.stats import CacheCounters
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.host import HostTier
 from dynamo.tiers.journal import ROOT_NAME
-from dynamo.tiers.tier import Rows
+from dynamo.tiers.tier import Rows, SlotIds
 
-__all__ = ["Digests", "Shelf", "digest_seeds"]
+__all__ = ["Digests", "Hold", "Shelf", "digest_seeds"]
 
 logger = logging.getLogger(__name__)
 
+_LOOK_AGAIN_S = 0.1  # how often a wait for rows asks whether it is futile
+_FULL_DISK_PAUSE_S = 60.0  # how long a full disk is left at its size before the file is tried to grow again
+
 Digests = npt.NDArray[np.uint64]
+
+
+@dataclass(slots=True)
+class Hold:
+    """Pins on what host and disk have of some chains. Made by `Shelf.hold`, ended by `Shelf.let_go`.
+
+    Whole chains and not only the blocks that move: a leaf that was pinned while its prefix was not would outlive it, and
+    nobody could find it.
+
+    Attributes:
+        host: host slots held, in chain order; its owner appends slots of which it has a reference.
+        disk: disk slots held, likewise.
+    """
+
+    chains: Sequence[Sequence[BlockKey]]
+    host: SlotIds
+    disk: SlotIds
 
 
 class Shelf:
     """Index of the lower tiers. Thread-safe; owns no threads, and not the tiers.
 
     Attributes:
-        changed: guards all pools and digests; notified whenever rows or slots are given back. Public members that take it
-            say so by not being marked "locked".
+        changed: guards all pools and digests; notified whenever rows or slots are given back. Hold it to use the pools;
+            all methods take it themselves.
         host: host tier's slots; slot i is row i of the arena.
         disk: disk tier's slots.
         staging: the arena's other rows, for bytes on their way between device and disk.
         disk_digests: of the block in each disk slot, uint64 [num_disk_slots].
-        counters: faults and drops of the store.
+        counters: the cache's.
     """
 
-    def __init__(self, arena: HostTier, num_host_slots: int, disk: DiskTier | None, events: EventLog) -> None:
+    def __init__(
+        self, arena: HostTier, num_host_slots: int, disk: DiskTier | None, events: EventLog, counters: CacheCounters
+    ) -> None:
         """Takes up where the disk tier's journal left off. `arena` has at least one row more than `num_host_slots`."""
         self.changed = threading.Condition()
-        self.counters = StoreCounters()
+        self.counters = counters
         self.host = BlockPool(num_host_slots)
         self.disk = BlockPool(disk.num_slots if disk else 0)
         self.staging = BlockPool(arena.num_slots - num_host_slots)
@@ -48,6 +73,7 @@ class Shelf:
         self._arena = arena
         self._disk_tier = disk
         self._generation = disk.generation if disk else 0
+        self._withheld_until = math.inf
         if disk:
             self._recover(disk)
 
@@ -55,6 +81,16 @@ class Shelf:
     def rows(self) -> Rows:
         """The arena, uint8 [num_rows, slot_bytes]."""
         return self._arena.rows
+
+    def count_host_read(self, rows: SlotIds, seconds: float) -> None:
+        """Counts blocks copied out of `rows`, if those are host slots."""
+        if len(rows) and self.is_host_row(rows):
+            self._arena.count_read(len(rows), seconds)
+
+    def count_host_write(self, rows: SlotIds, seconds: float) -> None:
+        """Counts blocks copied into `rows`, if those are host slots."""
+        if len(rows) and self.is_host_row(rows):
+            self._arena.count_write(len(rows), seconds)
 
     @property
     def disk_tier(self) -> DiskTier | None:
@@ -80,15 +116,70 @@ class Shelf:
             for pool in (self.host, self.disk):
                 pool.touch(pool.find_any(chain))
 
-    def take_rows(self, count: int, timeout_s: float, pools: tuple[BlockPool, ...]) -> SlotIds:
-        """Up to `count` rows with one reference each, all from the first pool that has any; none after `timeout_s`."""
+    def hold(self, chains: Sequence[Sequence[BlockKey]]) -> "Hold":
+        """Pins what host and disk have of `chains`, so that none of it is evicted while more of them is moved."""
+        keys = list(dict.fromkeys(key for chain in chains for key in chain))
         with self.changed:
-            self.changed.wait_for(lambda: any(pool.num_available for pool in pools), timeout_s)
-            pool = next((pool for pool in pools if pool.num_available), pools[0])
+            hold = Hold(chains, self.host.find_any(keys), self.disk.find_any(keys))
+            self.host.acquire(hold.host)
+            self.disk.acquire(hold.disk)
+        return hold
+
+    def let_go(self, hold: "Hold") -> None:
+        """Ends a hold. Its blocks are now the last to be evicted, leaves first."""
+        with self.changed:
+            self.host.release(hold.host)
+            self.disk.release(hold.disk)
+            for chain in hold.chains:
+                self.touch(chain)
+            self.changed.notify_all()
+
+    def take_rows(
+        self, count: int, timeout_s: float, pools: tuple[BlockPool, ...], hold: "Hold", is_futile: Callable[[], bool]
+    ) -> SlotIds:
+        """Up to `count` rows with one reference each, all from the first pool that has any.
+
+        Args:
+            hold: what the new rows continue; if only that is in the way, there is nothing to wait for.
+            is_futile: says, while waiting, that the rows are not wanted any more.
+
+        Returns:
+            No rows after `timeout_s`, when futile, or when only the held blocks are in the way.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self.changed:
+            while not any(pool.num_available for pool in pools):
+                remaining_s = deadline - time.monotonic()
+                num_others = sum(pool.num_pinned for pool in pools) - (len(hold.host) if self.host in pools else 0)
+                if remaining_s <= 0 or num_others <= 0 or is_futile():
+                    return hold.host[:0]
+                self.changed.wait(min(remaining_s, _LOOK_AGAIN_S))
+            pool = next(pool for pool in pools if pool.num_available)
             room = pool.allocate(min(count, pool.num_available))
             assert room is not None, "no more was asked for than there is"
             self.events.removed("host", room.evicted_keys)
             return room.slots if pool is self.host else room.slots + self.host.num_slots
+
+    def take_disk_slots(self, count: int) -> Allocation:
+        """Up to `count` disk slots with one reference each."""
+        with self.changed:
+            self._retry_withheld_slots()
+            room = self.disk.allocate(min(count, self.disk.num_available))
+            assert room is not None, "no more was asked for than there is"
+            self.events.removed("disk", room.evicted_keys)
+            return room
+
+    def limit_disk(self) -> None:
+        """After a refused write: makes do with the slots that the disk file has room for, for a while."""
+        if self._disk_tier is not None:
+            with self.changed:
+                self.disk.withhold(self._disk_tier.num_allocated_slots)
+                self._withheld_until = time.monotonic() + _FULL_DISK_PAUSE_S
+
+    def _retry_withheld_slots(self) -> None:
+        if time.monotonic() >= self._withheld_until:
+            self.disk.put_back()
+            self._withheld_until = math.inf
 
     def release_rows(self, rows: SlotIds) -> None:
         """Gives one reference on each of `rows` back. All of them are host slots, or none is."""
@@ -112,33 +203,48 @@ class Shelf:
             The rows on which the caller holds its references now; others than `rows` where a key was known already.
         """
         with self.changed:
-            new = [i for i, key in enumerate(keys) if key not in self.host]
-            rows = self.host.register(keys, rows)
-            self.events.stored_runs("host", [keys[i] for i in new], [parents[i] for i in new])
+            registered = self.host.register(keys, rows)
+            self.events.stored_runs("host", [keys[i] for i in registered.new], [parents[i] for i in registered.new])
             self.changed.notify_all()
-        return rows
+        return registered.slots
+
+    def keep_on_disk(
+        self, keys: list[BlockKey], slots: SlotIds, parents: list[BlockKey | None], digests: Digests
+    ) -> SlotIds:
+        """Registers disk slots, written and recorded, under their keys; returns the slots now held, as `keep_in_host`."""
+        with self.changed:
+            self.disk_digests[slots] = digests
+            registered = self.disk.register(keys, slots)
+            self.events.stored_runs("disk", [keys[i] for i in registered.new], [parents[i] for i in registered.new])
+        return registered.slots
 
     def clear(self, tier: str) -> None:
         """Drops every block of "host" or "disk" that is not in use."""
         pool = self.host if tier == "host" else self.disk
+        if not pool.num_slots:
+            return
         with self.changed:
             removed, slots = pool.evict_idle()
-            if tier == "disk":
-                self.record_drop(removed, slots)
             if len(pool):
                 self.events.removed(tier, removed)
             else:
                 self.events.cleared(tier)
+        if tier == "disk":
+            self.record_drop(removed, slots)
 
-    def forget_on_disk(self, keys: list[BlockKey]) -> None:
-        """Drops blocks whose bytes on disk are not what they were."""
+    def forget_on_disk(self, keys: list[BlockKey], slots: SlotIds) -> None:
+        """Drops blocks whose bytes in `slots` are not what they were; not those that were written anew elsewhere."""
         with self.changed:
-            known, slots = self.disk.forget(keys)
+            still = [key for key, slot in zip(keys, slots.tolist(), strict=True) if self.disk.find(key) == slot]
+            known, slots = self.disk.forget(still)
             self.events.removed("disk", known)
-            self.record_drop(known, slots)
+        self.record_drop(known, slots)
 
     def record_drop(self, keys: list[BlockKey], slots: SlotIds) -> None:
-        """Records in the journal that blocks are gone. If that fails, digests still keep other bytes from passing for them."""
+        """Records in the journal that blocks are gone; not under the lock, since it writes to disk.
+
+        If it fails, digests still keep other bytes from passing for them.
+        """
         if keys and self._disk_tier:
             self._disk_tier.journal.drop(keys, slots)
 
@@ -160,26 +266,47 @@ class Shelf:
             for pool in (self.host, self.disk, self.staging):
                 pool.check_invariants()
 
+    def check_unpinned(self, is_idle: Callable[[], bool]) -> None:
+        """Raises AssertionError if slots are held although, before and after a look at them, nobody was at work."""
+        for pool in (self.host, self.disk, self.staging):
+            if is_idle() and (num_pinned := pool.num_pinned) and is_idle():
+                raise AssertionError(f"{num_pinned} slots below the device are held by nobody")
+
     def _recover(self, disk: DiskTier) -> None:
         """Fills the disk pool from the journal, in the order in which blocks are to be evicted: leaves before parents.
 
-        A parent counts as used when its last child was recorded; children are always recorded after their parents.
+        A block counts as used when the last of its descendants was recorded.
         """
         recovered = disk.recovered
-        last_use = {name: position for position, name in enumerate(recovered.names)}
-        order: list[tuple[int, int]] = []
-        for position in range(len(recovered.names) - 1, -1, -1):
-            use = last_use[recovered.names[position]]
-            order.append((use, -position))
-            parent = recovered.parents[position]
-            if last_use.get(parent, use) < use:
-                last_use[parent] = use
-        positions = np.array([-negated for _, negated in sorted(order)], dtype=np.int64)
-        keys = [BlockKey(recovered.names[position]) for position in positions.tolist()]
+        names, parent_of = recovered.names, dict(zip(recovered.names, recovered.parents, strict=True))
+        last_use = {name: position for position, name in enumerate(names)}
+        for use in range(len(names) - 1, -1, -1):
+            ancestor = parent_of[names[use]]
+            while last_use.get(ancestor, use) < use:
+                last_use[ancestor] = use
+                ancestor = parent_of[ancestor]
+        depth = _depths(names, parent_of)
+        positions = np.lexsort(([-depth[name] for name in names], [last_use[name] for name in names]))
+        keys = [BlockKey(names[position]) for position in positions.tolist()]
         self.disk_digests[recovered.slots] = recovered.digests
         self.disk.restore(keys, recovered.slots[positions])
         parents = [BlockKey(parent) if parent != ROOT_NAME else None for parent in recovered.parents]
-        self.events.stored_runs("disk", [BlockKey(name) for name in recovered.names], parents)
+        self.events.stored_runs("disk", [BlockKey(name) for name in names], parents)
+
+
+def _depths(names: list[bytes], parent_of: dict[bytes, bytes]) -> dict[bytes, int]:
+    """How many of its ancestors, without a gap, each block has."""
+    depth: dict[bytes, int] = {}
+    for name in names:
+        path = []
+        while name in parent_of and name not in depth:
+            path.append(name)
+            depth[name] = 0  # in case damaged records make a ring
+            name = parent_of[name]
+        below = depth[name] + 1 if name in depth else 0
+        for steps, descendant in enumerate(reversed(path)):
+            depth[descendant] = below + steps
+    return depth
 
 
 def digest_seeds(keys: Sequence[BlockKey]) -> Digests:

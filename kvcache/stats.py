@@ -1,12 +1,27 @@
 """What the cache holds and did, as a snapshot and as the counters behind it."""
 
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from dynamo.tiers.stats import MovedBlocks
+from dynamo.kvcache.errors import CacheConfigError
+from dynamo.kvcache.pool import BlockPool
+from dynamo.tiers.stats import MovedBlocks, TierStats
 
-__all__ = ["CacheStats", "StoreCounters", "TierUsage"]
+__all__ = ["CacheCounters", "CacheStats", "CountedBlocks", "DropReason", "LoadFault", "TierUsage", "tier_usage"]
+
+LoadFault = Literal["late", "corrupt", "unreadable", "missing"]
+DropReason = Literal[
+    "closing",
+    "disk_queue_full",
+    "disk_write_failed",
+    "no_disk_slot",
+    "no_host_row",
+    "offload_error",
+    "offload_queue_full",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +34,7 @@ class TierUsage:
         num_slots: blocks it has room for.
         num_cached_blocks: blocks that can be found by key.
         num_pinned_blocks: slots that somebody holds.
-        hit_blocks: blocks found in this tier, first, by `open`.
+        hit_blocks: blocks that sequences got from this tier: found there by `open` (device), or loaded from it.
         evicted_blocks: blocks given up for others.
         read: blocks, bytes and seconds read from the tier.
         write: blocks, bytes and seconds written to it.
@@ -65,47 +80,87 @@ class CacheStats:
     num_pending_disk_blocks: int
 
     def tier(self, name: str) -> TierUsage:
-        """The tier of that name; KeyError if the cache has none."""
+        """The tier of that name.
+
+        Raises:
+            CacheConfigError: the cache has none.
+        """
         for usage in self.tiers:
             if usage.tier == name:
                 return usage
-        raise KeyError(name)
+        raise CacheConfigError(
+            f"the cache has no {name!r} tier; it has {', '.join(usage.tier for usage in self.tiers)}"
+        )
 
 
-class StoreCounters:
-    """Thread-safe counters of the block store, by reason."""
+def tier_usage(stats: TierStats, pool: BlockPool, slot_bytes: int, hit_blocks: int) -> TierUsage:
+    """Puts a tier's own counters and its pool's books together."""
+    return TierUsage(
+        tier=stats.name,
+        path=stats.path,
+        num_slots=pool.num_slots,
+        slot_bytes=slot_bytes,
+        num_cached_blocks=len(pool),
+        num_pinned_blocks=pool.num_pinned,
+        hit_blocks=hit_blocks,
+        evicted_blocks=pool.num_evicted,
+        read=stats.read,
+        write=stats.write,
+        faults=stats.faults,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CountedBlocks:
+    """See the attributes of `CacheStats` of the same names."""
+
+    requested_blocks: int
+    missed_blocks: int
+    load_faults: Mapping[str, int]
+    dropped_blocks: Mapping[str, int]
+
+
+class CacheCounters:
+    """Thread-safe counters of one cache, in blocks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._faults: dict[str, int] = {}
-        self._dropped: dict[str, int] = {}
-        self._loaded: dict[str, int] = {}
+        self._requested: Counter[str] = Counter()
+        self._hits: Counter[str] = Counter()
+        self._faults: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
 
-    def count_fault(self, reason: str, num_blocks: int) -> None:
-        self._add(self._faults, reason, num_blocks)
-
-    def count_dropped(self, reason: str, num_blocks: int) -> None:
-        self._add(self._dropped, reason, num_blocks)
-
-    def count_loaded(self, tier: str, num_blocks: int) -> None:
-        self._add(self._loaded, tier, num_blocks)
-
-    @property
-    def faults(self) -> dict[str, int]:
+    def count_request(self, num_requested: int, num_missed: int) -> None:
+        """Counts full blocks asked for by `open`, and those of them that no tier held."""
         with self._lock:
-            return dict(self._faults)
+            self._requested["all"] += num_requested
+            self._requested["missed"] += num_missed
 
-    @property
-    def dropped(self) -> dict[str, int]:
+    def count_hits(self, tier: str, num_blocks: int) -> None:
+        """Counts blocks that `tier` gave to a sequence."""
         with self._lock:
-            return dict(self._dropped)
+            self._hits[tier] += num_blocks
 
-    def loaded(self, tier: str) -> int:
-        """Blocks brought from `tier` to the device."""
-        with self._lock:
-            return self._loaded.get(tier, 0)
-
-    def _add(self, counts: dict[str, int], reason: str, num_blocks: int) -> None:
+    def count_fault(self, reason: LoadFault, num_blocks: int) -> None:
+        """Counts blocks that a tier held and that were computed all the same."""
         if num_blocks:
             with self._lock:
-                counts[reason] = counts.get(reason, 0) + num_blocks
+                self._faults[reason] += num_blocks
+
+    def count_dropped(self, reason: DropReason, num_blocks: int) -> None:
+        """Counts offered blocks that did not reach a tier."""
+        if num_blocks:
+            with self._lock:
+                self._dropped[reason] += num_blocks
+
+    def hits(self, tier: str) -> int:
+        """Blocks that `tier` gave to sequences."""
+        with self._lock:
+            return self._hits[tier]
+
+    def snapshot(self) -> CountedBlocks:
+        """All but the hits."""
+        with self._lock:
+            return CountedBlocks(
+                self._requested["all"], self._requested["missed"], dict(self._faults), dict(self._dropped)
+            )

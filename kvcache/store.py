@@ -4,30 +4,43 @@ The host arena is where all paths meet. Without a host tier it has staging rows 
 when every host slot is pinned. Whatever fails makes a block uncached, never wrong.
 """
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Self
 
+from dynamo.kvcache.config import DiskPlace, format_size
+from dynamo.kvcache.errors import CacheConfigError
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.offload import Offloader, SaveRequest
 from dynamo.kvcache.onboard import LoadRequest, Onboarder
 from dynamo.kvcache.pool import BlockPool
 from dynamo.kvcache.shelf import Shelf
-from dynamo.kvcache.stats import StoreCounters
+from dynamo.kvcache.spec import KVSpec
+from dynamo.kvcache.stats import CacheCounters, TierUsage, tier_usage
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.errors import TierBusyError, TierUnavailableError
 from dynamo.tiers.host import HostTier
 from dynamo.tiers.mover import Transfer
+from dynamo.tiers.stats import MovedBlocks, TierStats
 
-__all__ = ["PART_BYTES", "BlockStore"]
+__all__ = ["BlockStore"]
 
-PART_BYTES = 8 << 20
-"""One part of a transfer: large enough for the disk's full speed, small enough for two hops to overlap."""
+logger = logging.getLogger(__name__)
+
+_PART_BYTES = (
+    8 << 20
+)  # one part of a transfer: large enough for the disk's full speed, small enough to overlap two hops
+_STAGING_PARTS = 4  # without a host tier; with one, staging is for when all its slots are pinned, and one part will do
 
 
 class BlockStore:
     """Host and disk tiers behind one index: `count_loadable`, `load(keys → slots)`, `save(slots → keys)`. Thread-safe.
 
-    Owns the arena, the disk tier and all threads; `close` ends them. Not the device tier.
+    Owns the host arena, the disk tier and all threads; `close` ends them. Not the device tier.
     """
 
     def __init__(
@@ -37,37 +50,73 @@ class BlockStore:
         num_host_slots: int,
         disk: DiskTier | None,
         events: EventLog,
+        counters: CacheCounters,
         *,
-        max_pending_blocks: int,
+        disk_fault: str | None = None,
     ) -> None:
-        """Starts the threads.
+        """Starts the threads. `open` is the usual way to make one.
 
         Args:
             arena: rows `[0, num_host_slots)` are the host tier; the others, at least one, are staging rows.
-            max_pending_blocks: offered blocks, and so device pins, that may wait for the offload thread.
+            disk_fault: why there is no disk tier although one was asked for.
         """
-        part_blocks = max(1, PART_BYTES // device.layout.slot_bytes)
+        part_blocks = _part_blocks(device.layout.slot_bytes)
+        self._slot_bytes = device.layout.slot_bytes
         self._arena = arena
         self._disk = disk
-        self._shelf = Shelf(arena, num_host_slots, disk, events)
-        self._offloader = Offloader(self._shelf, device, part_blocks=part_blocks, max_pending_blocks=max_pending_blocks)
+        self._disk_fault = disk_fault
+        self._shelf = Shelf(arena, num_host_slots, disk, events, counters)
+        # As many device slots may be pinned for offloading as leave the sequences most of the pool.
+        self._offloader = Offloader(
+            self._shelf, device, part_blocks=part_blocks, max_pending_blocks=max(1, device.num_slots // 4)
+        )
         self._onboarder = Onboarder(self._shelf, device, part_blocks=part_blocks)
         self._is_closed = False
 
-    @property
-    def host(self) -> BlockPool:
-        """The host tier's books, for statistics."""
-        return self._shelf.host
+    @classmethod
+    def open(
+        cls,
+        spec: KVSpec,
+        device: DeviceTier,
+        events: EventLog,
+        counters: CacheCounters,
+        *,
+        host_bytes: int,
+        disk: DiskPlace | None,
+        io_threads: int,
+    ) -> Self:
+        """Makes the tiers. A disk folder that cannot be used is logged and counted, and the store goes on without it.
 
-    @property
-    def disk(self) -> BlockPool:
-        """The disk tier's books, for statistics."""
-        return self._shelf.disk
+        Args:
+            host_bytes: size of the host tier; 0 for none.
+            disk: folder and size of the disk tier; None for none.
 
-    @property
-    def counters(self) -> StoreCounters:
-        """Faults, drops and loads since the store was made."""
-        return self._shelf.counters
+        Raises:
+            CacheConfigError: a size does not hold one block.
+            dynamo.tiers.errors.TierError: host memory does not suffice.
+        """
+        slot_bytes = spec.layout.slot_bytes
+        if 0 < host_bytes < slot_bytes:
+            raise CacheConfigError(
+                f"a host tier of {format_size(host_bytes)} is less than one block of {format_size(slot_bytes)}; "
+                "give more, or 0 for none"
+            )
+        if disk is not None and disk.capacity_bytes < slot_bytes:
+            raise CacheConfigError(
+                f"a disk tier of {format_size(disk.capacity_bytes)} is less than one block of {format_size(slot_bytes)}; "
+                "give more"
+            )
+        with ExitStack() as undo:
+            disk_tier, disk_fault = _open_disk(spec, disk, io_threads) if disk else (None, None)
+            if disk_tier is not None:
+                undo.callback(disk_tier.close)
+            num_host_slots = host_bytes // slot_bytes
+            num_staging = _part_blocks(slot_bytes) * (1 if num_host_slots else _STAGING_PARTS)
+            arena = HostTier(spec.layout, num_host_slots + num_staging)
+            undo.callback(arena.close)
+            store = cls(device, arena, num_host_slots, disk_tier, events, counters, disk_fault=disk_fault)
+            undo.pop_all()
+        return store
 
     @property
     def num_pending_blocks(self) -> int:
@@ -107,17 +156,61 @@ class BlockStore:
         """Drops every block of "host" or "disk" that is not in use at this moment."""
         self._shelf.clear(tier)
 
+    def usage(self) -> Iterator[TierUsage]:
+        """Occupancy and counters of each tier. A disk tier that could not be opened is told with its fault."""
+        hits = self._shelf.counters.hits
+        with self._shelf.changed:
+            if self._shelf.host.num_slots:
+                yield tier_usage(self._arena.stats(), self._shelf.host, self._slot_bytes, hits("host"))
+            if self._disk:
+                yield tier_usage(self._disk.stats(), self._shelf.disk, self._slot_bytes, hits("disk"))
+        if self._disk_fault:
+            nothing = MovedBlocks()
+            stats = TierStats("disk", 0, "none", nothing, nothing, {self._disk_fault: 1})
+            yield tier_usage(stats, BlockPool(0), self._slot_bytes, 0)
+
     def check_invariants(self) -> None:
         """Raises AssertionError if the books do not balance."""
         self._shelf.check_invariants()
+        self._shelf.check_unpinned(
+            lambda: (
+                not self._offloader.num_pending_blocks
+                and not self._offloader.num_writing_blocks
+                and not self._onboarder.num_unfinished
+            )
+        )
 
     def close(self, timeout_s: float) -> None:
-        """Writes what is pending, for at most `timeout_s`, then ends threads and tiers. Idempotent."""
+        """Writes what is pending, then ends threads and tiers. Idempotent.
+
+        All of it together takes no longer than `timeout_s`, and what the disk tier then waits for calls in progress. A
+        thread that hangs in a read or write is left behind; the memory it uses stays valid.
+        """
         if self._is_closed:
             return
         self._is_closed = True
+        deadline = time.monotonic() + timeout_s
         self._offloader.close(timeout_s)
-        self._onboarder.close()
+        self._onboarder.close(max(0.0, deadline - time.monotonic()))
         if self._disk:
             self._disk.close()
         self._arena.close()
+
+
+def _open_disk(spec: KVSpec, place: DiskPlace, io_threads: int) -> tuple[DiskTier | None, str | None]:
+    """The disk tier, or why there is none."""
+    try:
+        tier = DiskTier.open(
+            place.directory, spec.layout, place.capacity_bytes, spec.fingerprint, io_threads=io_threads
+        )
+    except TierBusyError as error:
+        logger.warning("going on without a disk tier: %s", error)
+        return None, "busy"
+    except TierUnavailableError as error:
+        logger.warning("going on without a disk tier: %s", error)
+        return None, "unavailable"
+    return tier, None
+
+
+def _part_blocks(slot_bytes: int) -> int:
+    return max(1, _PART_BYTES // slot_bytes)

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
 
 
 def _measure(options: argparse.Namespace, folder: str, console: Console) -> dict[str, list[_Answer]]:
-    cases: dict[str, list[_Answer]] = {"computed": [], "device": [], "host": [], "disk": [], "disk, after kill -9": []}
+    cases: dict[str, list[_Answer]] = {"computed": [], "device": [], "host": []}
     common = [*([options.model] if options.model else []), "--device-cache", options.device_cache]
     common += ["--disk-cache", f"{folder}/kv:1GiB"]
     console.print("computed, device, host ...", style="dim")
@@ -96,20 +96,14 @@ def _measure(options: argparse.Namespace, folder: str, console: Console) -> dict
             client.displace()
             cases["host"].append(client.ask(round_number))
         client.settle()
-    console.print("disk ...", style="dim")
-    with ServerProcess(*common, "--host-cache", options.small_host_cache) as server:
-        client = _Client(server.url, options.prompt_tokens)
-        client.ask(_WARM_UP)
-        for round_number in range(options.rounds):
-            cases["disk"].append(client.ask(round_number))
-        client.settle()
-        server.kill()
-    console.print("disk, after kill -9 ...", style="dim")
-    with ServerProcess(*common, "--host-cache", options.small_host_cache) as server:
-        client = _Client(server.url, options.prompt_tokens)
-        client.ask(_WARM_UP)
-        for round_number in range(options.rounds):
-            cases["disk, after kill -9"].append(client.ask(round_number))
+    for case in ("disk", "disk, after kill -9"):
+        console.print(f"{case} ...", style="dim")
+        with ServerProcess(*common, "--host-cache", options.small_host_cache) as server:
+            client = _Client(server.url, options.prompt_tokens)
+            client.ask(_WARM_UP)
+            cases[case] = [client.ask(round_number) for round_number in range(options.rounds)]
+            client.settle()  # what waits for the disk is lost with the process
+            server.kill()
     _check(cases, options.prompt_tokens)
     return cases
 

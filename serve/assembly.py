@@ -8,23 +8,23 @@ import torch
 
 from dynamo.kvcache import KVCache, KVSpec
 from dynamo.kvcache.config import DiskPlace
+from dynamo.kvcache.errors import CacheConfigError, CacheMemoryError
 from dynamo.serve import demo
-from dynamo.serve.banner import ModelSummary
 from dynamo.serve.config import DEMO_MODEL, Config
 from dynamo.serve.engine.engine import InferenceEngine, build_model_engine
-from dynamo.serve.engine.loader import GenerationDefaults, load_model
+from dynamo.serve.engine.loader import load_model
 from dynamo.serve.engine.mocker import MockTimings, build_mock_engine, mock_kv_spec
+from dynamo.serve.engine.model_config import DTYPES
+from dynamo.serve.engine.request import SamplingDefaults
 from dynamo.serve.engine.scheduler import SchedulerLimits
 from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import ConfigError
-from dynamo.serve.generation import ServedModel
-from dynamo.serve.parameters import SamplingDefaults
+from dynamo.serve.served_model import ModelSummary, ServedModel
 
 __all__ = ["Assembly", "build_engine"]
 
 _CPU_DEVICE_CACHE_BYTES = 256 << 20
 _MOCK_MAX_MODEL_LEN = 131_072
-_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +68,11 @@ def _model_folder(path: str) -> tuple[Path, str]:
 
 def _build_model(config: Config, folder: Path, name: str, progress: Callable[[float], None]) -> Assembly:
     device = _device(config.model.device)
-    loaded = load_model(folder, device=device, dtype=_DTYPES[config.model.dtype], progress=progress)
-    wanted = config.model.max_model_len
-    if wanted is not None and wanted > loaded.max_model_len:
-        raise ConfigError(f"--max-model-len {wanted} is more than the model's {loaded.max_model_len}")
+    dtype = None if config.model.dtype is None else DTYPES[config.model.dtype]
+    loaded = load_model(folder, device=device, dtype=dtype, progress=progress)
+    max_model_len = config.model.max_model_len or loaded.max_model_len
+    if max_model_len > loaded.max_model_len:
+        raise ConfigError(f"--max-model-len {max_model_len} is more than the model's {loaded.max_model_len}")
     spec = KVSpec(
         model=f"{loaded.fingerprint}/{loaded.dtype}",
         num_layers=loaded.config.num_layers,
@@ -86,20 +87,20 @@ def _build_model(config: Config, folder: Path, name: str, progress: Callable[[fl
         loaded,
         cache,
         device=device,
-        max_model_len=wanted or loaded.max_model_len,
+        max_model_len=max_model_len,
         limits=limits,
         max_waiting=config.engine.max_waiting,
     )
     return Assembly(
         engine,
         cache,
-        _served(name, loaded.tokenizer, engine, _sampling_defaults(loaded.generation_defaults)),
+        _served(name, loaded.tokenizer, engine, loaded.sampling_defaults),
         ModelSummary(
             description=f"{name} ({folder})",
             num_parameters=sum(weights.numel() for _, weights in loaded.model.checkpoint_views()),
             device=_device_name(device),
             dtype=str(loaded.dtype).removeprefix("torch."),
-            max_model_len=wanted or loaded.max_model_len,
+            max_model_len=max_model_len,
         ),
     )
 
@@ -168,7 +169,7 @@ def _open_cache(config: Config, disk: DiskPlace | None, spec: KVSpec, device: to
             disk=disk,
             io_threads=settings.io_threads,
         )
-    except (ValueError, MemoryError) as error:  # sizes that make no sense, and sizes the machine does not have
+    except (CacheConfigError, CacheMemoryError) as error:
         raise ConfigError(f"the cache cannot be made: {error}") from error
 
 
@@ -179,8 +180,8 @@ def _limits(config: Config) -> SchedulerLimits:
         raise ConfigError(str(error)) from error
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
+def _device(name: str | None) -> torch.device:
+    if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
@@ -199,17 +200,3 @@ def _device_name(device: torch.device) -> str:
 
 def _served(name: str, tokenizer: Tokenizer, engine: InferenceEngine, defaults: SamplingDefaults) -> ServedModel:
     return ServedModel(name=name, codec=tokenizer, max_model_len=engine.max_model_len, defaults=defaults)
-
-
-def _sampling_defaults(proposed: GenerationDefaults) -> SamplingDefaults:
-    own = SamplingDefaults()
-    return SamplingDefaults(
-        temperature=own.temperature if proposed.temperature is None else proposed.temperature,
-        top_p=own.top_p if proposed.top_p is None else proposed.top_p,
-        top_k=proposed.top_k,
-        min_p=own.min_p if proposed.min_p is None else proposed.min_p,
-        repetition_penalty=own.repetition_penalty
-        if proposed.repetition_penalty is None
-        else proposed.repetition_penalty,
-        max_tokens=proposed.max_tokens,
-    )

@@ -2,29 +2,13 @@
 
 import json
 import shlex
-from dataclasses import dataclass
 
 from dynamo.kvcache.config import format_size
 from dynamo.kvcache.stats import CacheStats
-from dynamo.serve.config import API_KEY_VARIABLE, ServerConfig
+from dynamo.serve.config import API_KEY_VARIABLE, ServerSettings
+from dynamo.serve.served_model import ModelSummary
 
-__all__ = ["ModelSummary", "render_banner", "server_url"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSummary:
-    """The model for people.
-
-    Attributes:
-        num_parameters: None where there is no model.
-        max_model_len: what the model itself, or the user, asks for; the device cache may allow less.
-    """
-
-    description: str
-    num_parameters: int | None
-    device: str
-    dtype: str
-    max_model_len: int
+__all__ = ["render_banner", "server_url"]
 
 
 def server_url(host: str, port: int) -> str:
@@ -34,7 +18,7 @@ def server_url(host: str, port: int) -> str:
 
 
 def render_banner(
-    summary: ModelSummary, model_name: str, max_model_len: int, stats: CacheStats, server: ServerConfig, url: str
+    summary: ModelSummary, model_name: str, max_model_len: int, stats: CacheStats, server: ServerSettings, url: str
 ) -> str:
     """Lines for people; the last one is a command that works as it stands."""
     parameters = "" if summary.num_parameters is None else f", {_count(summary.num_parameters)} parameters"
@@ -55,7 +39,7 @@ def render_banner(
     return "\n".join(["", "Dynamo KV is ready", *lines, "", f"  {_curl(model_name, server, url)}", ""])
 
 
-def _curl(model_name: str, server: ServerConfig, url: str) -> str:
+def _curl(model_name: str, server: ServerSettings, url: str) -> str:
     body = json.dumps(
         {"model": model_name, "messages": [{"role": "user", "content": "What does os.path.join do?"}], "stream": True},
         ensure_ascii=False,

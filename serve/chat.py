@@ -4,17 +4,18 @@ from collections.abc import Sequence
 
 import msgspec
 
-from dynamo.serve.generation import ChoiceOutput, GenerationPlan, ServedModel
 from dynamo.serve.logprobs import chat_logprobs
 from dynamo.serve.openai import ChatChoice, ChatCompletion, ChatCompletionRequest, ChatMessage, Usage
 from dynamo.serve.parameters import chat_sampling
 from dynamo.serve.prompt import chat_prompt
+from dynamo.serve.reply import ChoiceOutput, ReplyPlan
+from dynamo.serve.served_model import ServedModel
 from dynamo.serve.stream import ChatStream
 
 __all__ = ["plan_chat"]
 
 
-async def plan_chat(request: ChatCompletionRequest, served: ServedModel) -> GenerationPlan:
+async def plan_chat(request: ChatCompletionRequest, served: ServedModel) -> ReplyPlan:
     """Checks a chat completion request and says what it comes to.
 
     Raises:
@@ -43,12 +44,13 @@ async def plan_chat(request: ChatCompletionRequest, served: ServedModel) -> Gene
                 message=ChatMessage(role="assistant", content=output.text),
                 logprobs=chat_logprobs(served.codec, output.logprobs) if wants_logprobs else None,
                 finish_reason=output.finish_reason,
+                stop_reason=output.stop_reason,
             )
             for index, output in enumerate(outputs)
         ]
         return msgspec.json.encode(ChatCompletion(response_id, "chat.completion", created, served.name, choices, usage))
 
-    return GenerationPlan(
+    return ReplyPlan(
         prompts=[prompt],
         num_choices=num_choices,
         sampling=sampling,

@@ -7,8 +7,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dynamo.serve.config import LoadedConfig, load_config, sections
+from dynamo.serve.config import SECTIONS, Config, LoadedConfig, load_config
 from dynamo.serve.errors import ConfigError
+from dynamo.serve.options import Option
 
 __all__ = ["Command", "parse_command_line"]
 
@@ -54,12 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it")
-    for section, entries in sections().items():
+    defaults = Config()
+    for section, entries in SECTIONS.items():
         group = parser.add_argument_group(section.capitalize())
         for entry in entries:
             arguments: dict[str, Any] = {
                 "metavar": entry.metavar,
-                "help": entry.help.replace("%", "%%"),
+                "help": _help(entry, getattr(getattr(defaults, section), entry.name)).replace("%", "%%"),
                 "default": None,
             }
             key = f"{section}.{entry.name}"
@@ -68,3 +70,10 @@ def _parser() -> argparse.ArgumentParser:
             else:
                 group.add_argument(entry.flag, dest=key, **arguments)
     return parser
+
+
+def _help(entry: Option, default: Any) -> str:
+    if entry.secret:
+        return entry.help
+    shown = entry.notation.render(default)
+    return f"{entry.help} (default: {f'{shown:g}' if isinstance(shown, float) else shown})"

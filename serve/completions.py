@@ -5,17 +5,18 @@ from collections.abc import Sequence
 import msgspec
 
 from dynamo.serve.errors import RequestError
-from dynamo.serve.generation import ChoiceOutput, GenerationPlan, ServedModel
 from dynamo.serve.logprobs import LegacyLogprobs
 from dynamo.serve.openai import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
 from dynamo.serve.parameters import completion_sampling
 from dynamo.serve.prompt import MAX_SEQUENCES, completion_prompts
+from dynamo.serve.reply import ChoiceOutput, ReplyPlan
+from dynamo.serve.served_model import ServedModel
 from dynamo.serve.stream import CompletionStream
 
 __all__ = ["plan_completion"]
 
 
-async def plan_completion(request: CompletionRequest, served: ServedModel) -> GenerationPlan:
+async def plan_completion(request: CompletionRequest, served: ServedModel) -> ReplyPlan:
     """Checks a completion request and says what it comes to.
 
     Raises:
@@ -58,12 +59,13 @@ async def plan_completion(request: CompletionRequest, served: ServedModel) -> Ge
                 text=echo + output.text,
                 logprobs=_logprobs(served, output, sampling.num_logprobs),
                 finish_reason=output.finish_reason,
+                stop_reason=output.stop_reason,
             )
             for index, (echo, output) in enumerate(zip(echoes, outputs, strict=True))
         ]
         return msgspec.json.encode(Completion(response_id, "text_completion", created, served.name, choices, usage))
 
-    return GenerationPlan(
+    return ReplyPlan(
         prompts=prompts,
         num_choices=num_choices,
         sampling=sampling,

@@ -3,113 +3,118 @@
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 from dynamo.kvcache.config import DiskPlace
+from dynamo.serve.engine.dtypes import FLOAT_DTYPES
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.options import (
+    Notation,
     Option,
     byte_size,
-    byte_size_or_auto,
     default_disk_place,
     default_threads,
     disk_place,
-    format_bytes,
-    format_disk_place,
     number,
     one_of,
     option,
     options_of,
+    or_word,
     text,
 )
 
 __all__ = [
     "API_KEY_VARIABLE",
     "DEMO_MODEL",
-    "CacheConfig",
+    "SECTIONS",
+    "CacheSettings",
     "Config",
-    "EngineConfig",
+    "EngineSettings",
     "LoadedConfig",
-    "MockerConfig",
-    "ModelConfig",
-    "ServerConfig",
+    "MockerSettings",
+    "ModelSettings",
+    "ServerSettings",
     "load_config",
     "render_toml",
-    "sections",
 ]
 
 API_KEY_VARIABLE: Final = "DYNAMO_API_KEY"
 DEMO_MODEL: Final = "demo"
 
-_DEVICE_WORDS = "auto, cpu, cuda or cuda:N"
+_AUTO = "auto"
+_OFF = "off"
 
 
-def _device(value: Any) -> str:
+def _parse_device(value: Any) -> str:
     kind, _, index = str(value).partition(":")
-    if value in ("auto", "cpu", "cuda") or (kind == "cuda" and index.isdecimal()):
+    if value in ("cpu", "cuda") or (kind == "cuda" and index.isdecimal()):
         return str(value)
-    raise ValueError(_DEVICE_WORDS)
+    raise ValueError("cpu, cuda, cuda:N")
 
 
-def _text_or_auto(value: Any) -> str | None:
-    return None if value == "auto" else text(value)
-
-
-def _block_size(value: Any) -> int:
-    size = number(int, 1, 1024)(value)
+def _parse_block_size(value: Any) -> int:
+    size = number(int, 1, 1024).parse(value)
     if size & (size - 1):
         raise ValueError("a power of two from 1 to 1024")
     return int(size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
+class ModelSettings:
     """Which model is served, and where its arithmetic happens."""
 
     path: str = option(
-        DEMO_MODEL, "local Hugging Face folder; the small demo model if left out", text, metavar="MODEL", flag=None
+        DEMO_MODEL, f"local Hugging Face folder; {DEMO_MODEL}: the small demo model", text, metavar="MODEL", flag=None
     )
     served_model_name: str | None = option(
-        None, "name clients use; the folder's name if left out", _text_or_auto, metavar="NAME"
+        None, "name clients use; auto: the folder's name", or_word(text, _AUTO), metavar="NAME"
     )
-    device: str = option("auto", f"{_DEVICE_WORDS}; auto takes a GPU where there is one", _device, metavar="DEVICE")
-    dtype: str = option(
-        "auto",
-        "auto (the checkpoint's), float32, bfloat16 or float16",
-        one_of("auto", "float32", "bfloat16", "float16"),
+    device: str | None = option(
+        None,
+        "cpu, cuda or cuda:N; auto: a GPU where there is one",
+        or_word(Notation(_parse_device), _AUTO),
+        metavar="DEVICE",
+    )
+    dtype: str | None = option(
+        None,
+        "float32, bfloat16 or float16; auto: the checkpoint's",
+        or_word(one_of(*FLOAT_DTYPES), _AUTO),
         metavar="DTYPE",
     )
     max_model_len: int | None = option(
         None,
         "most tokens of prompt and completion together; auto: what the model and the device cache allow",
-        number(int, 2, 2**24, word="auto"),
+        or_word(number(int, 2, 2**24), _AUTO),
         metavar="TOKENS",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CacheConfig:
+class CacheSettings:
     """Sizes of the tiers that hold KV blocks."""
 
-    block_size: int = option(16, "tokens per KV block, a power of two", _block_size, metavar="TOKENS")
+    block_size: int = option(16, "tokens per KV block, a power of two", Notation(_parse_block_size), metavar="TOKENS")
     device_cache: int | None = option(
         None,
         "device tier, such as 64MiB; auto: 256MiB on a CPU, half of the free memory of a GPU",
-        byte_size_or_auto,
+        or_word(byte_size, _AUTO),
         metavar="SIZE",
     )
     host_cache: int = option(1 << 30, "host memory tier, such as 1GiB; 0 for none", byte_size, metavar="SIZE")
     disk_cache: DiskPlace | None = option(  # noqa: RUF009  # a field's declaration, made once
-        default_disk_place, "disk tier, such as /mnt/nvme/kv:200GiB; off for none", disk_place, metavar="PATH:SIZE"
+        default_disk_place,
+        "disk tier, such as /mnt/nvme/kv:200GiB; off for none",
+        or_word(disk_place, _OFF),
+        metavar="PATH:SIZE",
     )
-    io_threads: int = option(4, "threads that read and write the disk tier", number(int, 1, 64), metavar="N")
+    io_threads: int = option(8, "threads that read and write the disk tier", number(int, 1, 64), metavar="N")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
+class EngineSettings:
     """How sequences share the device."""
 
     engine: str = option(
@@ -123,13 +128,11 @@ class EngineConfig:
     max_waiting: int = option(
         1024, "most sequences waiting; more are refused with 429", number(int, 0, 2**20), metavar="N"
     )
-    threads: int = option(
-        default_threads, "torch's CPU threads; half the cores if left out", number(int, 1, 1024), metavar="N"
-    )
+    threads: int = option(default_threads, "torch's CPU threads", number(int, 1, 1024), metavar="N")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
+class ServerSettings:
     """Where and for whom the server listens."""
 
     host: str = option("127.0.0.1", "address to listen on", text, metavar="ADDRESS")
@@ -150,8 +153,8 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MockerConfig:
-    """The machine that `--engine mocker` pretends to be."""
+class MockerSettings:
+    """The machine that `--engine mocker` pretends to be: about an 8-billion-parameter model on one data-centre GPU."""
 
     prefill_rate: float = option(
         20000.0,
@@ -179,11 +182,17 @@ class MockerConfig:
 class Config:
     """All settings. Attributes are the tables of the TOML file and the groups of --help."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    server: ServerConfig = field(default_factory=ServerConfig)
-    mocker: MockerConfig = field(default_factory=MockerConfig)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    mocker: MockerSettings = field(default_factory=MockerSettings)
+
+
+SECTIONS: Final[Mapping[str, tuple[Option, ...]]] = {
+    name: tuple(options_of(section)) for name, section in get_type_hints(Config).items()
+}
+"""All settings by section; what --help groups, and what the TOML file may say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +201,6 @@ class LoadedConfig:
 
     config: Config
     sources: Mapping[str, str]
-
-
-def sections() -> dict[str, list[Option]]:
-    """All settings by section; what --help groups, and what the TOML file may say."""
-    return {entry.name: list(options_of(type(getattr(Config(), entry.name)))) for entry in fields(Config)}
 
 
 def load_config(file: Path | None, flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> LoadedConfig:
@@ -214,7 +218,7 @@ def load_config(file: Path | None, flags: Mapping[str, Any], environ: Mapping[st
         given |= {key: (value, str(file)) for key, value in _read_toml(file).items()}
     if key_from_environ := environ.get(API_KEY_VARIABLE):
         given["server.api_key"] = (key_from_environ, f"environment variable {API_KEY_VARIABLE}")
-    options = {f"{section}.{entry.name}": entry for section, entries in sections().items() for entry in entries}
+    options = {f"{section}.{entry.name}": entry for section, entries in SECTIONS.items() for entry in entries}
     given |= {key: (value, options[key].flag or "command line") for key, value in flags.items()}
     values: dict[str, dict[str, Any]] = {}
     for key, (value, source) in given.items():
@@ -228,7 +232,7 @@ def load_config(file: Path | None, flags: Mapping[str, Any], environ: Mapping[st
 def render_toml(loaded: LoadedConfig) -> str:
     """The settings as TOML that `load_config` reads back, without secrets; every line says where its value came from."""
     lines: list[str] = []
-    for section, entries in sections().items():
+    for section, entries in SECTIONS.items():
         lines.append(f"[{section}]")
         for entry in entries:
             source = loaded.sources.get(f"{section}.{entry.name}", "default")
@@ -237,7 +241,7 @@ def render_toml(loaded: LoadedConfig) -> str:
                 shown = "not set" if value is None else "set, and not shown"
                 lines.append(f"# {entry.name}: {shown} ({source})")
             else:
-                lines.append(f"{entry.name} = {_toml_value(entry, value)}  # {source}")
+                lines.append(f"{entry.name} = {_toml_value(entry.notation.render(value))}  # {source}")
         lines.append("")
     return "\n".join(lines[:-1])
 
@@ -249,7 +253,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {file}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
-    known = {section: [entry.name for entry in entries] for section, entries in sections().items()}
+    known = {section: [entry.name for entry in entries] for section, entries in SECTIONS.items()}
     result: dict[str, Any] = {}
     for section, table in tables.items():
         if section not in known:
@@ -272,7 +276,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def _parsed(entry: Option, value: Any, source: str) -> Any:
     try:
-        return entry.parse(value)
+        return entry.notation.parse(value)
     except ValueError as error:
         shown = "the value" if entry.secret else repr(value)
         where = "" if source.startswith("--") else f"{source}: "
@@ -281,13 +285,7 @@ def _parsed(entry: Option, value: Any, source: str) -> Any:
         ) from None
 
 
-def _toml_value(entry: Option, value: Any) -> str:
-    if entry.parse is disk_place:
-        value = format_disk_place(value)
-    elif value is None:
-        value = "auto"
-    elif entry.parse in (byte_size, byte_size_or_auto):
-        value = format_bytes(value)
+def _toml_value(value: Any) -> str:
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from dynamo.serve.context import ClientDisconnectedError
 from dynamo.serve.errors import RequestError
+from dynamo.serve.interruption import ClientDisconnectedError
 
-__all__ = ["Exchange", "read_json_body", "send_json"]
+__all__ = ["Exchange", "read_json_body", "send_body"]
 
 _CLIENT_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _BODY_TIMEOUT_S = 60.0
@@ -51,7 +51,7 @@ class Exchange:
         await send({"type": "http.response.start", "status": status, "headers": all_headers})
 
 
-async def send_json(
+async def send_body(
     send: Send,
     exchange: Exchange,
     status: int,

@@ -8,7 +8,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -19,17 +19,18 @@ from starlette.types import Receive, Scope, Send
 
 from dynamo.serve.chat import plan_chat
 from dynamo.serve.completions import plan_completion
-from dynamo.serve.context import ClientDisconnectedError, Interruption
 from dynamo.serve.docs_page import DOCS_HEADERS, DOCS_HTML
 from dynamo.serve.engine.request import Engine
 from dynamo.serve.envelope import envelope, refusal_of, shutting_down, unforeseen
 from dynamo.serve.errors import RequestError
-from dynamo.serve.exchange import Exchange, read_json_body, send_json
-from dynamo.serve.generation import Generation, GenerationPlan, ServedModel
+from dynamo.serve.exchange import Exchange, read_json_body, send_body
 from dynamo.serve.health import Health, Readiness
+from dynamo.serve.interruption import ClientDisconnectedError, Interruption
 from dynamo.serve.metrics import EngineCollector, ServerMetrics
 from dynamo.serve.openai import ChatCompletionRequest, CompletionRequest, ModelCard, ModelList, SamplingFields
 from dynamo.serve.openapi import openapi_document
+from dynamo.serve.reply import Reply, ReplyPlan
+from dynamo.serve.served_model import ServedModel
 from dynamo.serve.validation import RequestDecoder
 
 __all__ = ["MAX_BODY_BYTES", "Frontend"]
@@ -38,7 +39,7 @@ MAX_BODY_BYTES = 32 << 20
 _RETRY_AFTER = (b"retry-after", b"1")
 _CLIENT_LEFT_STATUS = "499"
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Handler = Callable[[Exchange, Scope, Receive, Send], Awaitable[None]]
 
@@ -63,6 +64,10 @@ class Frontend:
         api_key: asked of every request to /v1; None lets everybody in.
         collectors: more metrics for /metrics, such as the cache's.
         max_body_bytes: longer bodies are refused with 413.
+
+    Attributes:
+        health: what /health says.
+        routes: all there is, the API's endpoints and the pages about them.
     """
 
     def __init__(
@@ -90,7 +95,8 @@ class Frontend:
         self._chat_decoder = RequestDecoder(ChatCompletionRequest)
         self._completion_decoder = RequestDecoder(CompletionRequest)
         self._openapi = msgspec.json.encode(openapi_document())
-        self._router = Router(self._routes(), redirect_slashes=False)
+        self.routes: Final = tuple(self._routes())
+        self._router = Router(self.routes, redirect_slashes=False)
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Waits until no generating request is left; False when the time was not enough."""
@@ -119,10 +125,10 @@ class Frontend:
             self._metrics.disconnects += 1
             self._metrics.requests[exchange.endpoint, _CLIENT_LEFT_STATUS] += 1
             return
-        except Exception as error:  # noqa: BLE001  # the root of a request: foreseen ones are answered, others logged
+        except Exception as error:  # the root of a request: foreseen ones are answered, others logged
             refusal = refusal_of(error, method=scope["method"], path=scope["path"])
             if refusal is None:
-                _log.exception("request %s to %s failed", exchange.request_id, exchange.endpoint)
+                logger.exception("request %s to %s failed", exchange.request_id, exchange.endpoint)
                 refusal = unforeseen()
             if not exchange.response_started:
                 await _refuse(send, exchange, refusal, getattr(error, "headers", None))
@@ -167,7 +173,7 @@ class Frontend:
         receive: Receive,
         send: Send,
         decoder: RequestDecoder[Any],
-        plan_request: Callable[[Any, ServedModel], Awaitable[GenerationPlan]],
+        plan_request: Callable[[Any, ServedModel], Awaitable[ReplyPlan]],
     ) -> None:
         self.health.check_accepting()
         self._num_generating += 1
@@ -176,7 +182,7 @@ class Frontend:
             request: SamplingFields = decoder.decode(await read_json_body(exchange, receive, self._max_body_bytes))
             self._check_model(request.model)
             plan = await plan_request(request, self._served)
-            await Generation(plan, self._engine, self._metrics, exchange).respond(receive, send, self._interruption)
+            await Reply(plan, self._engine, self._metrics, exchange).respond(receive, send, self._interruption)
         finally:
             self._num_generating -= 1
             if self._num_generating == 0:
@@ -192,32 +198,32 @@ class Frontend:
         return ModelCard(served.name, "model", served.created, "dynamo", served.max_model_len)
 
     async def _models(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(send, exchange, 200, msgspec.json.encode(ModelList("list", [self._card()])))
+        await send_body(send, exchange, 200, msgspec.json.encode(ModelList("list", [self._card()])))
 
     async def _model(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         self._check_model(cast(str, scope["path_params"]["model"]))
-        await send_json(send, exchange, 200, msgspec.json.encode(self._card()))
+        await send_body(send, exchange, 200, msgspec.json.encode(self._card()))
 
     async def _health(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         readiness = self.health.readiness
         status = 200 if readiness is Readiness.READY else 503
-        await send_json(send, exchange, status, msgspec.json.encode({"status": readiness.value}))
+        await send_body(send, exchange, status, msgspec.json.encode({"status": readiness.value}))
 
     async def _live(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(send, exchange, 200, b'{"status":"live"}')
+        await send_body(send, exchange, 200, b'{"status":"live"}')
 
     async def _scrape(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         body = generate_latest(self._registry)
-        await send_json(send, exchange, 200, body, content_type=CONTENT_TYPE_LATEST.encode())
+        await send_body(send, exchange, 200, body, content_type=CONTENT_TYPE_LATEST.encode())
 
     async def _openapi_json(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(send, exchange, 200, self._openapi)
+        await send_body(send, exchange, 200, self._openapi)
 
     async def _docs(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(send, exchange, 200, DOCS_HTML, DOCS_HEADERS, content_type=b"text/html; charset=utf-8")
+        await send_body(send, exchange, 200, DOCS_HTML, DOCS_HEADERS, content_type=b"text/html; charset=utf-8")
 
     async def _root(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(send, exchange, 307, b"", [(b"location", b"/docs")])
+        await send_body(send, exchange, 307, b"", [(b"location", b"/docs")])
 
 
 async def _refuse(send: Send, exchange: Exchange, refusal: RequestError, headers: Any) -> None:
@@ -230,4 +236,4 @@ async def _refuse(send: Send, exchange: Exchange, refusal: RequestError, headers
     if refusal.status in (408, 413):
         # The rest of the body is still on its way and nobody will read it.
         extra.append((b"connection", b"close"))
-    await send_json(send, exchange, refusal.status, envelope(refusal), extra)
+    await send_body(send, exchange, refusal.status, envelope(refusal), extra)

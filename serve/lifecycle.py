@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from dynamo.serve.banner import render_banner, server_url
 from dynamo.serve.cache_metrics import CacheCollector
-from dynamo.serve.config import Config, ServerConfig
+from dynamo.serve.config import Config, ServerSettings
 from dynamo.serve.conflicts import describe_conflict
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.frontend import Frontend
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bind", "run_server"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
@@ -53,7 +53,7 @@ def run_server(config: Config) -> int:
     if config.server.log_level != "debug":
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     if (conflict := describe_conflict()) is not None:
-        _log.warning(conflict)
+        logger.warning(conflict)
     _warn_if_open(config.server)
     with bind(config.server) as listener:
         assembly = _load(config)
@@ -62,7 +62,7 @@ def run_server(config: Config) -> int:
             return runner.run(_serve(assembly, listener, config.server))
 
 
-def bind(server: ServerConfig) -> socket.socket:
+def bind(server: ServerSettings) -> socket.socket:
     """A socket on the configured address that does not listen yet, so that a taken port is known before the model loads.
 
     Raises:
@@ -84,21 +84,21 @@ def bind(server: ServerConfig) -> socket.socket:
     return listener
 
 
-def _listen(listener: socket.socket, server: ServerConfig) -> None:
+def _listen(listener: socket.socket, server: ServerSettings) -> None:
     try:
         listener.listen(_BACKLOG)
     except OSError as error:  # another server bound the same address, and listened, while the model was loading
         raise _cannot_listen(server, error) from error
 
 
-def _cannot_listen(server: ServerConfig, error: OSError) -> ConfigError:
+def _cannot_listen(server: ServerSettings, error: OSError) -> ConfigError:
     return ConfigError(
         f"cannot listen on {server.host}:{server.port}: {error.strerror or error}; "
         "stop what uses it or choose another --port (0 takes a free one)"
     )
 
 
-def _warn_if_open(server: ServerConfig) -> None:
+def _warn_if_open(server: ServerSettings) -> None:
     if server.api_key is not None:
         return
     try:
@@ -106,7 +106,7 @@ def _warn_if_open(server: ServerConfig) -> None:
     except ValueError:
         loopback = server.host == "localhost"
     if not loopback:
-        _log.warning("--host %s lets other machines in, and without --api-key everybody who reaches it", server.host)
+        logger.warning("--host %s lets other machines in, and without --api-key everybody who reaches it", server.host)
 
 
 def _load(config: Config) -> "Assembly":
@@ -115,14 +115,14 @@ def _load(config: Config) -> "Assembly":
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        _log.info("loading %s", config.model.path)
+        logger.info("loading %s", config.model.path)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading the model", total=1.0)
         assembly = build_engine(config, lambda share: progress.update(task, completed=share))
     allowed = assembly.engine.max_model_len
     if allowed < assembly.summary.max_model_len:
-        _log.warning(
+        logger.warning(
             "the device cache holds %d tokens, less than the model's context of %d: longer requests are refused; "
             "raise --device-cache to serve them",
             allowed,
@@ -147,7 +147,7 @@ class _Server(uvicorn.Server):
         self.listening.set()
 
 
-async def _serve(assembly: "Assembly", listener: socket.socket, config: ServerConfig) -> int:
+async def _serve(assembly: "Assembly", listener: socket.socket, config: ServerSettings) -> int:
     signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -168,7 +168,7 @@ async def _serve(assembly: "Assembly", listener: socket.socket, config: ServerCo
             await signals.get()
             forced = await _drain(frontend, signals, config.drain_timeout)
     finally:
-        await engine.stop(0.0)
+        await engine.stop()
     return 1 if forced else 0
 
 
@@ -202,13 +202,13 @@ async def _listening(frontend: Frontend, listener: socket.socket) -> AsyncIterat
 async def _drain(frontend: Frontend, signals: "asyncio.Queue[int]", timeout_s: float) -> bool:
     """Ends all requests, in peace where there is time; whether a second signal cut it short."""
     frontend.health.begin_drain()
-    _log.info("stopping: running requests have %g s; a second signal ends them at once", timeout_s)
+    logger.info("stopping: running requests have %g s; a second signal ends them at once", timeout_s)
     idle = asyncio.create_task(frontend.wait_idle(timeout_s))
     again = asyncio.create_task(signals.get())
     await asyncio.wait((idle, again), return_when=asyncio.FIRST_COMPLETED)
     forced = not idle.done()
     if forced or not idle.result():
-        _log.warning("ending the requests that still run")
+        logger.warning("ending the requests that still run")
         frontend.abort_requests()
         await frontend.wait_idle(_ABORT_TIMEOUT_S)
     for task in (idle, again):

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from dynamo.serve.context import Batch
 from dynamo.serve.engine.request import Engine
+from dynamo.serve.merging import Batch
 from dynamo.serve.openai import Usage
 
 __all__ = ["EngineCollector", "GenerationMetrics", "Histogram", "ServerMetrics"]

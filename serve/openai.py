@@ -43,6 +43,9 @@ Unsupported = Annotated[None, Meta(description="Not supported: refused unless nu
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
+StopReason = Annotated[
+    str | int | None, Meta(description="As at vLLM: the stop string or stop token id that ended the text, if one did.")
+]
 Label = Annotated[str, Meta(max_length=512)]
 
 
@@ -214,6 +217,7 @@ class ChatChoice(Struct):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    stop_reason: StopReason
 
 
 class ChatCompletion(Struct):
@@ -234,6 +238,7 @@ class CompletionChoice(Struct):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    stop_reason: StopReason
 
 
 class Completion(Struct):

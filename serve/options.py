@@ -3,29 +3,43 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dynamo.kvcache.config import DiskPlace, parse_disk_place, parse_size
 
 __all__ = [
+    "Notation",
     "Option",
     "byte_size",
-    "byte_size_or_auto",
     "default_disk_place",
     "default_threads",
     "disk_place",
-    "format_bytes",
-    "format_disk_place",
     "number",
     "one_of",
     "option",
     "options_of",
+    "or_word",
     "text",
 ]
 
-Parse = Callable[[Any], Any]
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Notation:
+    """How values of one kind are written.
+
+    Attributes:
+        parse: from a TOML value or the command line's text to the field's value; raises ValueError saying what is accepted.
+        render: back to a TOML value, text or number, that `parse` reads.
+    """
+
+    parse: Callable[[Any], Any]
+    render: Callable[[Any], Any] = _as_it_is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +49,6 @@ class Option:
     Attributes:
         name: the field's name, and the TOML key.
         flag: the command line's name; None for the positional argument.
-        parse: from a TOML value or the command line's text to the field's value; raises ValueError saying what is accepted.
         secret: never printed.
     """
 
@@ -43,16 +56,15 @@ class Option:
     flag: str | None
     metavar: str
     help: str
-    default: Any
-    parse: Parse
+    notation: Notation
     secret: bool
 
 
 def option(
-    default: Any, help_text: str, parse: Parse, *, metavar: str, flag: str | None = "", secret: bool = False
+    default: Any, help_text: str, notation: Notation, *, metavar: str, flag: str | None = "", secret: bool = False
 ) -> Any:
     """A dataclass field that is a setting. `default` may be a function for defaults that depend on the machine."""
-    metadata = {"help": help_text, "parse": parse, "metavar": metavar, "flag": flag, "secret": secret}
+    metadata = {"help": help_text, "notation": notation, "metavar": metavar, "flag": flag, "secret": secret}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -61,39 +73,46 @@ def option(
 def options_of(section: type) -> Iterator[Option]:
     """The settings of one section of the configuration, in their order."""
     for entry in fields(section):
-        metadata = entry.metadata
-        flag = metadata["flag"]
+        flag = entry.metadata["flag"]
         yield Option(
             name=entry.name,
             flag=f"--{entry.name.replace('_', '-')}" if flag == "" else flag,
-            metavar=metadata["metavar"],
-            help=metadata["help"],
-            default=_default_of(entry),
-            parse=metadata["parse"],
-            secret=metadata["secret"],
+            metavar=entry.metadata["metavar"],
+            help=entry.metadata["help"],
+            notation=entry.metadata["notation"],
+            secret=entry.metadata["secret"],
         )
 
 
-def _default_of(entry: "Field[Any]") -> Any:
-    return entry.default if entry.default_factory is MISSING else entry.default_factory()
+def or_word(notation: Notation, word: str) -> Notation:
+    """Values of `notation`, or the word that stands for none of them: None."""
+
+    def parse(value: Any) -> Any:
+        if value == word:
+            return None
+        try:
+            return notation.parse(value)
+        except ValueError as error:
+            raise ValueError(f'{error}, or "{word}"') from None
+
+    return Notation(parse, lambda value: word if value is None else notation.render(value))
 
 
-def text(value: Any) -> str:
-    """Any text that is not empty."""
+def _parse_text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("text that is not empty")
     return value
 
 
-def number(kind: type[int] | type[float], low: float, high: float, *, word: str | None = None) -> Parse:
-    """A number from `low` to `high`, or the word that stands for leaving it to the server (None)."""
+text = Notation(_parse_text)
+"""Any text that is not empty."""
 
-    def parse(value: Any) -> int | float | None:
-        accepted = f"{'an integer' if kind is int else 'a number'} from {low:g} to {high:g}" + (
-            f', or "{word}"' if word else ""
-        )
-        if word is not None and value == word:
-            return None
+
+def number(kind: type[int] | type[float], low: float, high: float) -> Notation:
+    """A number from `low` to `high`."""
+    accepted = f"an integer from {low} to {high}" if kind is int else f"a number from {low:g} to {high:g}"
+
+    def parse(value: Any) -> int | float:
         try:
             if isinstance(value, bool) or (kind is int and isinstance(value, float)):
                 raise ValueError
@@ -104,10 +123,10 @@ def number(kind: type[int] | type[float], low: float, high: float, *, word: str 
             raise ValueError(accepted)
         return result
 
-    return parse
+    return Notation(parse)
 
 
-def one_of(*words: str) -> Parse:
+def one_of(*words: str) -> Notation:
     """One of a few words."""
 
     def parse(value: Any) -> str:
@@ -115,11 +134,10 @@ def one_of(*words: str) -> Parse:
             raise ValueError(f"one of {', '.join(words)}")
         return str(value)
 
-    return parse
+    return Notation(parse)
 
 
-def byte_size(value: Any) -> int:
-    """Bytes of "64MiB", "1.5GB" or a plain number of bytes."""
+def _parse_bytes(value: Any) -> int:
     accepted = "a size such as 64MiB, 1GiB, 512MB or a number of bytes"
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(accepted)
@@ -129,22 +147,30 @@ def byte_size(value: Any) -> int:
         raise ValueError(accepted) from None
 
 
-def byte_size_or_auto(value: Any) -> int | None:
-    """A size, or None for "auto"."""
-    return None if value == "auto" else byte_size(value)
+def _render_bytes(num_bytes: int) -> str:
+    """The shortest exact form."""
+    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if num_bytes and num_bytes % (1 << shift) == 0:
+            return f"{num_bytes >> shift}{unit}"
+    return str(num_bytes)
 
 
-def disk_place(value: Any) -> DiskPlace | None:
-    """A folder with a size, or None for "off"."""
-    if value in ("off", "0"):
-        return None
-    accepted = 'PATH:SIZE such as /mnt/nvme/kv:200GiB, or "off"'
+byte_size = Notation(_parse_bytes, _render_bytes)
+"""Bytes of "64MiB", "1.5GB" or a plain number of bytes."""
+
+
+def _parse_disk_place(value: Any) -> DiskPlace:
+    accepted = "PATH:SIZE such as /mnt/nvme/kv:200GiB"
     if not isinstance(value, str):
         raise ValueError(accepted)
     try:
         return parse_disk_place(value)
     except ValueError:
         raise ValueError(accepted) from None
+
+
+disk_place = Notation(_parse_disk_place, lambda place: f"{place.directory}:{_render_bytes(place.capacity_bytes)}")
+"""A folder with a size."""
 
 
 def default_disk_place() -> DiskPlace | None:
@@ -161,16 +187,3 @@ def default_threads() -> int:
     """One on small machines, else half the cores: threads that spin beside other work cost more than they give."""
     cores = len(os.sched_getaffinity(0))
     return max(1, cores // 2)
-
-
-def format_bytes(num_bytes: int) -> str:
-    """The shortest exact form that `byte_size` reads back."""
-    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if num_bytes and num_bytes % (1 << shift) == 0:
-            return f"{num_bytes >> shift}{unit}"
-    return str(num_bytes)
-
-
-def format_disk_place(place: DiskPlace | None) -> str:
-    """What `disk_place` reads back."""
-    return "off" if place is None else f"{place.directory}:{format_bytes(place.capacity_bytes)}"

@@ -1,32 +1,16 @@
 """From a request's fields to how its tokens are chosen: defaults filled in, and what no single field can show checked."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from dynamo.serve.engine.request import SamplingParams
+from dynamo.serve.engine.request import SamplingDefaults, SamplingParams
 from dynamo.serve.errors import RequestError
 from dynamo.serve.openai import ChatCompletionRequest, CompletionRequest, SamplingFields
 
-__all__ = ["SamplingDefaults", "chat_sampling", "completion_sampling", "with_seed"]
+__all__ = ["chat_sampling", "completion_sampling", "with_seed"]
 
 DEFAULT_COMPLETION_TOKENS = 16
 _SEED_MASK = 2**63 - 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingDefaults:
-    """What a request that says nothing gets; a model folder's generation_config.json may have set it.
-
-    Attributes:
-        max_tokens: most tokens of a chat reply without a limit of its own; None lets it fill the context.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_tokens: int | None = None
 
 
 def chat_sampling(

@@ -9,11 +9,11 @@ from typing import Protocol
 
 import msgspec
 
-from dynamo.serve.context import Batch
 from dynamo.serve.engine.request import OutputDelta
 from dynamo.serve.envelope import envelope
 from dynamo.serve.errors import RequestError
 from dynamo.serve.logprobs import LegacyLogprobs, chat_logprobs
+from dynamo.serve.merging import Batch
 from dynamo.serve.openai import Usage
 from dynamo.serve.prompt import TextCodec
 
@@ -51,6 +51,11 @@ class _Templates:
         head = _encode({"id": response_id, "object": kind, "created": created, "model": model})
         self.head = b"data: " + head[:-1] + b',"choices":['
         self.tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+
+    def finish(self, prefix: bytes, nothing: bytes, delta: OutputDelta) -> tuple[bytes, ...]:
+        """The parts of a choice's last chunk; `nothing` is what stands there for its text."""
+        reasons = _encode(delta.finish_reason), b',"stop_reason":', _encode(delta.stop_reason)
+        return prefix, nothing, b',"logprobs":null,"finish_reason":', *reasons, self.tail
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return self.head + b'],"usage":' + _encode(usage) + b"}\n\n"
@@ -94,12 +99,7 @@ class ChatStream:
             elif delta.text:
                 parts += (prefix, b'"content":', _encode(delta.text), self._unfinished)
             if delta.finish_reason is not None:
-                parts += (
-                    prefix,
-                    b'},"logprobs":null,"finish_reason":',
-                    _encode(delta.finish_reason),
-                    self._templates.tail,
-                )
+                parts += self._templates.finish(prefix, b"}", delta)
         return b"".join(parts)
 
     def usage_chunk(self, usage: Usage) -> bytes:
@@ -147,12 +147,7 @@ class CompletionStream:
             elif delta.text:
                 parts += (prefix, _encode(delta.text), self._unfinished)
             if delta.finish_reason is not None:
-                parts += (
-                    prefix,
-                    b'"","logprobs":null,"finish_reason":',
-                    _encode(delta.finish_reason),
-                    self._templates.tail,
-                )
+                parts += self._templates.finish(prefix, b'""', delta)
         return b"".join(parts)
 
     def usage_chunk(self, usage: Usage) -> bytes:

@@ -15,6 +15,7 @@ from dynamo.serve.command_line import parse_command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 
 
 def code_blocks(language: str) -> list[str]:
@@ -63,6 +64,16 @@ def test_every_benchmark_command_exists(line: str, capsys: pytest.CaptureFixture
         perf_main([*command[3:], "--help"])
     assert exit_info.value.code == 0
     assert all(flag in capsys.readouterr().out for flag in re.findall(r"--[a-z-]+", line))
+
+
+def test_every_benchmark_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        perf_main(["--help"])
+    commands = set(re.findall(r"^  ([a-z]+) {2,}\S", capsys.readouterr().out, re.MULTILINE))
+    shown = set(re.findall(r"^python -m dynamo\.perf ([a-z]+)", "".join(code_blocks("sh")), re.MULTILINE))
+    named = set(re.findall(r"`([a-z]+)`", next(line for line in CHANGELOG.splitlines() if "`dynamo.perf`" in line)))
+    assert commands and commands == shown
+    assert commands <= named
 
 
 def test_every_metric_of_the_cache_exists() -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from threading import local
+from threading import Lock, local
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ __all__ = ["DeviceTier", "Fence"]
 
 
 Fence = torch.cuda.Event
-"""A point in a CUDA stream that a later copy waits for; made by `DeviceTier.fence`."""
+"""A point in a CUDA stream that a later copy waits for; made by `DeviceTier.fences`."""
 
 
 class DeviceTier:
@@ -54,6 +54,8 @@ class DeviceTier:
         self._dtype = dtype
         self._recorder = TierRecorder(layout.block_bytes)
         self._streams = local()
+        self._fences: dict[int, Fence] = {}  # the last of each stream, by the stream's handle
+        self._fences_lock = Lock()
         self._closed = False
         self._rows: Rows | None = None
         if self.device.type == "cpu":
@@ -111,14 +113,27 @@ class DeviceTier:
         value = torch.as_strided(elements, shape, strides, (2 * index + 1) * plane)
         return key, value
 
-    def fence(self) -> Fence | None:
-        """Marks the work queued so far on the calling thread's current stream. None on the CPU, which is in order."""
+    def fences(self) -> list[Fence]:
+        """Marks the work queued so far on the calling thread's current stream, and returns the last mark of every stream.
+
+        Sequences may be used from several threads and streams: whoever copies a slot waits for all of them, as blocks
+        are shared. Empty on the CPU, which is in order.
+        """
         if self.device.type != "cuda":
-            return None
-        with torch.cuda.device(self.device):
+            return []
+        with torch.cuda.device(self.device), self._fences_lock:
+            stream = torch.cuda.current_stream(self.device)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(self.device))
-        return event
+            event.record(stream)
+            self._fences[stream.cuda_stream] = event
+            return list(self._fences.values())
+
+    def join(self) -> None:
+        """Makes the calling thread's current stream wait, on the device, for the last mark of every other stream."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            for fence in self.fences():
+                stream.wait_event(fence)
 
     def read(self, slots: SlotIds, rows: Rows, row_ids: SlotIds, after: Sequence[Fence] = ()) -> Outcomes:
         """Copies slots to host rows; see `Tier.read`. On CUDA, first waits (on the device) for all of `after`."""
@@ -186,14 +201,16 @@ class DeviceTier:
         with torch.cuda.stream(stream):
             for fence in after:
                 stream.wait_event(fence)
-            for s, r, n in zip(slots[starts].tolist(), row_ids[starts].tolist(), lengths, strict=True):
-                if to_device:
-                    storage[s : s + n].copy_(host[r : r + n], non_blocking=True)
-                else:
-                    host[r : r + n].copy_(storage[s : s + n], non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(stream)
-        done.synchronize()
+            try:
+                for s, r, n in zip(slots[starts].tolist(), row_ids[starts].tolist(), lengths, strict=True):
+                    if to_device:
+                        storage[s : s + n].copy_(host[r : r + n], non_blocking=True)
+                    else:
+                        host[r : r + n].copy_(storage[s : s + n], non_blocking=True)
+            finally:  # whatever was queued must have ended before slots and rows are given back
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record(stream)
+                done.synchronize()
 
     def _side_stream(self) -> torch.cuda.Stream:
         stream: torch.cuda.Stream | None = getattr(self._streams, "stream", None)

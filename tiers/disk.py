@@ -151,6 +151,11 @@ class DiskTier:
         """Goes up when everything stored was lost (the file was deleted): forget the index of this tier then."""
         return self._generation
 
+    @property
+    def num_allocated_slots(self) -> int:
+        """Slots for which the file has room already; the others may be refused when the disk is full."""
+        return self._allocated_bytes // self.layout.slot_bytes
+
     def read(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
         """Reads slots into rows; see `Tier.read`. Also False for slots not written since the file was made."""
         check_rows(rows, "rows", self.layout.slot_bytes, writable=True)

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _MAX_CALL_BYTES = 2 << 20  # larger calls gain nothing and leave other threads idle
 _MIN_CALL_BYTES = 256 << 10  # smaller ones are not worth splitting
 _MAX_IOVECS = 1024  # IOV_MAX of Linux
+_MAX_IDLE_CALLS = 8  # calls in a row that end inside the page they began with
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -57,7 +58,7 @@ class BlockFile:
         """
         self.path = path
         self.is_direct = _can_use_direct(path.parent)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         if self.is_direct:
             flags |= os.O_DIRECT
         self.fd = os.open(path, flags, 0o600)
@@ -152,27 +153,28 @@ class _Batch:
         """
         start_offset = int(self.slots[piece.start]) * self.slot_bytes
         total_bytes = (piece.stop - piece.start) * self.slot_bytes
-        done_bytes = 0
+        done_bytes = num_idle_calls = 0
         while done_bytes < total_bytes:
+            was_direct = self.file.is_direct
             try:
                 count = self.call(self.file.fd, self._iovecs(piece, done_bytes), start_offset + done_bytes)
             except OSError as error:
-                if error.errno == errno.EINVAL and self._fell_back():
+                if error.errno == errno.EINVAL and was_direct:
+                    self._fall_back()
                     continue
                 return done_bytes // self.slot_bytes, "disk_full" if error.errno in _FULL else "io_error"
-            done_bytes += count
-            if count == 0 or (not self.writes and done_bytes % SLOT_ALIGNMENT_BYTES):
-                return done_bytes // self.slot_bytes, "io_error" if self.writes else "truncated"
-            done_bytes -= done_bytes % SLOT_ALIGNMENT_BYTES  # a short write goes on from a page O_DIRECT accepts
+            # What is short goes on from a page that O_DIRECT accepts, so a call may gain nothing; some do so for ever.
+            gained_bytes = count - count % SLOT_ALIGNMENT_BYTES
+            done_bytes += gained_bytes
+            num_idle_calls = 0 if gained_bytes else num_idle_calls + 1
+            if count == 0 or (not self.writes and gained_bytes < count) or num_idle_calls == _MAX_IDLE_CALLS:
+                return done_bytes // self.slot_bytes, "disk_full" if self.writes else "truncated"
         return piece.stop - piece.start, None
 
-    def _fell_back(self) -> bool:
-        """After EINVAL: True when the call is worth repeating because the file is no longer opened O_DIRECT."""
-        if not self.file.is_direct:
-            return False
+    def _fall_back(self) -> None:
+        """After EINVAL on a direct call: the file is buffered from now on, whoever of the callers was first."""
         if self.file.use_buffered():
             self._count("direct_refused", 1)
-        return True
 
     def _iovecs(self, piece: _Piece, done_bytes: int) -> list[memoryview]:
         """Memory of a piece from `done_bytes` on; rows that follow one another in memory are one vector."""
@@ -278,7 +280,8 @@ def _can_use_direct(folder: Path) -> bool:
     page = mmap.mmap(-1, 2 * mmap.PAGESIZE)
     view = memoryview(page)
     try:
-        fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_DIRECT, 0o600)
+        probe.unlink(missing_ok=True)  # left by a crash
+        fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_DIRECT, 0o600)
     except OSError as error:
         logger.info("%s does not support O_DIRECT (%s): the disk tier goes through the page cache", folder, error)
         with contextlib.suppress(OSError):

@@ -95,8 +95,16 @@ class HostTier:
         self._recorder.add_write(slots.size, 0, time.perf_counter() - started)
         return np.ones(slots.size, dtype=np.bool_)
 
+    def count_read(self, num_blocks: int, seconds: float) -> None:
+        """Counts blocks that another tier took straight out of `rows`."""
+        self._recorder.add_read(num_blocks, 0, seconds)
+
+    def count_write(self, num_blocks: int, seconds: float) -> None:
+        """Counts blocks that another tier put straight into `rows`."""
+        self._recorder.add_write(num_blocks, 0, seconds)
+
     def stats(self) -> TierStats:
-        """Counters; `path` is "pinned" or "pageable". Copies made straight through `rows` count at the other tier."""
+        """Counters; `path` is "pinned" or "pageable"."""
         return self._recorder.snapshot(self.name, self.num_slots, "pinned" if self._pinned else "pageable")
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamo.kernels.checks import SlotIds, check_ids
-from dynamo.tiers.errors import TierClosedError
+from dynamo.tiers.errors import JournalFormatError, TierClosedError
 from dynamo.tiers.records import (
     DROP,
     HEADER_BYTES,
@@ -40,6 +40,7 @@ __all__ = ["NAME_BYTES", "ROOT_NAME", "Journal", "RecoveredBlocks"]
 logger = logging.getLogger(__name__)
 
 _COMPACT_ABOVE_LIVE = 3  # a log is rewritten when it is this many times longer than what is true ...
+_MAX_SLOTS = 1 << 26  # what a header may claim: 64 million blocks
 _COMPACT_ABOVE_RECORDS = 16384  # ... and by this much (1 MiB)
 
 
@@ -279,7 +280,8 @@ class Journal:
         records = records.copy()
         records["check"] = record_checks(records, header.seed)
         temporary = _temporary(self.path)
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        temporary.unlink(missing_ok=True)  # left by a crash
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             _write_all(fd, header.to_bytes() + records.tobytes(), 0)
             os.fsync(fd)
@@ -292,13 +294,15 @@ class Journal:
         old_fd, self._fd = self._fd, fd
         if old_fd is not None:
             os.close(old_fd)
-        _sync_directory(self.path.parent)
         self._adopt(header, records, records.size)
+        with contextlib.suppress(OSError):  # after a power cut the old file may be there again; it is as true as it was
+            _sync_directory(self.path.parent)
 
     def _load(self) -> None:
-        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             header = Header.from_bytes(os.pread(fd, HEADER_BYTES, 0), self._fingerprint, self.path)
+            self._check_length(fd, header)
             records = _read_records(fd)
             os.ftruncate(fd, HEADER_BYTES + records.size * RECORD_BYTES)  # a record torn by a crash
         except BaseException:
@@ -314,6 +318,17 @@ class Journal:
             self._next_sequence = int(good["sequence"].max()) + 1
         self._adopt(header, live, records.size)
         self._compact()
+
+    def _check_length(self, fd: int, header: Header) -> None:
+        """A log is compacted before it is much longer than its slots need; a far longer one is none of ours."""
+        num_slots = min(max(self.num_slots, header.num_slots), _MAX_SLOTS)
+        limit_bytes = HEADER_BYTES + RECORD_BYTES * 4 * (_COMPACT_ABOVE_LIVE * num_slots + _COMPACT_ABOVE_RECORDS)
+        size_bytes = os.fstat(fd).st_size
+        if size_bytes > limit_bytes:
+            raise JournalFormatError(
+                f"{self.path} has {size_bytes} bytes, an index of {num_slots} slots at most {limit_bytes}",
+                path=self.path,
+            )
 
     def _adopt(self, header: Header, live: Records, num_records: int) -> None:
         self._seed = header.seed

@@ -1,25 +1,30 @@
 """Runs the parts of transfers on its own threads, a few parts of each transfer at a time.
 
-A transfer is many independent parts (runs of blocks). Each transfer has at most `PARTS_AT_ONCE` of its parts running or
+A transfer is many independent parts (runs of blocks). Each transfer has at most `PARTS_AT_ONCE` parts of a lane running or
 queued, and queues the next one behind the parts of all other transfers: a short transfer never waits for the whole of a
 long one.
 """
 
+import heapq
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-__all__ = ["PARTS_AT_ONCE", "Mover", "Transfer"]
+from dynamo.tiers.tier import Outcomes, SlotIds
+
+__all__ = ["PARTS_AT_ONCE", "Mover", "Part", "Transfer"]
 
 logger = logging.getLogger(__name__)
 
 PARTS_AT_ONCE = 2  # one part reads while the other copies
+
+Part = Callable[[], None]
+"""Moves some of a transfer's blocks."""
 
 
 class Transfer:
@@ -33,7 +38,7 @@ class Transfer:
         self.num_blocks = num_blocks
         self.deadline = time.monotonic() + timeout_s
         self._lock = threading.Lock()
-        self._arrived = np.zeros(num_blocks, dtype=np.bool_)
+        self._arrived: Outcomes = np.zeros(num_blocks, dtype=np.bool_)
         self._closed = False
         self._expired = False
         self._ended = threading.Event()
@@ -59,7 +64,7 @@ class Transfer:
         """Seconds until the deadline, not below 0."""
         return max(0.0, self.deadline - time.monotonic())
 
-    def deliver(self, positions: npt.NDArray[np.int64], write: Callable[[], npt.NDArray[np.bool_]]) -> bool:
+    def deliver(self, positions: SlotIds, write: Callable[[], Outcomes]) -> bool:
         """Runs `write`, the last hop of the blocks at `positions`, unless the transfer has ended. Returns whether it ran."""
         with self._lock:
             if self._closed:
@@ -102,54 +107,123 @@ class Transfer:
             callbacks, self._callbacks = self._callbacks, []
         self._ended.set()
         for callback in callbacks:
-            callback()
+            try:
+                callback()
+            except Exception:
+                logger.exception("a listener to the end of a KV transfer failed")
 
 
 class Mover:
-    """Owns the threads that run transfers' parts."""
+    """Owns the threads that run transfers' parts, and one that ends transfers whose deadline has passed.
 
-    def __init__(self, num_threads: int) -> None:
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="kv-load")
+    Parts belong to lanes, such as "host" and "disk", with threads of their own: a disk that hangs holds up no load that
+    needs host memory only.
+    """
 
-    def submit(self, transfer: Transfer, parts: list[Callable[[], None]]) -> None:
-        """Runs all parts, in order of their start, and then finishes the transfer. A part runs even if the transfer has
-        expired, since it owns pins that it must give back."""
-        waiting = deque(parts)
-        remaining = len(parts)
-        lock = threading.Lock()
+    def __init__(self, num_threads: Mapping[str, int]) -> None:
+        """Starts `num_threads[lane]` threads for each lane."""
+        self._changed = threading.Condition()  # guards all below
+        self._lanes: dict[str, deque[_Queued]] = {lane: deque() for lane in num_threads}
+        self._deadlines: list[tuple[float, int, Transfer]] = []  # a heap; the number keeps equal deadlines apart
+        self._num_submitted = 0
+        self._num_unfinished = 0
+        self._is_closing = False
+        self._threads = [
+            threading.Thread(target=self._run_parts, args=(queued,), name=f"kv-load-{lane}-{i}", daemon=True)
+            for lane, queued in self._lanes.items()
+            for i in range(num_threads[lane])
+        ]
+        self._threads.append(threading.Thread(target=self._watch_deadlines, name="kv-load-deadlines", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
-        def run(part: Callable[[], None] | None) -> None:
-            nonlocal remaining
-            while part is not None:
-                try:
-                    part()
-                except Exception:
-                    logger.exception("a part of a KV transfer failed; its blocks are computed again")
-                with lock:
-                    remaining -= 1
-                    last = remaining == 0
-                    part = waiting.popleft() if waiting else None
-                if last:
-                    transfer.finish()
-                if part is not None and self._queue(run, part):
-                    return
+    @property
+    def num_unfinished(self) -> int:
+        """Transfers with parts queued or running, expired ones included."""
+        return self._num_unfinished
 
-        if not parts:
+    def submit(self, transfer: Transfer, parts: Mapping[str, Sequence[Part]], on_done: Callable[[], None]) -> None:
+        """Runs all parts, those of a lane in order of their start, then `on_done`, and then finishes the transfer.
+
+        Parts run, and `on_done` waits for them, even if the transfer expires meanwhile: `on_done` gives back what they use.
+        """
+        num_parts = sum(map(len, parts.values()))
+        if num_parts == 0:
+            on_done()
             transfer.finish()
-        for _ in range(min(PARTS_AT_ONCE, len(parts))):
-            with lock:
-                part = waiting.popleft() if waiting else None
-            if part is not None and not self._queue(run, part):
-                run(part)
+            return
+        work = _Work(transfer, {lane: deque(lane_parts) for lane, lane_parts in parts.items()}, num_parts, on_done)
+        with self._changed:
+            for lane, waiting in work.waiting.items():
+                for _ in range(min(PARTS_AT_ONCE, len(waiting))):
+                    self._lanes[lane].append(_Queued(work, lane, waiting.popleft()))
+            self._num_submitted += 1
+            self._num_unfinished += 1
+            heapq.heappush(self._deadlines, (transfer.deadline, self._num_submitted, transfer))
+            self._changed.notify_all()
 
-    def _queue(self, run: Callable[[Callable[[], None]], None], part: Callable[[], None]) -> bool:
-        """Queues a part behind those of all transfers; False once the mover is closing."""
-        try:
-            self._threads.submit(run, part)
-        except RuntimeError:  # the executor takes nothing more after shutdown()
-            return False
-        return True
+    def close(self, timeout_s: float) -> None:
+        """Waits for all parts, also queued ones, for at most `timeout_s`. A thread that hangs in a read is left behind."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            logger.error(
+                "loads of KV blocks still run %g s after they were told to end; going on without them", timeout_s
+            )
 
-    def close(self) -> None:
-        """Waits for the parts that are running; those still queued run too, since they own pins."""
-        self._threads.shutdown(wait=True)
+    def _run_parts(self, lane: "deque[_Queued]") -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: lane or self._is_closing)
+                if not lane:
+                    return
+                queued = lane.popleft()
+            try:
+                queued.part()
+            except Exception:  # root of a task: the part's blocks count as not arrived
+                logger.exception("a part of a KV transfer failed; its blocks are computed again")
+            work = queued.work
+            with self._changed:
+                work.num_remaining -= 1
+                is_last = work.num_remaining == 0
+                if waiting := work.waiting[queued.lane]:
+                    lane.append(_Queued(work, queued.lane, waiting.popleft()))
+                    self._changed.notify_all()
+            if is_last:
+                work.on_done()
+                with self._changed:
+                    self._num_unfinished -= 1
+                work.transfer.finish()
+
+    def _watch_deadlines(self) -> None:
+        while True:
+            with self._changed:
+                if self._is_closing:
+                    return
+                next_s = self._deadlines[0][0] - time.monotonic() if self._deadlines else None
+                if next_s is None or next_s > 0:
+                    self._changed.wait(next_s)
+                    continue
+                _, _, transfer = heapq.heappop(self._deadlines)
+            transfer.expire()
+
+
+@dataclass(slots=True)
+class _Work:
+    """A transfer's parts that are not queued yet, by lane, and how many have not ended."""
+
+    transfer: Transfer
+    waiting: dict[str, deque[Part]]
+    num_remaining: int
+    on_done: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    work: _Work
+    lane: str
+    part: Part

@@ -8,6 +8,7 @@ directory/
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -42,7 +43,7 @@ class Namespace:
         """
         self.directory = directory
         self.folder = directory / fingerprint[:8].ljust(8, b"\0").hex()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         self._lock_fd: int | None = _lock(self.folder / _LOCK)
 
     @property
@@ -62,7 +63,7 @@ class Namespace:
             TierBusyError: somebody else was faster.
             OSError: they cannot be created.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         if self._lock_fd is not None and os.fstat(self._lock_fd).st_nlink:
             return
         lock_fd = _lock(self.folder / _LOCK)
@@ -95,6 +96,13 @@ class Namespace:
             with contextlib.suppress(OSError):
                 os.utime(lock_fd)
             os.close(lock_fd)
+
+    def _make_folder(self) -> None:
+        """KV blocks tell what was in the prompts: nobody else may read them, nor put links in their place."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        if self.folder.is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, "is a link; a disk tier's own folder must not be", str(self.folder))
 
     def _neighbours(self) -> list[Path]:
         try:
@@ -154,7 +162,7 @@ def _remove(folder: Path) -> bool:
 def _lock(path: Path) -> int:
     """Locks `path` for this descriptor and writes the process id into it."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -64,8 +64,8 @@ class ChatTemplate:
             raise ModelLoadError(f"{path}: chat_template is neither text nor a list of named templates")
         return cls(source, _special_tokens(tokenizer_config), path)
 
-    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        """Renders a conversation, special tokens included.
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """Renders a conversation and the beginning of the next reply, special tokens included.
 
         Raises:
             RequestError: the template refuses the conversation or fails on it.
@@ -75,7 +75,7 @@ class ChatTemplate:
                 messages=messages,
                 tools=None,
                 documents=None,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=True,
                 **self._special_tokens,
             )
         # What a program may raise on data it does not expect, beside its own refusals.

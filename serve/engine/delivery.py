@@ -1,4 +1,4 @@
-"""How deltas get from the engine's thread to the consumers on their event loops."""
+"""How deltas get from the engine's thread to the consumers on their event loop."""
 
 import asyncio
 import threading
@@ -17,12 +17,11 @@ MAX_QUEUED_DELTAS = 256  # bounds the memory that a client which does not read c
 
 
 class OutputStream:
-    """Deltas of one request until the consumer takes them. Used on the event loop it belongs to."""
+    """Deltas of one request until the consumer takes them. Used on the event loop."""
 
-    __slots__ = ("_deltas", "_error", "_waiter", "outbox")
+    __slots__ = ("_deltas", "_error", "_waiter")
 
-    def __init__(self, outbox: "Outbox") -> None:
-        self.outbox = outbox
+    def __init__(self) -> None:
         self._deltas: list[OutputDelta] = []
         self._error: ServeError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -70,18 +69,27 @@ class OutputStream:
 
 
 class Outbox:
-    """What the engine's thread has for the streams of one event loop: one hand-over per step.
+    """What the engine's thread has for the streams of the event loop: one hand-over per step.
 
-    `put` and `flush` belong to the engine's thread.
+    `put` and `flush` belong to the engine's thread, and come after `attach`.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._items: list[tuple[OutputStream, OutputDelta | ServeError]] = []
         self._num_sent = 0  # written by the engine's thread
         self._num_seen = 0  # written by the loop
         self._caught_up = threading.Event()
         self._caught_up.set()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """Where the streams are used; None before `attach`."""
+        return self._loop
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Says which event loop that is. Before the engine's thread starts."""
+        self._loop = loop
 
     def put(self, stream: OutputStream, item: OutputDelta | ServeError) -> None:
         self._items.append((stream, item))
@@ -90,9 +98,10 @@ class Outbox:
         """Hands everything over, waiting while the loop is too far behind. False if the loop is closed."""
         if not self._items:
             return True
+        assert self._loop is not None, "nothing can be handed over before attach()"
         items, self._items = self._items, []
         try:
-            self.loop.call_soon_threadsafe(self._deliver, items)
+            self._loop.call_soon_threadsafe(self._deliver, items)
         except RuntimeError:  # the loop is closed, and with it everybody who could listen
             return False
         self._num_sent += 1

@@ -9,9 +9,7 @@ the scheduler opens a sequence per request, appends and commits; the runner read
 """
 
 import asyncio
-import logging
 import threading
-import time
 from collections.abc import AsyncGenerator
 
 import torch
@@ -31,9 +29,7 @@ from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestF
 
 __all__ = ["InferenceEngine", "build_model_engine"]
 
-logger = logging.getLogger(__name__)
-
-_JOIN_GRACE_S = 30.0  # beyond the drain: the longest a single step may reasonably take
+_JOIN_TIMEOUT_S = 30.0  # the longest a single step may reasonably take
 
 
 class InferenceEngine:
@@ -56,21 +52,20 @@ class InferenceEngine:
         *,
         eos_token_ids: frozenset[int],
         max_model_len: int,
-        limits: SchedulerLimits | None = None,
-        max_waiting: int = 1024,
+        limits: SchedulerLimits,
+        max_waiting: int,
         stall_timeout_s: float = 30.0,
     ) -> None:
-        limits = limits or SchedulerLimits()
         self._cache = cache
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._max_model_len = min(max_model_len, cache.num_device_blocks * cache.block_size)
         self._max_live = limits.max_running + max_waiting
         self._scheduler = Scheduler(cache, limits)
-        self._step_loop = StepLoop(self._scheduler, runner, stall_timeout_s=stall_timeout_s)
+        self._outbox = Outbox()
+        self._step_loop = StepLoop(self._scheduler, runner, self._outbox, stall_timeout_s=stall_timeout_s)
         self._thread = threading.Thread(target=self._step_loop.run, name="dynamo-engine", daemon=True)
         self._live_ids: set[str] = set()
-        self._outbox: Outbox | None = None
         self._is_stopping = False
         self._is_started = False
 
@@ -79,22 +74,23 @@ class InferenceEngine:
         return self._max_model_len
 
     async def start(self) -> None:
-        """Starts the engine's thread. Once only."""
+        """Starts the engine's thread, for requests of the event loop that runs this. Once only."""
+        self._outbox.attach(asyncio.get_running_loop())
         self._thread.start()
         self._is_started = True
 
-    async def stop(self, drain_timeout_s: float) -> None:
-        """Refuses new requests, lets live ones finish for at most `drain_timeout_s`, ends the thread, closes the cache.
+    async def stop(self) -> None:
+        """Refuses new requests, fails live ones, ends the thread, closes the cache.
 
         Raises:
             EngineDeadError: the thread is stuck in a step; the cache is left open, as the step still uses it.
         """
         self._is_stopping = True
         if self._is_started:
-            self._step_loop.commands.put(Stop(time.monotonic() + drain_timeout_s))
-            await asyncio.to_thread(self._thread.join, drain_timeout_s + _JOIN_GRACE_S)
+            self._step_loop.commands.put(Stop())
+            await asyncio.to_thread(self._thread.join, _JOIN_TIMEOUT_S)
             if self._thread.is_alive():
-                raise EngineDeadError(f"the engine's thread did not end {_JOIN_GRACE_S:.0f} s after its deadline")
+                raise EngineDeadError(f"the engine's thread did not end within {_JOIN_TIMEOUT_S:.0f} s")
         await asyncio.to_thread(self._cache.close)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[OutputDelta], None]:
@@ -102,6 +98,7 @@ class InferenceEngine:
 
         Raises:
             ValueError: another live request has this id.
+            RuntimeError: this is not the event loop that `start` ran on.
         """
         generation = self._submit(request)
         is_over = False
@@ -135,6 +132,8 @@ class InferenceEngine:
 
     def _submit(self, request: GenerationRequest) -> Generation:
         self.check_healthy()
+        if asyncio.get_running_loop() is not self._outbox.loop:
+            raise RuntimeError("requests must come from the event loop that start() ran on")
         if self._is_stopping:
             raise EngineDeadError("the engine is stopping")
         if request.request_id in self._live_ids:
@@ -144,7 +143,7 @@ class InferenceEngine:
         self._check_prompt(request.prompt_token_ids)
         generation = Generation(
             request,
-            OutputStream(self._outbox_of(asyncio.get_running_loop())),
+            OutputStream(),
             self._tokenizer,
             eos_token_ids=self._eos_token_ids,
             max_model_len=self._max_model_len,
@@ -168,20 +167,15 @@ class InferenceEngine:
                     f"the prompt holds token id {token_id}; the model has ids 0 to {vocab_size - 1}"
                 )
 
-    def _outbox_of(self, loop: asyncio.AbstractEventLoop) -> Outbox:
-        if self._outbox is None or self._outbox.loop is not loop:
-            self._outbox = Outbox(loop)
-        return self._outbox
-
 
 def build_model_engine(
     loaded: LoadedModel,
     cache: KVCache,
     *,
     device: torch.device,
-    max_model_len: int | None = None,
-    limits: SchedulerLimits | None = None,
-    max_waiting: int = 1024,
+    max_model_len: int,
+    limits: SchedulerLimits,
+    max_waiting: int,
     paged_attention: bool | None = None,
 ) -> InferenceEngine:
     """An engine that runs a loaded model. The caller sets torch's thread count.
@@ -189,11 +183,8 @@ def build_model_engine(
     Args:
         cache: made for this model, on the same device; the engine closes it.
         device: where the model was loaded to.
-        max_model_len: None takes the model's own.
         paged_attention: whether the paged kernels attend, and decode steps are captured; None: on CUDA.
     """
-    limits = limits or SchedulerLimits()
-    max_model_len = max_model_len or loaded.max_model_len
     paged = None
     if paged_attention or (paged_attention is None and device.type == "cuda"):
         paged = PagedSteps(

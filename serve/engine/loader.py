@@ -13,28 +13,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dynamo.serve.engine.model import CausalLM
-from dynamo.serve.engine.model_config import ModelConfig, token_ids
+from dynamo.serve.engine.model_config import DTYPES, ModelConfig, token_ids
+from dynamo.serve.engine.request import SamplingDefaults
 from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import ModelLoadError
 
-__all__ = ["GenerationDefaults", "LoadedModel", "load_model"]
+__all__ = ["LoadedModel", "load_model"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SAMPLE_STRIDE, SAMPLE_BYTES = 1 << 20, 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationDefaults:
-    """What generation_config.json proposes for requests that do not say; None where it proposes nothing."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +39,7 @@ class LoadedModel:
     model: CausalLM
     config: ModelConfig
     tokenizer: Tokenizer
-    generation_defaults: GenerationDefaults
+    sampling_defaults: SamplingDefaults
     fingerprint: str
     max_model_len: int
     dtype: torch.dtype
@@ -79,7 +68,7 @@ def load_model(
     raw_generation = _read_json(folder / "generation_config.json", required=False)
     eos = token_ids(raw_generation.get("eos_token_id")) or config.eos_token_ids
     tokenizer = Tokenizer.from_folder(folder, eos_token_ids=frozenset(eos), num_embeddings=config.vocab_size)
-    defaults = _generation_defaults(raw_generation, folder / "generation_config.json")
+    defaults = _sampling_defaults(raw_generation, folder / "generation_config.json")
     checkpoint = _Checkpoint(folder)
     config = checkpoint.settle_tying(config)
     dtype = _choose_dtype(dtype, config.dtype or checkpoint.stored_dtype(), device)
@@ -95,7 +84,7 @@ def load_model(
         model=model,
         config=config,
         tokenizer=tokenizer,
-        generation_defaults=defaults,
+        sampling_defaults=defaults,
         fingerprint=digest.hexdigest(),
         max_model_len=config.max_position_embeddings,
         dtype=dtype,
@@ -123,7 +112,10 @@ def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     return value
 
 
-def _generation_defaults(raw: dict[str, Any], path: Path) -> GenerationDefaults:
+def _sampling_defaults(raw: dict[str, Any], path: Path) -> SamplingDefaults:
+    """What generation_config.json proposes; what it leaves out is as in `SamplingDefaults`."""
+    fallback = SamplingDefaults()
+
     def number(key: str, lowest: float, highest: float) -> float | None:
         value = raw.get(key)
         if value is None:
@@ -132,14 +124,14 @@ def _generation_defaults(raw: dict[str, Any], path: Path) -> GenerationDefaults:
             raise ModelLoadError(f"{path}: {key}={value!r} is not a number from {lowest:g} to {highest:g}")
         return float(value)
 
-    top_k = number("top_k", 0, 1 << 31)
-    max_tokens = number("max_new_tokens", 1, 1 << 31)
-    return GenerationDefaults(
-        temperature=number("temperature", 0, 100),
-        top_p=number("top_p", 0, 1) or None,
+    temperature, min_p = number("temperature", 0, 100), number("min_p", 0, 1)
+    top_k, max_tokens = number("top_k", 0, 1 << 31), number("max_new_tokens", 1, 1 << 31)
+    return SamplingDefaults(
+        temperature=fallback.temperature if temperature is None else temperature,
+        top_p=number("top_p", 0, 1) or fallback.top_p,
         top_k=int(top_k) if top_k else None,  # 0 means no limit
-        min_p=number("min_p", 0, 1),
-        repetition_penalty=number("repetition_penalty", 0, 100) or None,
+        min_p=fallback.min_p if min_p is None else min_p,
+        repetition_penalty=number("repetition_penalty", 0, 100) or fallback.repetition_penalty,
         max_tokens=None if max_tokens is None else int(max_tokens),
     )
 
@@ -194,7 +186,7 @@ class _Checkpoint:
             return config
         if torch.equal(self._read(LM_HEAD), self._read(EMBED)):
             return config
-        log.warning("%s ties word embeddings, but stores an lm_head of its own; using that", self._folder)
+        logger.warning("%s ties word embeddings, but stores an lm_head of its own; using that", self._folder)
         return replace(config, tie_word_embeddings=False)
 
     def fill(self, model: CausalLM, progress: Callable[[float], None]) -> xxhash.xxh3_128:
@@ -214,7 +206,7 @@ class _Checkpoint:
             )
         extra = self._files.keys() - sources.values() - {LM_HEAD}
         if unknown := sorted(name for name in extra if not name.endswith("rotary_emb.inv_freq")):
-            log.warning("%s: ignoring tensors the model does not use: %s", self._folder, _some(unknown))
+            logger.warning("%s: ignoring tensors the model does not use: %s", self._folder, _some(unknown))
         digests: dict[str, bytes] = {}
         num_filled, num_elements = 0, sum(target.numel() for target in targets.values())
         progress(0.0)
@@ -261,8 +253,8 @@ def _copy(stored: Tensor, target: Tensor, name: str, path: Path) -> None:
             f"{path}: {name} has shape {list(stored.shape)}, but config.json implies {list(target.shape)}; "
             "the two files belong to different models"
         )
-    if stored.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ModelLoadError(f"{path}: {name} has dtype {stored.dtype}; only float32, float16 and bfloat16 are served")
+    if stored.dtype not in DTYPES.values():
+        raise ModelLoadError(f"{path}: {name} has dtype {stored.dtype}; only {', '.join(DTYPES)} are served")
     target.copy_(stored)
 
 

@@ -40,7 +40,7 @@ _LOGPROB_STEP = math.log(0.1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MockTimings:
-    """The modelled machine; the defaults resemble an 8-billion-parameter model on one data-centre GPU.
+    """The modelled machine.
 
     Attributes:
         prefill_tokens_per_s: prompt tokens computed per second.
@@ -49,10 +49,10 @@ class MockTimings:
         speedup: modelled time is divided by it; 0 or infinity: no waiting at all.
     """
 
-    prefill_tokens_per_s: float = 20_000.0
-    step_s: float = 0.006
-    token_s: float = 0.00005
-    speedup: float = 1.0
+    prefill_tokens_per_s: float
+    step_s: float
+    token_s: float
+    speedup: float
 
     def __post_init__(self) -> None:
         if not self.prefill_tokens_per_s > 0:
@@ -159,7 +159,7 @@ class MockRunner:
         return np.array(tokens, dtype=np.float32).reshape(num_blocks, self._block_size)
 
 
-def mock_kv_spec(model: str, block_size: int = 16) -> KVSpec:
+def mock_kv_spec(model: str, block_size: int) -> KVSpec:
     """A spec whose blocks are tiny: 64 bytes a token."""
     return KVSpec(
         model=f"mocker/{model}", num_layers=1, num_kv_heads=1, head_dim=8, dtype=torch.float32, block_size=block_size
@@ -170,11 +170,11 @@ def build_mock_engine(
     tokenizer: Tokenizer,
     cache: KVCache,
     *,
-    timings: MockTimings | None = None,
+    timings: MockTimings,
+    max_model_len: int,
+    limits: SchedulerLimits,
+    max_waiting: int,
     text: str = DEFAULT_TEXT,
-    max_model_len: int = 131_072,
-    limits: SchedulerLimits | None = None,
-    max_waiting: int = 1024,
 ) -> InferenceEngine:
     """An engine without a model. It never says end-of-sequence: requests end by `max_tokens` or a stop.
 
@@ -185,7 +185,7 @@ def build_mock_engine(
     token_ids = [t for t in tokenizer.encode(text, add_special_tokens=False) if t not in tokenizer.eos_token_ids]
     return InferenceEngine(
         cache,
-        MockRunner(cache, token_ids, timings or MockTimings()),
+        MockRunner(cache, token_ids, timings),
         tokenizer,
         eos_token_ids=tokenizer.eos_token_ids,
         max_model_len=max_model_len,

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
+from dynamo.serve.engine.dtypes import FLOAT_DTYPES
 from dynamo.serve.errors import ModelLoadError
 
-__all__ = ["SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig"]
+__all__ = ["DTYPES", "SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig"]
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FLOAT_DTYPES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ __all__ = [
     "FinishReason",
     "GenerationRequest",
     "OutputDelta",
+    "SamplingDefaults",
     "SamplingParams",
     "TokenLogprob",
 ]
@@ -46,6 +47,22 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     num_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """What a request that says nothing gets; a model folder's generation_config.json may have set it.
+
+    Attributes:
+        max_tokens: most tokens of a chat reply without a limit of its own; None lets it fill the context.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +124,7 @@ class EngineStats:
 
 
 class Engine(Protocol):
-    """The seam between the HTTP front and whatever generates tokens. All methods are called on the event loop."""
+    """The seam between the HTTP front and whatever generates tokens. All methods are called on one event loop."""
 
     @property
     def max_model_len(self) -> int:
@@ -115,11 +132,11 @@ class Engine(Protocol):
         ...
 
     async def start(self) -> None:
-        """Starts the engine's thread."""
+        """Starts the engine's thread; all other methods belong to the event loop that runs this."""
         ...
 
-    async def stop(self, drain_timeout_s: float) -> None:
-        """Lets running requests finish for at most `drain_timeout_s`, aborts the rest, joins the thread, closes the cache."""
+    async def stop(self) -> None:
+        """Aborts what still runs, joins the thread, closes the cache. Who wants requests to finish waits before."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[list[OutputDelta], None]:

@@ -32,8 +32,8 @@ class SchedulerLimits:
             prompt, the prompt is computed whole.
     """
 
-    max_running: int = 64
-    max_batch_tokens: int = 2048
+    max_running: int
+    max_batch_tokens: int
     prefill_chunk: int = 512
 
     def __post_init__(self) -> None:
@@ -112,11 +112,6 @@ class Scheduler:
         return len(self._filling) + len(self._decoding)
 
     @property
-    def num_loading(self) -> int:
-        """Sequences whose cached blocks are still on their way into the device pool."""
-        return sum(sequence.phase is Phase.LOADING for sequence in self._filling)
-
-    @property
     def num_preemptions(self) -> int:
         return self._num_preemptions
 
@@ -146,7 +141,10 @@ class Scheduler:
         sequence.phase = Phase.FINISHED
 
     def schedule(self) -> ScheduledStep:
-        """Decides the next step and reserves the blocks it writes. May preempt; never blocks."""
+        """Decides the next step and reserves the blocks it writes. May preempt.
+
+        Does not wait for loads. Reserving may wait up to 50 ms for blocks that only their own offload still holds.
+        """
         step = ScheduledStep([], [], [], [])
         self._schedule_decodes(step)
         budget = self._limits.max_batch_tokens - len(step.decodes)
@@ -163,6 +161,8 @@ class Scheduler:
 
     def complete(self, step: ScheduledStep, token_ids: Sequence[int | None]) -> None:
         """Records that the step's KV is written, and the tokens sampled from it.
+
+        Committing may wait up to a second where offloading is congested, once per congestion.
 
         Args:
             token_ids: one per sequence of `step.sampling`; None where sampling failed. What the step wrote for such a
@@ -249,7 +249,6 @@ class Scheduler:
     def _preempt(self, sequence: SequenceState) -> None:
         self._release(sequence)
         sequence.phase = Phase.WAITING
-        sequence.num_preemptions += 1
         self._num_preemptions += 1
         self._waiting.appendleft(sequence)
         # It has just been found that there is no room; the sequence it gave way to takes its blocks first.
@@ -271,15 +270,10 @@ class Scheduler:
             return None
         sequence = self._waiting[0]
         try:
-            kv = self._cache.open(sequence.tokens, salt=sequence.salt)
+            # Each running sequence will want a block before long. Taking the last ones would only lead to preemption.
+            kv = self._cache.open(sequence.tokens, salt=sequence.salt, spare_blocks=num_running)
         except OutOfBlocksError as error:
-            self._admission_needs = error.needed_blocks + num_running
-            return None
-        # Each running sequence will want a block before long. Taking the last ones would only lead to preemption.
-        lacking = num_running - self._cache.num_available_blocks
-        if lacking > 0:
-            kv.close()
-            self._admission_needs = available + lacking
+            self._admission_needs = available + error.needed_blocks - error.available_blocks
             return None
         self._waiting.popleft()
         sequence.kv = kv

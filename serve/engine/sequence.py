@@ -40,7 +40,7 @@ class DeviceCache(Protocol):
     def num_device_blocks(self) -> int: ...
     @property
     def num_available_blocks(self) -> int: ...
-    def open(self, tokens: list[int], /, *, salt: str = "") -> CacheSequence: ...
+    def open(self, tokens: list[int], /, *, salt: str = "", spare_blocks: int = 0) -> CacheSequence: ...
 
 
 class Phase(Enum):
@@ -86,7 +86,6 @@ class SequenceState:
     reserved: int = 0
     capacity: int = 0
     num_cached_tokens: int | None = None
-    num_preemptions: int = 0
     sampling: "SamplingState | None" = field(default=None, repr=False)
 
     @classmethod

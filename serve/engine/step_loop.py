@@ -33,9 +33,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Go on until nothing is left, at most until this `time.monotonic()`."""
-
-    deadline: float
+    """End before the next step; what still runs is told so."""
 
 
 Command = Add | Abort | Stop
@@ -63,16 +61,16 @@ class StepLoop:
         death: why the thread ended, once it did; after that no command is taken.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, *, stall_timeout_s: float) -> None:
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, outbox: Outbox, *, stall_timeout_s: float) -> None:
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.counters = Counters()
         self.death: EngineDeadError | None = None
         self._scheduler = scheduler
         self._runner = runner
+        self._outbox = outbox
         self._stall_timeout_s = stall_timeout_s
         self._live: dict[str, Generation] = {}
-        self._outboxes: set[Outbox] = set()
-        self._stop_deadline: float | None = None
+        self._is_stopping = False
         self._failed_steps = 0
         self._pause_s = _LOAD_WAIT_S[0]
         self._stalled_since: float | None = None
@@ -81,7 +79,7 @@ class StepLoop:
         """Runs until stopped, or until the engine cannot go on. Every request is told how it ended."""
         death = EngineDeadError("the engine has stopped")
         try:
-            while not self._is_over():
+            while not self._is_stopping:
                 self._turn()
         except EngineDeadError as error:
             logger.error("%s", error)
@@ -92,16 +90,13 @@ class StepLoop:
         finally:
             self._end(death)
 
-    def _is_over(self) -> bool:
-        if self._stop_deadline is None:
-            return False
-        return not self._scheduler.has_work or time.monotonic() >= self._stop_deadline
-
     def _turn(self) -> None:
         if not self._scheduler.has_work:
             self._await_command(_IDLE_WAIT_S)
         while not self.commands.empty():
             self._obey(self.commands.get_nowait())
+        if self._is_stopping:
+            return
         step = self._scheduler.schedule()
         for sequence, failure in step.failed:
             self._fail(self._live[sequence.request_id], failure)
@@ -137,11 +132,10 @@ class StepLoop:
                     self._fail(generation, error)
                 else:
                     self._live[generation.sequence.request_id] = generation
-                    self._outboxes.add(generation.stream.outbox)
             case Abort(generation):
                 self._forget(generation)
-            case Stop(deadline):
-                self._stop_deadline = deadline
+            case Stop():
+                self._is_stopping = True
 
     def _await_blocks(self) -> None:
         """Nothing can be computed until loads finish or blocks that nobody here holds become available."""
@@ -174,9 +168,7 @@ class StepLoop:
         for sequence, outcome in zip(step.sampling, outcomes, strict=True):
             generation = live[sequence.request_id]
             if isinstance(outcome, SampledToken):
-                delta = generation.push(outcome)
-                stream = generation.stream
-                stream.outbox.put(stream, delta)
+                self._outbox.put(generation.stream, generation.push(outcome))
                 if generation.is_finished:
                     self._forget(generation)
             else:
@@ -198,8 +190,7 @@ class StepLoop:
             raise EngineDeadError(f"{MAX_FAILED_STEPS} steps in a row failed, the last with {error!r}")
 
     def _fail(self, generation: Generation, error: ServeError) -> None:
-        generation.stream.outbox.put(generation.stream, error)
-        self._outboxes.add(generation.stream.outbox)
+        self._outbox.put(generation.stream, error)
         self._forget(generation)
 
     def _forget(self, generation: Generation) -> None:
@@ -210,13 +201,8 @@ class StepLoop:
             self._scheduler.finish(generation.sequence)
 
     def _flush(self) -> None:
-        for outbox in list(self._outboxes):
-            if not outbox.flush():
-                self._outboxes.discard(outbox)
-                for generation in [g for g in self._live.values() if g.stream.outbox is outbox]:
-                    self._forget(generation)
-        if not self._live:
-            self._outboxes.clear()
+        if not self._outbox.flush():
+            raise EngineDeadError("the event loop that the engine was started on is closed")
 
     def _end(self, death: EngineDeadError) -> None:
         self.death = death  # from here on the face refuses; what was put before is told below
@@ -226,11 +212,9 @@ class StepLoop:
             if isinstance(command, Add):
                 generations.append(command.generation)
         for generation in generations:
-            generation.stream.outbox.put(generation.stream, death)
-            self._outboxes.add(generation.stream.outbox)
+            self._outbox.put(generation.stream, death)
             try:
                 self._forget(generation)
             except Exception:  # root of the thread: the other requests must still be told
                 logger.exception("request %s could not be released", generation.sequence.request_id)
-        for outbox in self._outboxes:
-            outbox.flush()
+        self._outbox.flush()

@@ -112,9 +112,9 @@ class Tokenizer:
             raise RequestError(f"the text contains {unknown!r}, a token this model has no embedding for; remove it")
         return ids
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Decodes a whole text; invalid UTF-8 becomes U+FFFD."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Decodes a whole text without its special tokens; invalid UTF-8 becomes U+FFFD."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -136,8 +136,8 @@ class Tokenizer:
         """Whether the token is markup that does not belong to the text."""
         return token_id in self._special_ids
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Encodes a conversation of `{"role": ..., "content": ...}` messages the way the model was trained on.
+    def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Encodes a conversation of `{"role": ..., "content": ...}` messages, up to where the next reply begins.
 
         Raises:
             RequestError: the model has no chat template, or its template refuses the messages.
@@ -148,7 +148,7 @@ class Tokenizer:
                 f"{self._path.parent}",
                 code="chat_template_missing",
             )
-        return self.encode(self._chat_template.render(messages, add_generation_prompt), add_special_tokens=False)
+        return self.encode(self._chat_template.render(messages), add_special_tokens=False)
 
     def _spell(self, token: str) -> bytes:
         if self._is_byte_level:
@@ -165,18 +165,15 @@ class IncrementalDetokenizer:
     """Text of one generated sequence, token by token.
 
     Holds back incomplete UTF-8 characters and whatever may still become a stop string; its memory does not grow with
-    the text. The text continues a prompt: a sentencepiece token's leading space is kept.
+    the text. Special tokens have no text. The text continues a prompt: a sentencepiece token's leading space is kept.
 
     Args:
         stop: strings that end the text and are not part of it.
         min_tokens: stop strings completed by an earlier token than this one, counting from 1, do not end the text.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0, skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
         self._min_tokens = min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matcher = StopMatcher(stop) if any(stop) else None
@@ -190,7 +187,7 @@ class IncrementalDetokenizer:
             Text that is now certain, and the stop string that ended the text, if one did; then nothing may be pushed.
         """
         self._num_tokens += 1
-        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+        if self._tokenizer.is_special(token_id):
             return "", None
         text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
         if self._matcher is None:

@@ -36,10 +36,6 @@ def served_and_evicted(server) -> str:
     return text
 
 
-def logged(server, word: str) -> int:
-    return sum(word in line and "WARNING" in line for line in server.output)
-
-
 def flip_a_byte(path):
     with path.open("r+b") as file:
         file.seek(5 * 32768 + 77)
@@ -69,14 +65,14 @@ def delete_folder(path):
         (delete_folder, 'kind="deleted"', 0),
     ],
 )
-def test_damage_to_the_disk_file_is_survived(start_server, folder, damage, kind, cached):
-    server = start_server(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+def test_damage_to_the_disk_file_is_survived(start, folder, damage, kind, cached):
+    server = start(*FLAGS, "--disk-cache", f"{folder}:64MiB")
     text = served_and_evicted(server)
     (path,) = folder.rglob("blocks.dat")
     damage(path)
     assert outcome(server.complete(prompt(1))) == (cached, text)
     assert sum(value for name, value in faults(server).items() if kind in name) >= 1
-    assert sum("WARNING" in line for line in server.output) == 1
+    assert len(server.warnings()) == 1
     for seed in range(2, 5):
         server.complete(prompt(seed))
     server.settle()
@@ -84,30 +80,30 @@ def test_damage_to_the_disk_file_is_survived(start_server, folder, damage, kind,
     assert server.is_healthy()
 
 
-def test_a_folder_that_cannot_be_read_costs_the_disk_tier_only(start_server, folder):
-    server = start_server(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+def test_a_folder_that_cannot_be_read_costs_the_disk_tier_only(start, folder):
+    server = start(*FLAGS, "--disk-cache", f"{folder}:64MiB")
     text = served_and_evicted(server)
-    server.stop()
+    server.server.stop()
     (path,) = folder.rglob("blocks.dat")
     # For root, permissions are no obstacle; a folder in the file's place is one for everybody.
     path.rename(path.with_name("kept"))
     path.mkdir()
-    server = start_server(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+    server = start(*FLAGS, "--disk-cache", f"{folder}:64MiB")
     assert outcome(server.complete(prompt(1))) == (0, text)
     assert faults(server) == {'dynamo_kvcache_tier_faults_total{kind="unavailable",tier="disk"}': 1}
-    assert logged(server, "going on without a disk tier") == 1
+    assert len(server.warnings("going on without a disk tier")) == 1
     assert server.is_healthy()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_missing_read_permission_costs_the_disk_tier_only(start_server, folder):
-    server = start_server(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+def test_missing_read_permission_costs_the_disk_tier_only(start, folder):
+    server = start(*FLAGS, "--disk-cache", f"{folder}:64MiB")
     text = served_and_evicted(server)
     (path,) = folder.rglob("blocks.dat")
     path.chmod(0)
     assert outcome(server.complete(prompt(1))) == (CACHED, text)  # a file that is open stays open
-    server.stop()
-    server = start_server(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+    server.server.stop()
+    server = start(*FLAGS, "--disk-cache", f"{folder}:64MiB")
     assert outcome(server.complete(prompt(1))) == (0, text)
     assert faults(server) == {'dynamo_kvcache_tier_faults_total{kind="unavailable",tier="disk"}': 1}
 
@@ -116,13 +112,13 @@ def check_full_disk(server) -> None:
     text = served_and_evicted(server)
     assert outcome(server.complete(prompt(1)))[1] == text
     assert sum(value for name, value in faults(server).items() if 'kind="disk_full"' in name) >= 1
-    assert logged(server, "disk tier") == 1
+    assert len(server.warnings("disk tier")) == 1
     assert server.is_healthy()
-    assert server.stop() == 0
+    assert server.server.stop() == 0
 
 
-def test_a_file_that_may_not_grow_is_a_full_disk(start_server, folder):
-    check_full_disk(start_server(*FLAGS, "--disk-cache", f"{folder}:64MiB", file_size_limit=1 << 20))
+def test_a_file_that_may_not_grow_is_a_full_disk(start, folder):
+    check_full_disk(start(*FLAGS, "--disk-cache", f"{folder}:64MiB", file_size_limit=1 << 20))
 
 
 @pytest.fixture
@@ -141,5 +137,5 @@ def small_file_system(tmp_path):
     subprocess.run(["umount", "-l", str(mount_point)], check=True)
 
 
-def test_a_full_disk_is_survived(start_server, small_file_system):
-    check_full_disk(start_server(*FLAGS, "--disk-cache", f"{small_file_system}:64MiB"))
+def test_a_full_disk_is_survived(start, small_file_system):
+    check_full_disk(start(*FLAGS, "--disk-cache", f"{small_file_system}:64MiB"))

@@ -25,9 +25,9 @@ def hits(server, tier: str) -> float:
 
 
 @pytest.mark.slow
-def test_a_prefix_comes_back_from_device_host_disk_and_after_kill_9(start_server, folder):
+def test_a_prefix_comes_back_from_device_host_disk_and_after_kill_9(start, folder):
     flags = ["--device-cache", "4MiB", "--max-model-len", "2000", "--disk-cache", f"{folder}:64MiB"]
-    server = start_server(*flags, "--host-cache", "32MiB")
+    server = start(*flags, "--host-cache", "32MiB")
     first = server.complete(prompt(1))
     assert cached_tokens(first) == 0
     assert first["usage"]["prompt_tokens"] == LENGTH
@@ -41,9 +41,9 @@ def test_a_prefix_comes_back_from_device_host_disk_and_after_kill_9(start_server
     assert (cached_tokens(from_host), text(from_host)) == (CACHED, text(first))
     assert hits(server, "host") == CACHED // 16
     server.settle()
-    server.kill()
+    server.server.kill()
 
-    small = start_server(*flags, "--host-cache", "1MiB")
+    small = start(*flags, "--host-cache", "1MiB")
     from_disk = small.complete(prompt(1))
     assert (cached_tokens(from_disk), text(from_disk)) == (CACHED, text(first))
     assert hits(small, "disk") == CACHED // 16
@@ -51,12 +51,12 @@ def test_a_prefix_comes_back_from_device_host_disk_and_after_kill_9(start_server
         assert cached_tokens(small.complete(prompt(seed))) == 0
     again = small.complete(prompt(1))
     assert (cached_tokens(again), text(again)) == (CACHED, text(first))
-    assert small.stop() == 0
+    assert small.server.stop() == 0
 
 
 @pytest.mark.slow
-def test_a_conversation_continues_in_the_cache(start_server, folder):
-    server = start_server("--disk-cache", f"{folder}:64MiB")
+def test_a_conversation_continues_in_the_cache(start, folder):
+    server = start("--disk-cache", f"{folder}:64MiB")
     messages = [{"role": "user", "content": "What does os.path.join do? " * 8}]
     before = 0
     for _ in range(4):
@@ -68,8 +68,8 @@ def test_a_conversation_continues_in_the_cache(start_server, folder):
 
 
 @pytest.mark.slow
-def test_equal_prompts_of_different_salts_share_nothing(start_server, folder):
-    server = start_server("--disk-cache", f"{folder}:64MiB")
+def test_equal_prompts_of_different_salts_share_nothing(start, folder):
+    server = start("--disk-cache", f"{folder}:64MiB")
     for salt in ("alice", "bob"):
         assert cached_tokens(server.complete(prompt(3, 200), cache_salt=salt)) == 0
         assert cached_tokens(server.complete(prompt(3, 200), cache_salt=salt)) == 192

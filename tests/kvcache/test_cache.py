@@ -148,3 +148,62 @@ def test_what_is_no_prompt_is_refused(make_cache, tokens, message):
 def test_more_host_memory_than_there_is_is_refused_with_both_sizes(spec):
     with pytest.raises(CacheMemoryError, match=r"needs .* available"):
         KVCache(spec, device="cpu", device_blocks=4, host="900TiB")
+
+
+def test_clearing_what_is_no_tier_is_refused_and_an_absent_tier_tells_nobody(make_cache):
+    cache = make_cache()
+    with pytest.raises(CacheConfigError, match="'remote' is no tier; there are device, host, disk"):
+        cache.clear("remote")
+    cache.clear("disk")
+    assert cache.events() == []
+
+
+def test_layers_that_do_not_exist_and_closed_caches_are_told_in_this_packages_errors(spec):
+    with KVCache(spec, device="cpu", device_blocks=4) as cache, pytest.raises(CacheConfigError, match="layer"):
+        cache.layer(99)
+    with pytest.raises(CacheClosedError):
+        cache.layer(0)
+
+
+def test_equal_blocks_committed_twice_are_told_once(make_cache, content):
+    cache = make_cache()
+    tokens = list(range(12))
+    with cache.open(tokens) as first, cache.open([*tokens[:8], 99]) as second:
+        for sequence in (first, second):
+            content.write(cache, sequence, tokens, 0)
+            sequence.commit(8)
+        second.commit()
+        first.commit()
+    stored = [event for event in cache.events() if isinstance(event, Stored)]
+    assert [len(event.keys) for event in stored] == [2, 1]
+    assert stored[1].parent == stored[0].keys[1]
+
+
+def test_blocks_asked_to_be_spared_stay_available(make_cache):
+    cache = make_cache(device_blocks=8)
+    with pytest.raises(OutOfBlocksError) as caught:
+        cache.open(list(range(16)), spare_blocks=5)
+    assert (caught.value.needed_blocks, caught.value.available_blocks) == (9, 8)
+    with cache.open(list(range(16)), spare_blocks=4):
+        assert cache.num_available_blocks == 4
+
+
+def test_prefetch_needs_no_more_blocks_than_the_prefix_has(make_cache, content):
+    cache = make_cache(device_blocks=4, host="1MiB")
+    content.run(cache, list(range(16)))
+    assert cache.flush()
+    cache.clear("device")
+    requested = cache.stats().requested_blocks
+    assert cache.prefetch(list(range(16))).result(timeout=10) == 16
+    assert cache.stats().requested_blocks == requested
+
+
+def test_host_traffic_is_counted(make_cache, content):
+    cache = make_cache(host="1MiB")
+    content.run(cache, list(range(16)))
+    assert cache.flush()
+    assert cache.stats().tier("host").write.blocks == 4
+    cache.clear("device")
+    content.run(cache, list(range(16)))
+    assert cache.stats().tier("host").read.blocks == 3
+    assert cache.stats().tier("host").read.bytes == 3 * cache.spec.layout.block_bytes

@@ -16,7 +16,7 @@ def key(number: int) -> BlockKey:
 def cached_chain(pool: BlockPool, numbers: list[int]) -> np.ndarray:
     room = pool.allocate(len(numbers))
     assert room is not None
-    slots = pool.register([key(n) for n in numbers], room.slots)
+    slots = pool.register([key(n) for n in numbers], room.slots).slots
     pool.release(slots)
     return slots
 
@@ -46,7 +46,7 @@ def test_a_shared_prefix_outlives_both_tails():
     first = cached_chain(pool, [1, 2, 3])
     prefix = pool.find_prefix([key(1), key(2), key(9)])
     pool.acquire(prefix)
-    tail = pool.register([key(9)], pool.allocate(1).slots)
+    tail = pool.register([key(9)], pool.allocate(1).slots).slots
     pool.release(np.concatenate((prefix, tail)))
     assert first.tolist()[:2] == prefix.tolist()
     assert pool.allocate(4).evicted_keys == [key(3), key(9), key(2)]
@@ -70,9 +70,9 @@ def test_blocks_in_use_are_never_evicted():
 
 def test_registering_a_known_key_moves_the_reference_and_frees_the_duplicate():
     pool = BlockPool(4)
-    first = pool.register([key(1)], pool.allocate(1).slots)
+    first = pool.register([key(1)], pool.allocate(1).slots).slots
     second = pool.allocate(2).slots
-    canonical = pool.register([key(1), key(2)], second)
+    canonical = pool.register([key(1), key(2)], second).slots
     assert canonical.tolist() == [first[0], second[1]]
     assert pool.num_available == 2
     pool.release(first)
@@ -83,7 +83,7 @@ def test_registering_a_known_key_moves_the_reference_and_frees_the_duplicate():
 
 def test_forgotten_blocks_in_use_become_free_when_released():
     pool = BlockPool(3)
-    slots = pool.register([key(1), key(2)], pool.allocate(2).slots)
+    slots = pool.register([key(1), key(2)], pool.allocate(2).slots).slots
     pool.release(slots[1:])
     known, places = pool.forget([key(1), key(2), key(3)])
     assert known == [key(1), key(2)]
@@ -109,7 +109,7 @@ def test_using_a_full_pool_over_and_over_keeps_its_books_small():
         pool.acquire(slots)
         pool.release(slots)
     pool.check_invariants()
-    assert pool._filed_slots <= 4 * 16 + 1024
+    assert pool.num_places <= 4 * 16 + 1024
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -133,14 +133,16 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.acquire(matched)
         room = self.pool.allocate(length - len(matched))
         if room is None:
-            self.pool.release(matched)
+            self.pool.release(matched)  # which makes it the last used
+            self.clock += 1
+            self.last_use.update(dict.fromkeys(keys[: len(matched)], self.clock))
             return multiple()
         self.holders.update(matched.tolist())
         kept = [k for k in self.last_use if k in self.pool and not self.holders[self.pool.find(k)]]
         for gone in room.evicted_keys:
             assert gone not in self.pool
             assert all(self.last_use[gone] <= self.last_use[other] for other in kept)
-        slots = np.concatenate((matched, self.pool.register(keys[len(matched) :], room.slots)))
+        slots = np.concatenate((matched, self.pool.register(keys[len(matched) :], room.slots).slots))
         assert len(set(slots.tolist())) == length
         self.clock += 1
         self.last_use.update(dict.fromkeys(keys, self.clock))

@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from dynamo.kvcache import KVCache
+from dynamo.tiers.disk import DiskTier
 
 TOKENS = list(range(33))  # eight full blocks and one token to compute
 OTHERS = list(range(100, 133))
@@ -167,21 +169,72 @@ def test_two_caches_do_not_share_a_folder(make_cache, content, disk):
         assert content.run(cache, TOKENS) == 32
 
 
-def test_a_late_load_is_computed_instead_and_its_bytes_arrive_nowhere(make_cache, content, disk):
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds every read of a disk tier up until it is set."""
+    opened = threading.Event()
+    read = DiskTier.read
+
+    def held(self, slots, rows, row_ids):
+        assert opened.wait(30)
+        return read(self, slots, rows, row_ids)
+
+    monkeypatch.setattr(DiskTier, "read", held)
+    yield opened
+    opened.set()
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, 0.1])
+def test_a_late_load_is_computed_instead_and_its_bytes_arrive_nowhere(make_cache, content, disk, gate, timeout_s):
     cache = make_cache(host="1MiB", disk=disk)
     content.run(cache, TOKENS)
     forget_memory(cache)
     with cache.open(TOKENS) as sequence:
-        sequence.wait(timeout_s=0.0)
-        cached = sequence.num_cached_tokens
-        content.check(cache, sequence, TOKENS, cached)
-        content.write(cache, sequence, TOKENS, cached // 4)
-        sequence.commit()
-        deadline = time.monotonic() + 10
-        while cache.stats().tier("disk").num_pinned_blocks and time.monotonic() < deadline:
-            time.sleep(0.01)
-        content.check(cache, sequence, TOKENS, 32)
-    assert cache.stats().load_faults.get("late", 0) == 8 - cached // 4
+        sequence.wait(timeout_s)
+        assert sequence.num_cached_tokens == 0
+        others = content.of_blocks(OTHERS)  # what is in the slots now is not what the load would bring
+        for i, slot in enumerate(sequence.block_table[:8].tolist()):
+            for layer in range(2):
+                k, v = cache.layer(layer)
+                k[slot], v[slot] = others[i][layer, 0], others[i][layer, 1]
+        gate.set()
+        wait_until(lambda: not cache.stats().tier("disk").num_pinned_blocks)
+        content.check(cache, sequence, OTHERS, 32)
+    assert cache.stats().load_faults["late"] == 8
+    assert content.run(cache, TOKENS) == 32
+
+
+def test_a_load_nobody_waits_for_ends_at_its_deadline(make_cache, content, disk, gate):
+    cache = make_cache(host="1MiB", disk=disk, load_timeout_s=0.2)
+    content.run(cache, TOKENS)
+    forget_memory(cache)
+    assert cache.prefetch(TOKENS).result(timeout=5) == 0
+    assert cache.stats().tier("device").num_pinned_blocks == 0
+    with cache.open(TOKENS) as sequence:
+        wait_until(lambda: sequence.is_ready)
+        sequence.wait()
+        assert sequence.num_cached_tokens == 0
+
+
+def test_closing_a_cache_does_not_wait_for_a_disk_that_hangs(spec, content, disk, gate, monkeypatch, caplog):
+    monkeypatch.setattr("dynamo.kvcache.cache._CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("dynamo.tiers.disk._CLOSE_TIMEOUT_S", 0.5)
+    cache = KVCache(spec, device="cpu", device_blocks=16, host="1MiB", disk=disk)
+    content.run(cache, TOKENS)
+    forget_memory(cache)
+    sequence = cache.open(TOKENS)
+    started = time.monotonic()
+    cache.close()
+    assert time.monotonic() - started < 5
+    assert any("still run" in record.message for record in caplog.records)
+    sequence.close()
 
 
 def test_a_cancelled_load_gives_everything_back(make_cache, content, disk):

@@ -1,28 +1,22 @@
-"""A scripted engine behind a real uvicorn server, and the real server with the demo model as a process of its own."""
+"""A scripted engine behind a real uvicorn server."""
 
 import asyncio
 import codecs
-import os
 import queue
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 
-from dynamo.serve.engine.request import EngineStats, GenerationRequest, OutputDelta, TokenLogprob
+from dynamo.serve.engine.request import EngineStats, GenerationRequest, OutputDelta, SamplingDefaults, TokenLogprob
 from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestFailedError
 from dynamo.serve.frontend import Frontend
-from dynamo.serve.generation import ServedModel
-from dynamo.serve.parameters import SamplingDefaults
+from dynamo.serve.served_model import ServedModel
 
 _START_TIMEOUT_S = 60.0
 
@@ -32,10 +26,10 @@ class ByteCodec:
 
     vocab_size = 258
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
 
     def token_text(self, token_id: int) -> str:
@@ -44,7 +38,7 @@ class ByteCodec:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b""
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]:
         return [256, *"".join(f"{message['role']}: {message['content']}\n" for message in messages).encode()]
 
 
@@ -55,6 +49,7 @@ class ScriptedEngine:
     Attributes:
         tokens_per_step: bytes per delta.
         fail_after: raise `failure` after this many deltas; None never.
+        stop_reason: of the last delta.
         hold_after: wait for `proceed` after this many deltas; None never.
         live: ids of requests whose generator runs; `ended` maps each to when it was closed.
     """
@@ -68,6 +63,7 @@ class ScriptedEngine:
     hold_after: int | None = None
     dead: bool = False
     overloaded: bool = False
+    stop_reason: str | int | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     live: set[str] = field(default_factory=set)
     ended: dict[str, float] = field(default_factory=dict)
@@ -75,7 +71,7 @@ class ScriptedEngine:
 
     async def start(self) -> None: ...
 
-    async def stop(self, drain_timeout_s: float) -> None: ...
+    async def stop(self) -> None: ...
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -129,6 +125,7 @@ class ScriptedEngine:
                 token_ids=ids,
                 logprobs=logprobs,
                 finish_reason=finish,  # type: ignore[arg-type]
+                stop_reason=self.stop_reason if last else None,
                 num_cached_tokens=self.num_cached_tokens,
             )
 
@@ -202,19 +199,6 @@ def serve() -> Iterator[Callable[..., ThreadedServer]]:
 
 
 @pytest.fixture
-def eventually() -> Callable[[Callable[[], bool]], None]:
-    """Polls a condition until it holds, or fails after ten seconds."""
-
-    def wait(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 10
-        while not condition():
-            assert time.monotonic() < deadline, "the condition did not come true"
-            threading.Event().wait(0.002)
-
-    return wait
-
-
-@pytest.fixture
 def run() -> Callable[[Any], Any]:
     """Runs a coroutine to its end, within ten seconds."""
 
@@ -226,69 +210,3 @@ def run() -> Callable[[Any], Any]:
         return asyncio.run(bounded())
 
     return run_coroutine
-
-
-class ServerProcess:
-    """`python -m dynamo.serve` as a process of its own, with small tiers in a folder of the test's."""
-
-    def __init__(self, folder: Path, *flags: str, **environment: str) -> None:
-        self._log_path = folder / "log"
-        tiers = ("--device-cache", "32MiB", "--host-cache", "32MiB", "--disk-cache", f"{folder / 'kv'}:64MiB")
-        command = [sys.executable, "-P", "-m", "dynamo.serve", "--port", "0", "--threads", "1", *tiers, *flags]
-        with self._log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env={**os.environ, **environment}
-            )
-        watchdog = threading.Timer(_START_TIMEOUT_S, self.process.kill)
-        watchdog.start()
-        self.banner = ""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.banner += line
-            if "curl" in line:
-                break
-        watchdog.cancel()
-        if "curl" not in self.banner:
-            self.close()
-            pytest.fail(f"the server did not start: {self.log}")
-        self.url = self.banner.partition("listening")[2].split()[0]
-
-    @property
-    def log(self) -> str:
-        return self._log_path.read_text()
-
-    def close(self) -> int:
-        """Stops the process like a supervisor would; its exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(_START_TIMEOUT_S)
-        finally:
-            self.process.kill()
-            self.process.wait()
-            assert self.process.stdout is not None
-            self.process.stdout.close()
-
-
-@pytest.fixture(scope="session")
-def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The real server with the demo model, shared by all tests of a worker."""
-    server = ServerProcess(tmp_path_factory.mktemp("server"))
-    yield server
-    assert server.close() == 0, server.log
-
-
-@pytest.fixture
-def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """Starts servers of a test's own: `start_server("--engine", "mocker")`."""
-    servers: list[ServerProcess] = []
-
-    def start(*flags: str, **environment: str) -> ServerProcess:
-        folder = tmp_path / f"server{len(servers)}"
-        folder.mkdir()
-        servers.append(ServerProcess(folder, *flags, **environment))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()

@@ -15,14 +15,14 @@ def config_of(**flags: Any) -> Config:
 
 def build(run: Any, config: Config) -> Any:
     assembly = build_engine(config, lambda share: None)
-    run(assembly.engine.stop(0.0))
+    run(assembly.engine.stop())
     return assembly
 
 
 def test_the_demo_model_is_served_with_its_own_defaults(run: Any) -> None:
     shares: list[float] = []
     assembly = build_engine(config_of(), shares.append)
-    run(assembly.engine.stop(0.0))
+    run(assembly.engine.stop())
     assert assembly.served.name == "demo"
     assert 1_900_000 < assembly.summary.num_parameters < 2_000_000
     assert assembly.served.defaults.temperature != 1.0

@@ -1,10 +1,13 @@
+import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dynamo.kvcache import KVCache, KVSpec
 from dynamo.serve.command_line import parse_command_line
-from dynamo.serve.config import load_config, render_toml, sections
+from dynamo.serve.config import SECTIONS, Config, load_config, render_toml
 from dynamo.serve.errors import ConfigError
 
 # A new option needs a measured reason: add it here together with the line in CHANGELOG.md that gives it.
@@ -30,8 +33,29 @@ def write(folder: Path, text: str) -> Path:
 
 def test_the_list_of_options_is_frozen() -> None:
     assert {
-        name: [option.flag or option.metavar for option in options] for name, options in sections().items()
+        name: [option.flag or option.metavar for option in options] for name, options in SECTIONS.items()
     } == OPTIONS
+
+
+def test_help_shows_every_default(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"])
+    shown = re.sub(r"\n {20,}", " ", capsys.readouterr().out)  # help of long flags begins on a line of its own
+    lines = {words[0]: line for line in shown.splitlines() if (words := line.split())}
+    options = [option for entries in SECTIONS.values() for option in entries]
+    for option in options:
+        assert option.secret or "(default: " in lines[option.flag or option.metavar], option.name
+    assert lines["--port"].endswith("(default: 8000)")
+    assert lines["--host-cache"].endswith("(default: 1GiB)")
+    assert lines["--max-model-len"].endswith("(default: auto)")
+    assert lines["--mocker-prefill-rate"].endswith("(default: 20000)")
+
+
+def test_defaults_that_the_library_has_too_are_its_own() -> None:
+    cache = Config().cache
+    assert cache.io_threads == signature(KVCache).parameters["io_threads"].default
+    assert cache.block_size == signature(KVSpec).parameters["block_size"].default
 
 
 def test_defaults_are_safe() -> None:
@@ -96,10 +120,10 @@ def test_every_kind_of_option_is_read_from_the_command_line() -> None:
         ("--port", "65536", "an integer from 0 to 65535"),
         ("--host-cache", "1GB of it", "a size such as 64MiB"),
         ("--disk-cache", "/tmp", "PATH:SIZE"),
-        ("--device", "tpu", "auto, cpu, cuda or cuda:N"),
-        ("--dtype", "int8", "one of auto, float32"),
+        ("--device", "tpu", 'cpu, cuda, cuda:N, or "auto"'),
+        ("--dtype", "int8", 'one of float32, bfloat16, float16, or "auto"'),
         ("--block-size", "24", "a power of two"),
-        ("--max-model-len", "1", 'an integer from 2 to 1.67772e+07, or "auto"'),
+        ("--max-model-len", "1", 'an integer from 2 to 16777216, or "auto"'),
         ("--drain-timeout", "nan", "a number from 0"),
         ("--engine", "vllm", "one of model, mocker"),
     ],

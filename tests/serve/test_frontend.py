@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from dynamo.serve.parameters import SamplingDefaults
+from dynamo.serve.engine.request import SamplingDefaults
 
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "scripted", "prompt": "hi"}
@@ -65,6 +65,7 @@ def test_a_chat_completion(serve: Any, scripted: Any) -> None:
             "message": {"role": "assistant", "content": "Hello, world.", "refusal": None},
             "logprobs": None,
             "finish_reason": "stop",
+            "stop_reason": None,
         }
     ]
     num_prompt = 1 + len("user: hi\n")
@@ -284,6 +285,12 @@ def test_aborted_requests_are_told_so(serve: Any, scripted: Any) -> None:
         last = [line for line in lines if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
     assert not engine.live
+
+
+@pytest.mark.parametrize(("path", "request_body"), [("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)])
+def test_the_answer_names_the_stop_that_ended_it(serve: Any, scripted: Any, path: str, request_body: Any) -> None:
+    (choice,) = post(serve(scripted(stop_reason="when")), path, request_body).json()["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "when")
 
 
 @pytest.mark.parametrize("stream", [False, True])

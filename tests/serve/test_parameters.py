@@ -3,10 +3,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from dynamo.serve.engine.request import SamplingParams
+from dynamo.serve.engine.request import SamplingDefaults, SamplingParams
 from dynamo.serve.errors import RequestError
 from dynamo.serve.openai import ChatCompletionRequest, CompletionRequest
-from dynamo.serve.parameters import SamplingDefaults, chat_sampling, completion_sampling, with_seed
+from dynamo.serve.parameters import chat_sampling, completion_sampling, with_seed
 
 
 def chat(defaults: SamplingDefaults | None = None, prompt_tokens: int = 10, **fields: Any) -> SamplingParams:

@@ -56,7 +56,7 @@ def test_text_parts_are_joined_by_line_breaks(run: Any, codec: Any) -> None:
 
 def test_a_refusal_of_the_template_names_the_messages(run: Any, codec: Any) -> None:
     class Picky(type(codec)):  # type: ignore[misc]
-        def apply_chat_template(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
+        def apply_chat_template(self, messages: Any) -> list[int]:
             raise RequestError("roles must alternate")
 
     with pytest.raises(RequestError, match="roles must alternate") as caught:

@@ -1,6 +1,8 @@
 import json
 from typing import Any
 
+import pytest
+
 from dynamo.serve.engine.request import OutputDelta, TokenLogprob
 from dynamo.serve.errors import RequestError
 from dynamo.serve.openai import PromptTokensDetails, Usage
@@ -35,6 +37,15 @@ def test_a_chat_begins_with_the_role_and_ends_with_one_terminal_chunk() -> None:
         ("chatcmpl-1", "chat.completion.chunk", 17, 'a "model"')
     }
     assert not any("usage" in chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize("stop_reason", [None, 'say "when"', 257])
+def test_the_last_chunk_names_the_stop_that_ended_the_text(codec: Any, stop_reason: str | int | None) -> None:
+    last = OutputDelta(text="!", token_ids=[2], finish_reason="stop", stop_reason=stop_reason)
+    for stream in (chat_stream(), completion_stream(codec)):
+        *_, chunk = events(stream.render([(0, last)]))
+        assert chunk["choices"][0]["finish_reason"] == "stop"
+        assert chunk["choices"][0]["stop_reason"] == stop_reason
 
 
 def test_usage_is_null_before_the_chunk_that_has_it() -> None:

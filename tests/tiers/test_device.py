@@ -52,7 +52,7 @@ def test_views_stay_valid_after_close(layout: BlockLayout) -> None:
 
 def test_the_cpu_needs_no_fence(layout: BlockLayout, rows: Rows) -> None:
     tier = DeviceTier(layout, torch.float32, 6, "cpu")
-    assert tier.fence() is None
+    assert tier.fences() == []
     assert tier.read(np.array([1]), rows, np.array([1]), after=()).all()
     assert tier.stats().path == "memory"
     tier.close()
@@ -86,7 +86,7 @@ def test_blocks_go_to_the_gpu_and_back_behind_queued_work(layout: BlockLayout) -
     arena.rows[:] = rng.integers(0, 256, arena.rows.shape, dtype=np.uint8)
     source = arena.rows.copy()
     slots, row_ids = rng.permutation(16)[:9], rng.permutation(16)[:9]
-    assert tier.write(slots, arena.rows, row_ids, after=[tier.fence()]).all()
+    assert tier.write(slots, arena.rows, row_ids, after=tier.fences()).all()
     arena.rows[:] = 0
     assert tier.read(slots, arena.rows, row_ids).all()
     assert (arena.rows[row_ids] == source[row_ids]).all()
@@ -96,7 +96,7 @@ def test_blocks_go_to_the_gpu_and_back_behind_queued_work(layout: BlockLayout) -
     for _ in range(50):
         work = work @ work / 2048
     key[:] = work.sum() * 0 + 3.0
-    assert tier.read(np.arange(16), arena.rows, np.arange(16), after=[tier.fence()]).all()
+    assert tier.read(np.arange(16), arena.rows, np.arange(16), after=tier.fences()).all()
     floats = arena.rows[:, : layout.plane_bytes].view(np.float32)
     assert (floats == 3.0).all()
     tier.close()

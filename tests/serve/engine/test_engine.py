@@ -1,8 +1,8 @@
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ import pytest
 
 import dynamo.serve.demo
 from dynamo.kvcache import KVCache
-from dynamo.serve.engine.delivery import MAX_QUEUED_DELTAS, Outbox, OutputStream
+from dynamo.serve.engine.delivery import MAX_QUEUED_DELTAS, OutputStream
 from dynamo.serve.engine.engine import InferenceEngine
 from dynamo.serve.engine.mocker import mock_kv_spec
 from dynamo.serve.engine.request import GenerationRequest, OutputDelta, SamplingParams, TokenLogprob
@@ -23,6 +23,7 @@ from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestF
 BLOCK_SIZE = 4
 WAIT_S = 20.0
 T = TypeVar("T")
+Eventually = Callable[[Callable[[], bool]], None]
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +69,11 @@ class ScriptedRunner:
 class Stage:
     """A running engine, and all that a test may want to look at."""
 
-    def __init__(self, tokenizer: Tokenizer, runner: ScriptedRunner, cache: KVCache, engine: InferenceEngine) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, runner: ScriptedRunner, cache: KVCache, engine: InferenceEngine, eventually: Eventually) -> None:
         self.runner = runner
         self.cache = cache
         self.engine = engine
+        self._eventually = eventually
         self._num_requests = 0
 
     def request(
@@ -101,26 +102,38 @@ class Stage:
         return whole
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not condition():
-            assert time.monotonic() < deadline, f"never came true: {self.engine.stats()}"
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(self._eventually, condition)
 
     def holds_nothing(self) -> bool:
         stats = self.cache.stats()
         return stats.num_open_sequences == 0 and stats.tier("device").num_pinned_blocks == 0
 
 
+def make_engine(cache: KVCache, runner: ScriptedRunner, tokenizer: Tokenizer) -> InferenceEngine:
+    return InferenceEngine(
+        cache,
+        runner,
+        tokenizer,
+        eos_token_ids=frozenset(),
+        max_model_len=10**9,
+        limits=SchedulerLimits(max_running=4, max_batch_tokens=64),
+        max_waiting=4,
+    )
+
+
 @asynccontextmanager
-async def playing(
+async def play(
     tokenizer: Tokenizer,
+    eventually: Eventually,
     script: str | list[int] = " the value of the key",
     *,
     device_blocks: int = 64,
     max_model_len: int = 10_000,
     max_waiting: int = 100,
     stall_timeout_s: float = 30.0,
-    **limits: int,
+    max_running: int = 64,
+    max_batch_tokens: int = 2048,
+    prefill_chunk: int = 512,
 ) -> AsyncIterator[Stage]:
     token_ids = tokenizer.encode(script, add_special_tokens=False) if isinstance(script, str) else script
     cache = KVCache(mock_kv_spec("engine-test", BLOCK_SIZE), device="cpu", device_blocks=device_blocks)
@@ -131,12 +144,12 @@ async def playing(
         tokenizer,
         eos_token_ids=tokenizer.eos_token_ids,
         max_model_len=max_model_len,
-        limits=SchedulerLimits(**limits),
+        limits=SchedulerLimits(max_running=max_running, max_batch_tokens=max_batch_tokens, prefill_chunk=prefill_chunk),
         max_waiting=max_waiting,
         stall_timeout_s=stall_timeout_s,
     )
     await engine.start()
-    stage = Stage(tokenizer, runner, cache, engine)
+    stage = Stage(runner, cache, engine, eventually)
     try:
         yield stage
         if engine_is_alive(engine):
@@ -144,7 +157,16 @@ async def playing(
         cache.check_invariants()
     finally:
         runner.let_go()
-        await engine.stop(0.0)
+        await engine.stop()
+
+
+Playing = Callable[..., AbstractAsyncContextManager[Stage]]
+
+
+@pytest.fixture
+def playing(tokenizer: Tokenizer, eventually: Eventually) -> Playing:
+    """Runs an engine over a scripted runner: `async with playing("what it says", device_blocks=8) as stage`."""
+    return partial(play, tokenizer, eventually)
 
 
 def engine_is_alive(engine: InferenceEngine) -> bool:
@@ -162,9 +184,9 @@ def run(test: Awaitable[T]) -> T:
     return asyncio.run(bounded())
 
 
-def test_a_request_ends_at_max_tokens_with_its_text(tokenizer: Tokenizer) -> None:
+def test_a_request_ends_at_max_tokens_with_its_text(playing: Playing, tokenizer: Tokenizer) -> None:
     async def test() -> None:
-        async with playing(tokenizer) as stage:
+        async with playing() as stage:
             whole = await stage.collect(stage.request(max_tokens=7))
             expected = (stage.runner.token_ids * 7)[:7]
             assert (whole.token_ids, whole.finish_reason, whole.stop_reason) == (expected, "length", None)
@@ -174,18 +196,18 @@ def test_a_request_ends_at_max_tokens_with_its_text(tokenizer: Tokenizer) -> Non
     run(test())
 
 
-def test_max_model_len_ends_a_request_too(tokenizer: Tokenizer) -> None:
+def test_max_model_len_ends_a_request_too(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer, max_model_len=10) as stage:
+        async with playing(max_model_len=10) as stage:
             whole = await stage.collect(stage.request([1, 2, 3], max_tokens=100))
             assert (len(whole.token_ids), whole.finish_reason) == (7, "length")
 
     run(test())
 
 
-def test_max_model_len_is_bounded_by_the_device_pool(tokenizer: Tokenizer) -> None:
+def test_max_model_len_is_bounded_by_the_device_pool(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer, device_blocks=3) as stage:
+        async with playing(device_blocks=3) as stage:
             assert stage.engine.max_model_len == 3 * BLOCK_SIZE
             whole = await stage.collect(stage.request([1, 2, 3], max_tokens=100))
             assert len(whole.token_ids) == 3 * BLOCK_SIZE - 3
@@ -194,9 +216,9 @@ def test_max_model_len_is_bounded_by_the_device_pool(tokenizer: Tokenizer) -> No
 
 
 @pytest.mark.parametrize("prompt", [[], list(range(10))])
-def test_a_prompt_that_leaves_no_room_is_refused(tokenizer: Tokenizer, prompt: list[int]) -> None:
+def test_a_prompt_that_leaves_no_room_is_refused(playing: Playing, prompt: list[int]) -> None:
     async def test() -> None:
-        async with playing(tokenizer, max_model_len=10) as stage:
+        async with playing(max_model_len=10) as stage:
             request = GenerationRequest(request_id="r", prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=1))
             with pytest.raises(RequestFailedError, match=f"has {len(prompt)} tokens; this engine takes 1 to 9"):
                 await stage.collect(request)
@@ -205,21 +227,21 @@ def test_a_prompt_that_leaves_no_room_is_refused(tokenizer: Tokenizer, prompt: l
 
 
 @pytest.mark.parametrize("token_id", [-1, 1 << 20])
-def test_a_token_the_model_does_not_have_is_refused(tokenizer: Tokenizer, token_id: int) -> None:
+def test_a_token_the_model_does_not_have_is_refused(playing: Playing, token_id: int) -> None:
     async def test() -> None:
-        async with playing(tokenizer) as stage:
+        async with playing() as stage:
             with pytest.raises(RequestFailedError, match=f"token id {token_id}; the model has ids 0 to"):
                 await stage.collect(stage.request([1, token_id, 2]))
 
     run(test())
 
 
-def test_end_of_sequence_ends_a_request_without_text(tokenizer: Tokenizer) -> None:
+def test_end_of_sequence_ends_a_request_without_text(playing: Playing, tokenizer: Tokenizer) -> None:
     eos = min(tokenizer.eos_token_ids)
     words = tokenizer.encode(" the value", add_special_tokens=False)
 
     async def test() -> None:
-        async with playing(tokenizer, [*words, eos, *words]) as stage:
+        async with playing([*words, eos, *words]) as stage:
             whole = await stage.collect(stage.request(max_tokens=50))
             assert (whole.token_ids, whole.text) == ([*words, eos], " the value")
             assert (whole.finish_reason, whole.stop_reason) == ("stop", None)
@@ -231,12 +253,12 @@ def test_end_of_sequence_ends_a_request_without_text(tokenizer: Tokenizer) -> No
     run(test())
 
 
-def test_a_stop_token_id_ends_a_request_and_is_named(tokenizer: Tokenizer) -> None:
+def test_a_stop_token_id_ends_a_request_and_is_named(playing: Playing, tokenizer: Tokenizer) -> None:
     words = tokenizer.encode(" the value of the key", add_special_tokens=False)
     stop_id = words[2]
 
     async def test() -> None:
-        async with playing(tokenizer, words) as stage:
+        async with playing(words) as stage:
             request = stage.request(max_tokens=50, stop_token_ids=frozenset({stop_id}), ignore_eos=True)
             whole = await stage.collect(request)
             assert whole.token_ids == words[: words.index(stop_id) + 1]
@@ -246,11 +268,11 @@ def test_a_stop_token_id_ends_a_request_and_is_named(tokenizer: Tokenizer) -> No
     run(test())
 
 
-def test_a_stop_string_across_tokens_ends_exactly_there(tokenizer: Tokenizer) -> None:
+def test_a_stop_string_across_tokens_ends_exactly_there(playing: Playing, tokenizer: Tokenizer) -> None:
     words = tokenizer.encode(" the value of the key", add_special_tokens=False)
 
     async def test() -> None:
-        async with playing(tokenizer, words) as stage:
+        async with playing(words) as stage:
             whole = await stage.collect(stage.request(max_tokens=50, stop=("nowhere", "ue of t")))
             assert whole.text == " the val"
             assert (whole.finish_reason, whole.stop_reason) == ("stop", "ue of t")
@@ -262,9 +284,9 @@ def test_a_stop_string_across_tokens_ends_exactly_there(tokenizer: Tokenizer) ->
     run(test())
 
 
-def test_every_token_has_its_logprob_when_asked(tokenizer: Tokenizer) -> None:
+def test_every_token_has_its_logprob_when_asked(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer) as stage:
+        async with playing() as stage:
             whole = await stage.collect(stage.request(max_tokens=9, num_logprobs=0))
             assert whole.logprobs is not None
             assert [entry.token_id for entry in whole.logprobs] == whole.token_ids
@@ -272,9 +294,9 @@ def test_every_token_has_its_logprob_when_asked(tokenizer: Tokenizer) -> None:
     run(test())
 
 
-def test_cached_tokens_are_reported_and_counted(tokenizer: Tokenizer) -> None:
+def test_cached_tokens_are_reported_and_counted(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer) as stage:
+        async with playing() as stage:
             prompt = list(range(4 * BLOCK_SIZE))
             first = await stage.collect(stage.request(prompt))
             second = await stage.collect(stage.request(prompt))
@@ -286,9 +308,9 @@ def test_cached_tokens_are_reported_and_counted(tokenizer: Tokenizer) -> None:
     run(test())
 
 
-def test_deltas_queue_while_the_consumer_is_busy(tokenizer: Tokenizer) -> None:
+def test_deltas_queue_while_the_consumer_is_busy(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer) as stage:
+        async with playing() as stage:
             slow = stage.engine.generate(stage.request(max_tokens=40, num_logprobs=0))
             first = await anext(slow)
             whole = await stage.collect(stage.request(max_tokens=40))  # not held up by the slow one
@@ -305,7 +327,7 @@ def test_deltas_queue_while_the_consumer_is_busy(tokenizer: Tokenizer) -> None:
 
 def test_what_queues_for_a_consumer_that_never_reads_is_bounded() -> None:
     async def test() -> None:
-        stream = OutputStream(Outbox(asyncio.get_running_loop()))
+        stream = OutputStream()
         for token_id in range(MAX_QUEUED_DELTAS + 40):
             stream.feed(OutputDelta("x", [token_id], [TokenLogprob(token_id, -1.0)]))
         stream.feed(OutputDelta(finish_reason="length"))
@@ -318,9 +340,9 @@ def test_what_queues_for_a_consumer_that_never_reads_is_bounded() -> None:
     run(test())
 
 
-def test_closing_the_generator_frees_the_blocks_after_the_current_step(tokenizer: Tokenizer) -> None:
+def test_closing_the_generator_frees_the_blocks_after_the_current_step(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer) as stage:
+        async with playing() as stage:
             generator = stage.engine.generate(stage.request(max_tokens=1000))
             await anext(generator)
             stage.runner.hold()
@@ -333,9 +355,9 @@ def test_closing_the_generator_frees_the_blocks_after_the_current_step(tokenizer
     run(test())
 
 
-def test_cancelling_the_consumer_aborts_waiting_requests_too(tokenizer: Tokenizer) -> None:
+def test_cancelling_the_consumer_aborts_waiting_requests_too(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer, max_running=1, max_batch_tokens=64, prefill_chunk=64) as stage:
+        async with playing(max_running=1, max_batch_tokens=64, prefill_chunk=64) as stage:
             stage.runner.hold()
             tasks = [asyncio.create_task(stage.collect(stage.request(max_tokens=1000))) for _ in range(3)]
             await stage.until(lambda: stage.engine.stats().num_running == 1)
@@ -349,9 +371,9 @@ def test_cancelling_the_consumer_aborts_waiting_requests_too(tokenizer: Tokenize
     run(test())
 
 
-def test_one_request_too_many_is_refused(tokenizer: Tokenizer) -> None:
+def test_one_request_too_many_is_refused(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer, max_running=2, max_waiting=1, max_batch_tokens=64, prefill_chunk=64) as stage:
+        async with playing(max_running=2, max_waiting=1, max_batch_tokens=64, prefill_chunk=64) as stage:
             stage.runner.hold()
             tasks = [asyncio.create_task(stage.collect(stage.request())) for _ in range(3)]
             await asyncio.sleep(0)
@@ -364,9 +386,9 @@ def test_one_request_too_many_is_refused(tokenizer: Tokenizer) -> None:
     run(test())
 
 
-def test_an_id_is_unique_among_live_requests(tokenizer: Tokenizer) -> None:
+def test_an_id_is_unique_among_live_requests(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer) as stage:
+        async with playing() as stage:
             generator = stage.engine.generate(stage.request(request_id="same", max_tokens=500))
             await anext(generator)
             with pytest.raises(ValueError, match="'same'"):
@@ -377,9 +399,9 @@ def test_an_id_is_unique_among_live_requests(tokenizer: Tokenizer) -> None:
     run(test())
 
 
-def test_a_request_whose_sampling_fails_fails_alone(tokenizer: Tokenizer) -> None:
+def test_a_request_whose_sampling_fails_fails_alone(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer) as stage:
+        async with playing() as stage:
             stage.runner.poisoned.add("bad")
             bad = asyncio.create_task(stage.collect(stage.request(request_id="bad")))
             good = asyncio.create_task(stage.collect(stage.request(max_tokens=30)))
@@ -391,10 +413,10 @@ def test_a_request_whose_sampling_fails_fails_alone(tokenizer: Tokenizer) -> Non
 
 
 def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(
-    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+    playing: Playing, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test() -> None:
-        async with playing(tokenizer) as stage:
+        async with playing() as stage:
             for _ in range(2):
                 stage.runner.num_failing_steps = 1
                 with pytest.raises(RequestFailedError, match="scripted failure"):
@@ -405,9 +427,9 @@ def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(
     run(test())
 
 
-def test_three_failed_steps_in_a_row_end_the_engine(tokenizer: Tokenizer) -> None:
+def test_three_failed_steps_in_a_row_end_the_engine(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer, max_running=1, max_batch_tokens=64, prefill_chunk=64) as stage:
+        async with playing(max_running=1, max_batch_tokens=64, prefill_chunk=64) as stage:
             stage.runner.hold()
             tasks = [asyncio.create_task(stage.collect(stage.request())) for _ in range(5)]
             await stage.until(lambda: stage.engine.stats().num_running == 1)
@@ -426,9 +448,9 @@ def test_three_failed_steps_in_a_row_end_the_engine(tokenizer: Tokenizer) -> Non
     run(test())
 
 
-def test_a_bug_outside_a_step_ends_the_engine_and_tells_everybody(tokenizer: Tokenizer) -> None:
+def test_a_bug_outside_a_step_ends_the_engine_and_tells_everybody(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer) as stage:
+        async with playing() as stage:
             generator = stage.engine.generate(stage.request(max_tokens=1000))
             await anext(generator)
             stage.cache.close()  # pulled away from under the engine
@@ -441,9 +463,9 @@ def test_a_bug_outside_a_step_ends_the_engine_and_tells_everybody(tokenizer: Tok
     run(test())
 
 
-def test_a_request_that_finds_no_blocks_fails_in_bounded_time_and_others_go_on(tokenizer: Tokenizer) -> None:
+def test_a_request_that_finds_no_blocks_fails_in_bounded_time_and_others_go_on(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer, device_blocks=8, stall_timeout_s=0.05) as stage:
+        async with playing(device_blocks=8, stall_timeout_s=0.05) as stage:
             with stage.cache.open(list(range(100, 100 + 7 * BLOCK_SIZE))):  # somebody else's
                 with pytest.raises(RequestFailedError, match=r"no device blocks for 0\.05 s"):
                     await stage.collect(stage.request(list(range(2 * BLOCK_SIZE))))
@@ -455,18 +477,19 @@ def test_a_request_that_finds_no_blocks_fails_in_bounded_time_and_others_go_on(t
     run(test())
 
 
-def test_stopping_lets_live_requests_finish_and_refuses_new_ones(tokenizer: Tokenizer) -> None:
+def test_stopping_fails_what_runs_or_waits_and_refuses_what_comes(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer, max_running=1, max_batch_tokens=64, prefill_chunk=64) as stage:
+        async with playing(max_running=1, max_batch_tokens=64, prefill_chunk=64) as stage:
             stage.runner.hold()
             tasks = [asyncio.create_task(stage.collect(stage.request(max_tokens=20))) for _ in range(3)]
             await stage.until(lambda: stage.engine.stats().num_running == 1)
-            stopping = asyncio.create_task(stage.engine.stop(WAIT_S))
+            stopping = asyncio.create_task(stage.engine.stop())
             await asyncio.sleep(0)
             with pytest.raises(EngineDeadError, match="stopping"):
                 await stage.collect(stage.request())
             stage.runner.let_go()
-            assert [len(whole.token_ids) for whole in await asyncio.gather(*tasks)] == [20, 20, 20]
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [str(end) for end in ends] == ["the engine has stopped"] * 3
             await stopping
             with pytest.raises(EngineDeadError):
                 stage.engine.check_healthy()
@@ -474,59 +497,55 @@ def test_stopping_lets_live_requests_finish_and_refuses_new_ones(tokenizer: Toke
     run(test())
 
 
-def test_stopping_aborts_what_outlives_the_drain(tokenizer: Tokenizer) -> None:
-    async def test() -> None:
-        async with playing(tokenizer, max_model_len=10**9, device_blocks=4096) as stage:
-            generator = stage.engine.generate(stage.request(max_tokens=10**8))
-            await anext(generator)
-            await stage.engine.stop(0.0)
-            with pytest.raises(EngineDeadError, match="stopped"):
-                async for _ in generator:
-                    pass
-
-    run(test())
-
-
 def test_an_engine_that_was_never_started_can_be_stopped(tokenizer: Tokenizer) -> None:
     async def test() -> None:
         cache = KVCache(mock_kv_spec("engine-test", BLOCK_SIZE), device="cpu", device_blocks=4)
-        engine = InferenceEngine(cache, ScriptedRunner([1]), tokenizer, eos_token_ids=frozenset(), max_model_len=100)
+        engine = make_engine(cache, ScriptedRunner([1]), tokenizer)
         with pytest.raises(EngineDeadError, match=r"was start\(\) awaited"):
             engine.check_healthy()
-        await engine.stop(0.0)
-        await engine.stop(0.0)
+        await engine.stop()
+        await engine.stop()
 
     run(test())
 
 
-def test_requests_of_a_closed_event_loop_are_given_up(tokenizer: Tokenizer) -> None:
+def test_an_engine_whose_event_loop_was_closed_ends_and_holds_nothing(
+    tokenizer: Tokenizer, eventually: Eventually
+) -> None:
+    cache = KVCache(mock_kv_spec("engine-test", BLOCK_SIZE), device="cpu", device_blocks=64)
+    runner = ScriptedRunner([1])
+    runner.hold()
+    engine = make_engine(cache, runner, tokenizer)
+    stage = Stage(runner, cache, engine, eventually)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(engine.start())
+    task = loop.create_task(stage.collect(stage.request(max_tokens=10**6)))
+    loop.run_until_complete(asyncio.sleep(0))
+    task.cancel()  # silences the warning about a pending task; the loop never runs it
+    loop.close()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    runner.let_go()
+    eventually(lambda: not engine_is_alive(engine))
+    with pytest.raises(EngineDeadError, match="event loop"):
+        engine.check_healthy()
+    eventually(stage.holds_nothing)
+    run(engine.stop())
+
+
+def test_a_request_from_another_event_loop_is_refused(playing: Playing) -> None:
     async def test() -> None:
-        async with playing(tokenizer) as stage:
-            stage.runner.hold()
-
-            def leave_without_closing() -> None:
-                loop = asyncio.new_event_loop()
-                task = loop.create_task(stage.collect(stage.request(max_tokens=10**6)))
-                loop.run_until_complete(asyncio.sleep(0))
-                task.cancel()  # silences the warning about a pending task; the loop never runs it
-                loop.close()
-                task._log_destroy_pending = False  # type: ignore[attr-defined]
-
-            thread = threading.Thread(target=leave_without_closing)
-            thread.start()
-            await asyncio.to_thread(thread.join)
-            stage.runner.let_go()
-            await stage.until(stage.holds_nothing)
-            await stage.collect(stage.request())
+        async with playing() as stage:
+            with pytest.raises(RuntimeError, match="event loop"):
+                await asyncio.to_thread(asyncio.run, stage.collect(stage.request()))
 
     run(test())
 
 
 @pytest.mark.parametrize("device_blocks", [12, 400])
-def test_many_requests_with_random_disconnects_leave_nothing_behind(tokenizer: Tokenizer, device_blocks: int) -> None:
+def test_many_requests_with_random_disconnects_leave_nothing_behind(playing: Playing, device_blocks: int) -> None:
     async def test() -> None:
         limits = {"max_running": 8, "max_batch_tokens": 32, "prefill_chunk": 12}
-        async with playing(tokenizer, device_blocks=device_blocks, max_waiting=1000, **limits) as stage:
+        async with playing(device_blocks=device_blocks, max_waiting=1000, **limits) as stage:
 
             async def client(number: int) -> None:
                 prompt = [1] * (4 * (number % 3)) + [number % 5 + 2] * (number % 7 + 1)

@@ -54,6 +54,12 @@ def make_cache(loaded: LoadedModel, *, device_blocks: int = 256, host: str | Non
     return KVCache(spec, device="cpu", device_blocks=device_blocks, host=host)
 
 
+def make_engine(loaded: LoadedModel, cache: KVCache, limits: SchedulerLimits) -> InferenceEngine:
+    return build_model_engine(
+        loaded, cache, device=CPU, max_model_len=loaded.max_model_len, limits=limits, max_waiting=64
+    )
+
+
 async def say(engine: InferenceEngine, name: str, prompt: list[int], **sampling: Any) -> tuple[list[int], int]:
     params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, **({"temperature": 0.0} | sampling))
     tokens: list[int] = []
@@ -96,7 +102,7 @@ def test_greedy_output_is_that_of_transformers(family: str, make_checkpoint: Cal
     prompts = random_prompts([1, 5, 16, 17, 40, 64, 100, 230])
 
     async def outputs(cache: KVCache, limits: SchedulerLimits) -> tuple[list[list[int]], int]:
-        engine = build_model_engine(loaded, cache, device=CPU, limits=limits)
+        engine = make_engine(loaded, cache, limits)
         await engine.start()
         try:
             said = await say_together(engine, prompts)
@@ -104,7 +110,7 @@ def test_greedy_output_is_that_of_transformers(family: str, make_checkpoint: Cal
             cache.check_invariants()
             return said, engine.stats().num_preemptions
         finally:
-            await engine.stop(0.0)
+            await engine.stop()
 
     whole, preemptions = asyncio.run(outputs(make_cache(loaded), WHOLE))
     assert preemptions == 0
@@ -120,7 +126,7 @@ def test_neither_company_nor_the_cache_changes_what_is_said(make_checkpoint: Cal
     prompts = random_prompts([3, 33, 70])
 
     async def test() -> None:
-        engine = build_model_engine(loaded, make_cache(loaded), device=CPU, limits=CHUNKED)
+        engine = make_engine(loaded, make_cache(loaded), CHUNKED)
         await engine.start()
         for sampling in (
             {"temperature": 0.0},
@@ -131,6 +137,6 @@ def test_neither_company_nor_the_cache_changes_what_is_said(make_checkpoint: Cal
                 tokens, num_cached = await say(engine, "alone", prompt, **sampling)
                 assert tokens == expected
                 assert num_cached == (len(prompt) - 1) // 16 * 16
-        await engine.stop(0.0)
+        await engine.stop()
 
     asyncio.run(test())

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from dynamo.serve import demo
 from dynamo.serve.engine.loader import LoadedModel, load_model
 from dynamo.serve.engine.model_config import ModelConfig
+from dynamo.serve.engine.request import SamplingDefaults
 from dynamo.serve.engine.rope import inverse_frequencies
 from dynamo.serve.errors import ModelLoadError
 
@@ -84,7 +85,7 @@ def test_generation_defaults_and_end_tokens_come_from_the_folder(folder: Path) -
         json.dumps({"eos_token_id": [3, 1], "temperature": 0.6, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.1})
     )
     loaded = load(folder)
-    defaults = loaded.generation_defaults
+    defaults = loaded.sampling_defaults
     assert (defaults.temperature, defaults.top_p, defaults.top_k, defaults.repetition_penalty) == (0.6, 0.9, None, 1.1)
     assert loaded.tokenizer.eos_token_ids == {1, 3}
     assert loaded.max_model_len == 1024
@@ -93,7 +94,7 @@ def test_generation_defaults_and_end_tokens_come_from_the_folder(folder: Path) -
 def test_a_folder_without_generation_config_loads(folder: Path) -> None:
     (folder / "generation_config.json").unlink()
     loaded = load(folder)
-    assert loaded.generation_defaults.temperature is None
+    assert loaded.sampling_defaults == SamplingDefaults()
     assert loaded.tokenizer.eos_token_ids == {1}
 
 

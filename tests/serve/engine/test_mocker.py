@@ -1,6 +1,7 @@
 import asyncio
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import RequestFailedError
 
 BLOCK_SIZE = 16
-NO_WAITING = MockTimings(speedup=math.inf)
+NO_WAITING = MockTimings(prefill_tokens_per_s=1000.0, step_s=100.0, token_s=1.0, speedup=math.inf)
+LIMITS = SchedulerLimits(max_running=4, max_batch_tokens=256)
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +44,27 @@ def make_cache(*, device_blocks: int = 64, host: str | None = None) -> KVCache:
     return KVCache(mock_kv_spec("test", BLOCK_SIZE), device="cpu", device_blocks=device_blocks, host=host)
 
 
+def make_engine(
+    tokenizer: Tokenizer, cache: KVCache, *, timings: MockTimings = NO_WAITING, limits: SchedulerLimits = LIMITS
+) -> InferenceEngine:
+    return build_mock_engine(tokenizer, cache, timings=timings, max_model_len=10_000, limits=limits, max_waiting=4)
+
+
 def test_it_says_its_text_again_and_again(tokenizer: Tokenizer) -> None:
     async def test() -> None:
-        engine = build_mock_engine(tokenizer, make_cache(), timings=NO_WAITING)
+        engine = make_engine(tokenizer, make_cache())
         await engine.start()
         length = len(tokenizer.encode(DEFAULT_TEXT, add_special_tokens=False))
         whole = await collect(engine, [1, 2, 3], max_tokens=2 * length)
         assert whole.text == 2 * DEFAULT_TEXT
-        await engine.stop(1.0)
+        await engine.stop()
 
     asyncio.run(test())
 
 
 def test_simulated_logprobs_have_one_entry_per_token_best_first(tokenizer: Tokenizer) -> None:
     async def test() -> None:
-        engine = build_mock_engine(tokenizer, make_cache(), timings=NO_WAITING)
+        engine = make_engine(tokenizer, make_cache())
         await engine.start()
         whole = await collect(engine, [1], max_tokens=5, num_logprobs=3)
         assert whole.logprobs is not None
@@ -66,7 +74,7 @@ def test_simulated_logprobs_have_one_entry_per_token_best_first(tokenizer: Token
             assert logprobs == sorted(logprobs, reverse=True)
             assert len(logprobs) == 3
             assert sum(map(math.exp, logprobs)) <= 1.0
-        await engine.stop(1.0)
+        await engine.stop()
 
     asyncio.run(test())
 
@@ -76,27 +84,27 @@ def test_a_step_takes_what_the_model_says_divided_by_speedup(tokenizer: Tokenize
     assert timings.modelled_s(num_decodes=4, num_prefill_tokens=100) == pytest.approx(0.01 + 0.02 + 0.1)
 
     async def test() -> None:
-        engine = build_mock_engine(tokenizer, make_cache(), timings=timings)
+        engine = make_engine(tokenizer, make_cache(), timings=timings)
         await engine.start()
         started = time.monotonic()
         await collect(engine, list(range(100)), max_tokens=5)
         modelled_s = timings.modelled_s(0, 100) + 4 * timings.modelled_s(1, 0)
         assert time.monotonic() - started >= modelled_s / timings.speedup
-        await engine.stop(1.0)
+        await engine.stop()
 
     asyncio.run(test())
 
 
 @pytest.mark.parametrize("speedup", [0.0, math.inf])
 def test_no_speedup_limit_means_no_waiting(tokenizer: Tokenizer, speedup: float) -> None:
-    timings = MockTimings(step_s=100.0, speedup=speedup)
+    timings = replace(NO_WAITING, speedup=speedup)
     assert "no waiting" in str(timings)
 
     async def test() -> None:
-        engine = build_mock_engine(tokenizer, make_cache(), timings=timings)
+        engine = make_engine(tokenizer, make_cache(), timings=timings)
         await engine.start()
         await asyncio.wait_for(collect(engine, [1], max_tokens=5), 50.0)
-        await engine.stop(1.0)
+        await engine.stop()
 
     asyncio.run(test())
 
@@ -112,14 +120,14 @@ def test_no_speedup_limit_means_no_waiting(tokenizer: Tokenizer, speedup: float)
 )
 def test_timings_that_make_no_sense_are_refused(values: dict[str, float], name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        MockTimings(**values)
+        replace(NO_WAITING, **values)
 
 
 def test_a_prefix_comes_back_from_the_host_tier_with_the_right_bytes(tokenizer: Tokenizer) -> None:
     async def test() -> None:
         cache = make_cache(device_blocks=12, host="1MiB")
         limits = SchedulerLimits(max_running=4, max_batch_tokens=64, prefill_chunk=40)
-        engine = build_mock_engine(tokenizer, cache, timings=NO_WAITING, limits=limits)
+        engine = make_engine(tokenizer, cache, limits=limits)
         await engine.start()
         prompt = list(range(5 * BLOCK_SIZE + 3))
         assert (await collect(engine, prompt, max_tokens=3)).num_cached_tokens == 0
@@ -128,7 +136,7 @@ def test_a_prefix_comes_back_from_the_host_tier_with_the_right_bytes(tokenizer: 
             await collect(engine, [100 + other] * (8 * BLOCK_SIZE), max_tokens=20)
         assert cache.lookup(prompt).device_tokens == 0
         assert (await collect(engine, prompt, max_tokens=3)).num_cached_tokens == 5 * BLOCK_SIZE
-        await engine.stop(1.0)
+        await engine.stop()
 
     asyncio.run(test())
 
@@ -136,7 +144,7 @@ def test_a_prefix_comes_back_from_the_host_tier_with_the_right_bytes(tokenizer: 
 def test_wrong_content_in_the_cache_is_noticed(tokenizer: Tokenizer) -> None:
     async def test() -> None:
         cache = make_cache()
-        engine = build_mock_engine(tokenizer, cache, timings=NO_WAITING)
+        engine = make_engine(tokenizer, cache)
         await engine.start()
         prompt = list(range(3 * BLOCK_SIZE))
         await collect(engine, prompt, max_tokens=1)
@@ -144,6 +152,6 @@ def test_wrong_content_in_the_cache_is_noticed(tokenizer: Tokenizer) -> None:
         keys += 1.0
         with pytest.raises(RequestFailedError, match=r"wrong content for blocks \[0, 1\]"):
             await collect(engine, prompt, max_tokens=1)
-        await engine.stop(1.0)
+        await engine.stop()
 
     asyncio.run(test())

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -184,9 +185,8 @@ def test_the_youngest_is_preempted_and_goes_on_as_if_nothing_happened(benches: l
     old = bench.add("old", [1, 2, 3, 4, 5])
     young = bench.add("young", [6, 7, 8])
     bench.run({old: 24, young: 16})
-    assert old.num_preemptions == 0
-    assert young.num_preemptions > 0
-    assert bench.scheduler.num_preemptions == young.num_preemptions
+    assert bench.scheduler.num_preemptions > 0
+    assert all(old in step.sampling for step in bench.steps[:24]), "the older one never gave way"
     assert old.output_tokens == expected_output([1, 2, 3, 4, 5], 24)
     assert young.output_tokens == expected_output([6, 7, 8], 16)
     assert young.num_cached_tokens == 0, "what it left in the cache itself is not a hit"
@@ -197,8 +197,9 @@ def test_a_preempted_sequence_returns_before_younger_ones(benches: list[Bench]) 
     bench = make_bench(benches, 8, max_running=4, max_batch_tokens=64, prefill_chunk=64)
     old = bench.add("old", [1, 2, 3, 4, 5])
     young = bench.add("young", [6, 7, 8])
-    while not young.num_preemptions:
+    while not bench.scheduler.num_preemptions:
         bench.step()
+    assert (old.phase, young.phase) == (Phase.DECODE, Phase.WAITING)
     last = bench.add("last", [9])
     while last.phase is Phase.WAITING:
         assert young.phase is not Phase.FINISHED
@@ -212,9 +213,11 @@ def test_admission_leaves_a_block_for_each_running_sequence(benches: list[Bench]
     bench = make_bench(benches, 8, max_running=4, max_batch_tokens=64, prefill_chunk=64)
     running = [bench.add("a", [1] * 7), bench.add("b", [2] * 7)]
     bench.step()
+    requested = bench.cache.stats().requested_blocks
     held_back = bench.add("c", [3] * 12)  # 3 of the 4 remaining blocks: one would be left for two sequences
     bench.step()
     assert held_back.phase is Phase.WAITING
+    assert bench.cache.stats().requested_blocks == requested, "nothing was looked up for it, loaded or evicted"
     bench.scheduler.finish(running[1])
     bench.step()
     assert held_back.phase is Phase.DECODE
@@ -284,8 +287,8 @@ class SlowCache:
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
 
-    def open(self, tokens: list[int], *, salt: str = "") -> SlowSequence:
-        self.opened.append(SlowSequence(self.inner.open(tokens, salt=salt)))
+    def open(self, tokens: list[int], **options: Any) -> SlowSequence:
+        self.opened.append(SlowSequence(self.inner.open(tokens, **options)))
         return self.opened[-1]
 
 
@@ -296,7 +299,7 @@ def test_a_loading_sequence_holds_nobody_up() -> None:
         loading, other = make_sequence("loading", [1] * 9), make_sequence("other", [2] * 9)
         scheduler.add(loading)
         assert scheduler.schedule().is_empty
-        assert (scheduler.num_loading, loading.num_cached_tokens) == (1, None)
+        assert (loading.phase, loading.num_cached_tokens) == (Phase.LOADING, None)
         scheduler.add(other)
         assert scheduler.schedule().is_empty
         slow.opened[1].is_ready = True
@@ -314,7 +317,7 @@ def test_a_loading_sequence_holds_nobody_up() -> None:
 
 def test_a_loading_sequence_can_be_aborted() -> None:
     with KVCache(SPEC, device="cpu", device_blocks=32) as cache:
-        scheduler = Scheduler(SlowCache(cache), SchedulerLimits())  # type: ignore[arg-type]
+        scheduler = Scheduler(SlowCache(cache), SchedulerLimits(max_running=4, max_batch_tokens=64))  # type: ignore[arg-type]
         loading = make_sequence("loading", [1] * 9)
         scheduler.add(loading)
         scheduler.schedule()
@@ -333,7 +336,7 @@ def test_a_loading_sequence_can_be_aborted() -> None:
 )
 def test_limits_that_make_no_sense_are_refused(limits: dict[str, int], name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        SchedulerLimits(**limits)
+        SchedulerLimits(**({"max_running": 4, "max_batch_tokens": 64} | limits))
 
 
 class SchedulerMachine(RuleBasedStateMachine):

@@ -8,30 +8,19 @@ from dataclasses import dataclass, field
 
 from starlette.types import Receive, Send
 
-from dynamo.serve.context import Batch, ClientDisconnectedError, Interruption, generate_all, run_interruptible
 from dynamo.serve.engine.request import Engine, FinishReason, GenerationRequest, SamplingParams, TokenLogprob
 from dynamo.serve.envelope import refusal_of, unforeseen
-from dynamo.serve.exchange import Exchange, send_json
+from dynamo.serve.exchange import Exchange, send_body
+from dynamo.serve.interruption import ClientDisconnectedError, Interruption, run_interruptible
+from dynamo.serve.merging import Batch, generate_all
 from dynamo.serve.metrics import GenerationMetrics, ServerMetrics
 from dynamo.serve.openai import PromptTokensDetails, Usage
-from dynamo.serve.parameters import SamplingDefaults, with_seed
-from dynamo.serve.prompt import TextCodec
+from dynamo.serve.parameters import with_seed
 from dynamo.serve.stream import DONE, SSE_HEADERS, ChunkStream, error_event
 
-__all__ = ["ChoiceOutput", "Generation", "GenerationPlan", "ServedModel"]
+__all__ = ["ChoiceOutput", "Reply", "ReplyPlan"]
 
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
-    """The model as clients know it."""
-
-    name: str
-    codec: TextCodec
-    max_model_len: int
-    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
-    created: int = field(default_factory=lambda: int(time.time()))
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -43,6 +32,7 @@ class ChoiceOutput:
     num_tokens: int = 0
     num_cached_tokens: int = 0
     finish_reason: FinishReason = "length"
+    stop_reason: str | int | None = None
 
     @property
     def text(self) -> str:
@@ -50,7 +40,7 @@ class ChoiceOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationPlan:
+class ReplyPlan:
     """A checked request: what to generate, and how its answer is written.
 
     Attributes:
@@ -69,10 +59,10 @@ class GenerationPlan:
     render_body: Callable[[str, int, Sequence[ChoiceOutput], Usage], bytes]
 
 
-class Generation:
+class Reply:
     """Runs one plan and writes its answer to one client."""
 
-    def __init__(self, plan: GenerationPlan, engine: Engine, metrics: ServerMetrics, exchange: Exchange) -> None:
+    def __init__(self, plan: ReplyPlan, engine: Engine, metrics: ServerMetrics, exchange: Exchange) -> None:
         self._plan = plan
         self._engine = engine
         self._exchange = exchange
@@ -98,7 +88,7 @@ class Generation:
                 raise
             refusal = refusal_of(error)
             if refusal is None:
-                _log.exception("request %s failed in its stream", self._exchange.request_id)
+                logger.exception("request %s failed in its stream", self._exchange.request_id)
                 refusal = unforeseen()
             self._exchange.stream_error = refusal.code or refusal.type
             await send({"type": "http.response.body", "body": error_event(refusal), "more_body": False})
@@ -115,7 +105,7 @@ class Generation:
 
         await generate_all(self._engine, self._requests(), collect)
         body = self._plan.render_body(self._id, self._created, self._outputs, self._usage())
-        await send_json(send, self._exchange, 200, body)
+        await send_body(send, self._exchange, 200, body)
 
     async def _streamed(self, send: Send, open_stream: Callable[[str, int], ChunkStream]) -> None:
         stream = open_stream(self._id, self._created)
@@ -154,6 +144,7 @@ class Generation:
             output.num_cached_tokens = delta.num_cached_tokens
             if delta.finish_reason is not None:
                 output.finish_reason = delta.finish_reason
+                output.stop_reason = delta.stop_reason
 
     def _usage(self) -> Usage:
         """Each prompt counts once; what it found in the cache is what its first choice found."""

@@ -1,0 +1,165 @@
+"""Device slots, shared by sequences through reference counts."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dynamo.kvcache.errors import OutOfBlocksError
+from dynamo.kvcache.events import EventLog
+from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.pool import BlockPool
+from dynamo.kvcache.stats import CacheCounters, TierUsage, tier_usage
+from dynamo.tiers.device import DeviceTier
+from dynamo.tiers.tier import SlotIds
+
+__all__ = ["DevicePool", "Reservation"]
+
+_PIN_WAIT_S = 0.05  # how long an allocation waits for blocks that are only held by their own offload
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Slots a sequence holds from now on: blocks found, in chain order from the first, and blocks to be written."""
+
+    matched: SlotIds
+    fresh: SlotIds
+
+
+class DevicePool:
+    """The device tier's books and events. Thread-safe. Sequences hold its slots; offloads pin them while they copy.
+
+    Attributes:
+        tier: the storage. Not owned.
+    """
+
+    def __init__(self, tier: DeviceTier, events: EventLog, counters: CacheCounters) -> None:
+        self.tier = tier
+        self._events = events
+        self._counters = counters
+        self._changed = threading.Condition()  # guards all below; notified whenever slots are given back
+        self._pool = BlockPool(tier.num_slots)
+        self._num_sequences = 0
+        self._num_pins = 0
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that are free or hold only cached content that nobody uses."""
+        return self._pool.num_available
+
+    @property
+    def num_sequences(self) -> int:
+        """Reservations that have not been released."""
+        return self._num_sequences
+
+    def count_prefix(self, keys: Sequence[BlockKey]) -> int:
+        """How many of `keys`, from the first on, are here."""
+        with self._changed:
+            return len(self._pool.find_prefix(keys))
+
+    def reserve(self, keys: Sequence[BlockKey], num_blocks: int, spare_blocks: int) -> Reservation:
+        """Starts a sequence of `num_blocks`, the first of which may be shared if they are among `keys`.
+
+        Raises:
+            OutOfBlocksError: fewer than `spare_blocks` would be available afterwards; nothing was reserved.
+        """
+        with self._changed:
+            matched = self._pool.find_prefix(keys)
+            self._pool.acquire(matched)
+            try:
+                fresh = self._allocate(num_blocks - len(matched), spare_blocks)
+            except OutOfBlocksError:
+                self._pool.release(matched)
+                raise
+            self._num_sequences += 1
+        if len(matched):
+            self.tier.join()  # another stream may still be writing them
+            self._counters.count_hits("device", len(matched))
+        return Reservation(matched, fresh)
+
+    def grow(self, num_blocks: int) -> SlotIds:
+        """More slots for a sequence, in addition to its reservation.
+
+        Raises:
+            OutOfBlocksError: that many are not available; nothing was reserved.
+        """
+        with self._changed:
+            return self._allocate(num_blocks, 0)
+
+    def share(self, keys: Sequence[BlockKey], slots: SlotIds, parent: BlockKey | None) -> SlotIds:
+        """Makes a sequence's blocks findable, whose bytes are written and will not change.
+
+        Args:
+            keys: of the blocks in `slots`, which follow one another in a chain after `parent`.
+
+        Returns:
+            Where the sequence holds its blocks now: a block known before is shared, and the sequence's own slot freed.
+        """
+        with self._changed:
+            registered = self._pool.register(keys, slots)
+            if len(registered.new) == len(keys):
+                self._events.stored("device", list(keys), parent)
+            else:
+                parents = [parent, *keys]
+                self._events.stored_runs(
+                    "device", [keys[i] for i in registered.new], [parents[i] for i in registered.new]
+                )
+                self._changed.notify_all()
+            return registered.slots
+
+    def pin(self, slots: SlotIds) -> None:
+        """Holds a sequence's shared blocks, from its first one on, for an offload that may outlast the sequence.
+
+        All of them and not the new ones alone: whichever of sequence and offload ends last then files the chain as one,
+        leaves first.
+        """
+        with self._changed:
+            self._pool.acquire(slots)
+            self._num_pins += 1
+
+    def unpin(self, slots: SlotIds) -> None:
+        """Takes back what `pin` took."""
+        with self._changed:
+            self._pool.release(slots)
+            self._num_pins -= 1
+            self._changed.notify_all()
+
+    def release(self, slots: SlotIds) -> None:
+        """Ends a sequence that holds `slots`, given in chain order."""
+        self.tier.fences()  # marks this stream, whose queued kernels may still read the slots
+        with self._changed:
+            self._pool.release(slots)
+            self._num_sequences -= 1
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        """Drops every block that is not in use."""
+        with self._changed:
+            removed, _ = self._pool.evict_idle()
+            if len(self._pool):
+                self._events.removed("device", removed)
+            else:
+                self._events.cleared("device")
+
+    def usage(self) -> TierUsage:
+        """Occupancy and counters."""
+        with self._changed:
+            return tier_usage(self.tier.stats(), self._pool, self.tier.layout.slot_bytes, self._counters.hits("device"))
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if the books do not balance."""
+        with self._changed:
+            self._pool.check_invariants()
+            if not self._num_sequences and not self._num_pins:
+                assert self._pool.num_pinned == 0, f"{self._pool.num_pinned} device blocks are held by nobody"
+
+    def _allocate(self, count: int, spare: int) -> SlotIds:
+        """The caller holds the lock, which is let go while offloads finish."""
+        if count + spare > self._pool.num_available and self._num_pins:
+            self._changed.wait_for(
+                lambda: count + spare <= self._pool.num_available or not self._num_pins, timeout=_PIN_WAIT_S
+            )
+        room = self._pool.allocate(count) if count + spare <= self._pool.num_available else None
+        if room is None:
+            raise OutOfBlocksError(count + spare, self._pool.num_available)
+        self._events.removed("device", room.evicted_keys)
+        return room.slots

@@ -1,0 +1,128 @@
+"""The real server, with the demo model, as a process of its own; and the one way to wait for something."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+_TIMEOUT_S = 60.0
+_POLL_TIMEOUT_S = 30.0
+_SMALL_TIERS = ("--threads", "1", "--device-cache", "32MiB", "--host-cache", "32MiB")
+
+
+class ServerProcess:
+    """`python -m dynamo.serve` on a free port; ready when made.
+
+    Attributes:
+        banner: what it printed to stdout.
+        url: where it listens.
+    """
+
+    def __init__(
+        self, folder: Path, *flags: str, file_size_limit: int | None = None, environment: dict[str, str] | None = None
+    ) -> None:
+        """Starts it with small tiers, the disk tier in `folder`, unless `flags` say otherwise.
+
+        Args:
+            file_size_limit: the largest file it may write, in bytes: a full disk that needs no disk.
+        """
+
+        def limit() -> None:
+            if file_size_limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
+
+        self._log_path = folder / "log"
+        tiers = (*_SMALL_TIERS, "--disk-cache", f"{folder / 'kv'}:64MiB")
+        command = [sys.executable, "-P", "-m", "dynamo.serve", "--port", "0", *tiers, *flags]
+        with self._log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=folder,
+                env={**os.environ, **(environment or {})},
+                preexec_fn=limit,
+            )
+        watchdog = threading.Timer(_TIMEOUT_S, self.process.kill)
+        watchdog.start()
+        self.banner = ""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.banner += line
+            if "curl" in line:
+                break
+        watchdog.cancel()
+        if "curl" not in self.banner:
+            self.stop()
+            pytest.fail(f"the server did not start: {self.log}")
+        self.url = self.banner.partition("listening")[2].split()[0]
+
+    @property
+    def log(self) -> str:
+        """What it wrote to stderr."""
+        return self._log_path.read_text()
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait(_TIMEOUT_S)
+
+    def stop(self) -> int:
+        """Stops it like a supervisor would; its exit code. Idempotent."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(_TIMEOUT_S)
+        finally:
+            self.kill()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server shared by all tests of a worker."""
+    server = ServerProcess(tmp_path_factory.mktemp("server"))
+    yield server
+    assert server.stop() == 0, server.log
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts servers of a test's own: `start_server("--engine", "mocker")`."""
+    servers: list[ServerProcess] = []
+
+    def start(
+        *flags: str, file_size_limit: int | None = None, environment: dict[str, str] | None = None
+    ) -> ServerProcess:
+        folder = tmp_path / f"server{len(servers)}"
+        folder.mkdir()
+        servers.append(ServerProcess(folder, *flags, file_size_limit=file_size_limit, environment=environment))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[[Callable[[], bool]], None]:
+    """Polls a condition that no event tells of until it holds; fails after half a minute. Blocks: in a coroutine, use
+    `await asyncio.to_thread(eventually, condition)`."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + _POLL_TIMEOUT_S
+        pause = threading.Event()
+        while not condition():
+            assert time.monotonic() < deadline, f"the condition did not come true within {_POLL_TIMEOUT_S:g} s"
+            pause.wait(0.002)
+
+    return wait

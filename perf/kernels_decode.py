@@ -21,10 +21,10 @@ from dynamo.perf.harness import median
 from dynamo.perf.kernels_workload import Findings, Workload
 from dynamo.perf.report import Result
 from dynamo.serve.engine.engine import InferenceEngine, build_model_engine
-from dynamo.serve.engine.loader import GenerationDefaults, LoadedModel
+from dynamo.serve.engine.loader import LoadedModel
 from dynamo.serve.engine.model import CausalLM
 from dynamo.serve.engine.model_config import ModelConfig
-from dynamo.serve.engine.request import GenerationRequest, SamplingParams
+from dynamo.serve.engine.request import GenerationRequest, SamplingDefaults, SamplingParams
 from dynamo.serve.engine.scheduler import SchedulerLimits
 from dynamo.serve.engine.tokenizer import Tokenizer
 
@@ -48,7 +48,6 @@ LLAMA_3_8B: dict[str, Any] = {
 }
 
 _SCALE = 0.02  # standard deviation of random weights, as models are initialised
-_DRAIN_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +73,12 @@ def decode(workload: Workload) -> Findings:
 
 
 def measure_decode(shape: DecodeShape, device: torch.device) -> Findings:
-    """Tokens per second at every batch size, ours and transformers'."""
-    for name, rates in (("dynamo-kv engine", _ours(shape, device)), ("transformers generate", _theirs(shape, device))):
+    """Tokens per second at every batch size: ours, on CUDA also without paged attention and graphs, and transformers'."""
+    runs = [("dynamo-kv engine", _ours(shape, device))]
+    if device.type == "cuda":
+        runs.append(("dynamo-kv engine, SDPA, no CUDA graphs", _ours(shape, device, paged_attention=False)))
+    runs.append(("transformers generate", _theirs(shape, device)))
+    for name, rates in runs:
         for batch, rate in rates:
             yield Result(
                 case=f"decode, batch {batch}, {shape.prompt_tokens} prompt tokens",
@@ -97,7 +100,9 @@ def _prompts(shape: DecodeShape, batch: int, vocab_size: int, seed: int) -> list
     return [[chooser.randrange(vocab_size) for _ in range(shape.prompt_tokens)] for _ in range(batch)]
 
 
-def _ours(shape: DecodeShape, device: torch.device) -> Iterator[tuple[int, float]]:
+def _ours(
+    shape: DecodeShape, device: torch.device, *, paged_attention: bool | None = None
+) -> Iterator[tuple[int, float]]:
     torch.manual_seed(0)
     config = ModelConfig.from_json(shape.config, "the benchmark")
     model = CausalLM(config, device=device, dtype=shape.dtype)
@@ -111,7 +116,7 @@ def _ours(shape: DecodeShape, device: torch.device) -> Iterator[tuple[int, float
         model=model,
         config=config,
         tokenizer=tokenizer,
-        generation_defaults=GenerationDefaults(),
+        sampling_defaults=SamplingDefaults(),
         fingerprint="random",
         max_model_len=length,
         dtype=shape.dtype,
@@ -125,8 +130,16 @@ def _ours(shape: DecodeShape, device: torch.device) -> Iterator[tuple[int, float
     )
     most = max(shape.batches)
     cache = KVCache(spec, device=device, device_blocks=2 * most * -(-length // spec.block_size))
-    limits = SchedulerLimits(max_running=most)
-    engine = build_model_engine(loaded, cache, device=device, limits=limits)
+    limits = SchedulerLimits(max_running=most, max_batch_tokens=max(2048, most))
+    engine = build_model_engine(
+        loaded,
+        cache,
+        device=device,
+        max_model_len=length,
+        limits=limits,
+        max_waiting=most,
+        paged_attention=paged_attention,
+    )
     yield from asyncio.run(_engine_rates(engine, shape, tokenizer.vocab_size))
 
 
@@ -142,7 +155,7 @@ async def _engine_rates(engine: InferenceEngine, shape: DecodeShape, vocab_size:
             rates.append((batch, median(runs[1:])))
         return rates
     finally:
-        await engine.stop(_DRAIN_S)
+        await engine.stop()
 
 
 async def _engine_rate(engine: InferenceEngine, shape: DecodeShape, prompts: list[list[int]]) -> float:

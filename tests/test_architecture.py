@@ -24,7 +24,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "tiers": ("kernels",),
     "kvcache": ("tiers", "kernels"),
     "router": ("kvcache.hashing", "kvcache.events"),
-    "serve": ("router", "kvcache"),
+    "serve": ("router", "kvcache", "kernels.paged_attention", "kernels.paged_proof"),
     "perf": LAYERS,
 }
 TORCH_FREE = ("dynamo.router", "dynamo.kvcache.hashing", "dynamo.kvcache.events")

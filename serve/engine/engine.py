@@ -9,11 +9,13 @@ the scheduler opens a sequence per request, appends and commits; the runner read
 """
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncGenerator
 
 import torch
 
+from dynamo.kernels.paged_proof import find_paged_fault
 from dynamo.kvcache import KVCache
 from dynamo.serve.engine.delivery import Outbox, OutputStream
 from dynamo.serve.engine.generation import Generation
@@ -28,6 +30,8 @@ from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestFailedError
 
 __all__ = ["InferenceEngine", "build_model_engine"]
+
+logger = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S = 30.0  # the longest a single step may reasonably take
 
@@ -183,10 +187,11 @@ def build_model_engine(
     Args:
         cache: made for this model, on the same device; the engine closes it.
         device: where the model was loaded to.
-        paged_attention: whether the paged kernels attend, and decode steps are captured; None: on CUDA.
+        paged_attention: whether the paged kernels attend, and decode steps are captured; None: on CUDA, if they prove
+            right there.
     """
     paged = None
-    if paged_attention or (paged_attention is None and device.type == "cuda"):
+    if paged_attention or (paged_attention is None and device.type == "cuda" and _are_kernels_right(loaded, cache)):
         paged = PagedSteps(
             loaded.model,
             cache.layer,
@@ -213,3 +218,19 @@ def build_model_engine(
         limits=limits,
         max_waiting=max_waiting,
     )
+
+
+def _are_kernels_right(loaded: LoadedModel, cache: KVCache) -> bool:
+    """Tries the paged kernels on the cache's device with the model's shape; says aloud when plain torch must do."""
+    config = loaded.config
+    fault = find_paged_fault(
+        cache.device,
+        loaded.dtype,
+        num_q_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=cache.block_size,
+    )
+    if fault is not None:
+        logger.error("going on with plain torch attention, which is slower: %s", fault)
+    return fault is None

@@ -207,14 +207,22 @@ def test_the_engine_takes_paged_attention_by_argument(make_checkpoint: Callable[
 
     async def say(is_paged: bool | None) -> list[int]:
         cache = make_cache(loaded, device)
-        engine = build_model_engine(loaded, cache, device=device, limits=LIMITS, paged_attention=is_paged)
+        engine = build_model_engine(
+            loaded,
+            cache,
+            device=device,
+            max_model_len=loaded.max_model_len,
+            limits=LIMITS,
+            max_waiting=8,
+            paged_attention=is_paged,
+        )
         await engine.start()
         try:
             sampling = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
             request = GenerationRequest(request_id="0", prompt_token_ids=prompt, sampling=sampling)
             return [token async for deltas in engine.generate(request) for delta in deltas for token in delta.token_ids]
         finally:
-            await engine.stop(0.0)
+            await engine.stop()
 
     gathered = asyncio.run(say(None))
     assert len(gathered) == 30

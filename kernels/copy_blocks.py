@@ -234,7 +234,9 @@ def _submit(launch: KernelLaunch, device: torch.device, max_programs: int) -> No
     np.concatenate(launch.tables, out=pinned.numpy())
     table = pinned.to(device, non_blocking=True)
     grid = (min(launch.num_tiles, max_programs),)
-    copy_blocks_kernel[grid](table, **launch.arguments, **_kernel_constants(launch), num_warps=launch.num_warps)
+    # Triton warns unless told about fusion, of which a copy has none.
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": False}
+    copy_blocks_kernel[grid](table, **launch.arguments, **_kernel_constants(launch), **options)
 
 
 def _kernel_constants(launch: KernelLaunch) -> dict[str, Any]:

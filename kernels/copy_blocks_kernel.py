@@ -25,7 +25,7 @@ WORD_TYPES: dict[int, Any] = {16: tl.int32, 8: tl.int64, 4: tl.int32, 2: tl.int1
 """Element moved for each alignment in bytes. Sixteen bytes are four elements, which the compiler joins into one access."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_bases", "num_tiles"])
 def copy_blocks_kernel(
     table_ptr,  # int64: num_pairs source offsets, as many destination offsets, num_bases source bases, destination bases
     num_pairs,

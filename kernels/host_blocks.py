@@ -2,10 +2,11 @@
 
 Bytes moved: every byte of the plan is read once and written once. The way is chosen by how much one call can move:
 
-    strided assignment   evenly spaced blocks, or one block, in one call; where the axes change places over more than the
-                         L2 cache holds, in parts: from 256 KiB per call
-    gather or scatter    rows by number, where they are dense on one side (`host_rows`): from 256 KiB per run, and ahead of
-                         strided assignment for rows of 0.5 to 4 KiB, which are then cut narrower
+    strided assignment   evenly spaced blocks in one call, others one by one out of the same two arrays; where the axes change
+                         places over more than the L2 cache holds, in parts
+    gather or scatter    rows by number, where they are dense on one side (`host_rows`), if need be only below one layer or
+                         plane: from 256 KiB per run, unless strided assignment has 256 KiB per call and rows that are not of
+                         0.5 to 4 KiB, which are then cut narrower
     memmove              contiguous pieces, neighbours joined: from 128 KiB per piece
     rows by number       all other contiguous pieces on a common grid
     one by one           the rest
@@ -15,8 +16,8 @@ Numpy and memmove release the GIL. Threads of its own would gain nothing: one co
 
 import ctypes
 import math
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ __all__ = ["copy_on_host"]
 Int64s = npt.NDArray[np.int64]
 
 CALL_BYTES = 256 << 10
+PASS_BYTES = 4096  # of one pair
 MEMMOVE_BYTES = 128 << 10
 NARROW_BYTES, WIDE_BYTES = 512, 4096  # in between, memmove of one row runs at half speed (glibc 2.36, AVX-512)
 
@@ -56,10 +58,11 @@ def copy_on_host(plan: CopyPlan) -> None:
     borders = _even_runs(plan.src_offsets, plan.dst_offsets)
     narrow = _with_narrow_rows(plan)
     if narrow is not plan or plan.num_bytes < plan.num_bases * (borders.size - 1) * CALL_BYTES:
-        side = _dense_side(narrow)
-        if side is not None:
-            gather_or_scatter(narrow, side)
-            return
+        for part in _passes(narrow):
+            side = _dense_side(part)
+            if side is not None:
+                gather_or_scatter(part, side)
+                return
     _assign_runs(plan, borders)
 
 
@@ -74,16 +77,33 @@ def _with_narrow_rows(plan: CopyPlan) -> CopyPlan:
     return replace(plan, axes=(*plan.axes, Axis(parts, row_bytes, row_bytes)), row_bytes=row_bytes)
 
 
+def _passes(plan: CopyPlan) -> Iterator[CopyPlan]:
+    """The plan, and as several passes over the blocks, one for each step of its outer axes: a block of K and one of V may
+    each lie dense where both together do not. Passes of less than a page per block would share cache lines."""
+    for num_axes in range(len(plan.axes), -1, -1):
+        part = plan.with_axes(num_axes)
+        if num_axes == len(plan.axes) or part.rows_per_pair * part.row_bytes >= PASS_BYTES:
+            yield part
+
+
 def _dense_side(plan: CopyPlan) -> Side | None:
-    """The side to go along when rows are moved by number, if there is one; scattering is the faster of the two."""
+    """The side to go along when rows are moved by number, if there is one.
+
+    Of two, that from which fewer streams run through the other's blocks: with 8 heads and 16 tokens, the one with the
+    heads innermost.
+    """
+    if not is_on_grid(plan):
+        return None
     bytes_per_base = plan.num_bytes // plan.num_bases
     sides: tuple[Side, Side] = ("src", "dst")
-    if is_on_grid(plan):
-        for side in sides:
-            runs = dense_runs(plan, side)
-            if runs is not None and bytes_per_base >= runs * CALL_BYTES:
-                return side
-    return None
+    runs = {side: dense_runs(plan, side) for side in sides}
+    dense = [side for side, n in runs.items() if n is not None and bytes_per_base >= n * CALL_BYTES]
+    return min(dense, key=lambda side: _streams(plan, side), default=None)
+
+
+def _streams(plan: CopyPlan, side: Side) -> int:
+    """How many places of the other side's block are visited in turn."""
+    return next((a.count for a in reversed(plan.ordered_by(side).axes) if a.src_stride != a.dst_stride), 1)
 
 
 def _even_runs(src_offsets: Int64s, dst_offsets: Int64s) -> Int64s:
@@ -100,22 +120,50 @@ def _even_runs(src_offsets: Int64s, dst_offsets: Int64s) -> Int64s:
 
 def _assign_runs(plan: CopyPlan, borders: Int64s) -> None:
     """One strided assignment, or one per part, for each base and run."""
-    src_offsets, dst_offsets = plan.src_offsets.tolist(), plan.dst_offsets.tolist()
-    bases = list(zip(plan.src_bases.tolist(), plan.dst_bases.tolist(), strict=True))
-    for start, stop in pairwise(borders.tolist()):
-        second = min(start + 1, stop - 1)
-        src_step = src_offsets[second] - src_offsets[start]
-        dst_step = dst_offsets[second] - dst_offsets[start]
-        parts = _parts((Axis(stop - start, src_step, dst_step), *plan.axes), plan.row_bytes)
-        for src_base, dst_base in bases:
-            src_start, dst_start = src_base + src_offsets[start], dst_base + dst_offsets[start]
-            for src_shift, dst_shift, axes in parts:
-                shape = tuple(axis.count for axis in axes)
-                src_strides = tuple(axis.src_stride for axis in axes)
-                dst_strides = tuple(axis.dst_stride for axis in axes)
-                src = voids_at(src_start + src_shift, shape, src_strides, plan.row_bytes)
-                dst = voids_at(dst_start + dst_shift, shape, dst_strides, plan.row_bytes)
+    starts, lengths = borders[:-1], np.diff(borders)
+    single = starts[lengths == 1]
+    _assign_pairs(plan, plan.src_offsets[single], plan.dst_offsets[single])
+    for start, length in zip(starts[lengths > 1].tolist(), lengths[lengths > 1].tolist(), strict=True):
+        (src_start, src_next), (dst_start, dst_next) = (
+            table[start : start + 2].tolist() for table in (plan.src_offsets, plan.dst_offsets)
+        )
+        run = Axis(length, src_next - src_start, dst_next - dst_start)
+        for src_shift, dst_shift, axes in _parts((run, *plan.axes), plan.row_bytes):
+            for src_base, dst_base in zip(plan.src_bases.tolist(), plan.dst_bases.tolist(), strict=True):
+                src = _nest(src_base + src_start + src_shift, axes, "src", plan.row_bytes)
+                dst = _nest(dst_base + dst_start + dst_shift, axes, "dst", plan.row_bytes)
                 dst[...] = src
+
+
+def _assign_pairs(plan: CopyPlan, src_offsets: Int64s, dst_offsets: Int64s) -> None:
+    """One strided assignment, or one per part, for each base and pair. Building arrays costs as much as moving 45 KiB, so
+    that two of them hold all blocks below a base: as steps of the offsets' common divisor, most of which are no block."""
+    if src_offsets.size == 0:
+        return
+    src_low, dst_low = int(src_offsets.min()), int(dst_offsets.min())
+    src_step, src_numbers = _numbered(src_offsets - src_low)
+    dst_step, dst_numbers = _numbered(dst_offsets - dst_low)
+    src_count, dst_count = max(src_numbers) + 1, max(dst_numbers) + 1
+    parts = _parts(plan.axes, plan.row_bytes)
+    for src_base, dst_base in zip(plan.src_bases.tolist(), plan.dst_bases.tolist(), strict=True):
+        for src_shift, dst_shift, axes in parts:
+            src_axes, dst_axes = (Axis(src_count, src_step, 0), *axes), (Axis(dst_count, 0, dst_step), *axes)
+            src = _nest(src_base + src_low + src_shift, src_axes, "src", plan.row_bytes)
+            dst = _nest(dst_base + dst_low + dst_shift, dst_axes, "dst", plan.row_bytes)
+            for i, j in zip(src_numbers, dst_numbers, strict=True):
+                dst[j] = src[i]
+
+
+def _numbered(offsets: Int64s) -> tuple[int, list[int]]:
+    """Offsets from the lowest as multiples of the largest step that allows it."""
+    step = int(np.gcd.reduce(offsets)) or 1
+    return step, (offsets // step).tolist()
+
+
+def _nest(address: int, axes: tuple[Axis, ...], side: Side, row_bytes: int) -> npt.NDArray[np.void]:
+    """One side's rows from `address` on, a dimension per axis."""
+    strides = tuple(axis.src_stride if side == "src" else axis.dst_stride for axis in axes)
+    return voids_at(address, tuple(axis.count for axis in axes), strides, row_bytes)
 
 
 def _parts(axes: tuple[Axis, ...], row_bytes: int) -> list[tuple[int, int, tuple[Axis, ...]]]:

@@ -273,6 +273,25 @@ def test_wide_rows_of_a_rank_on_the_cpu(row: int, is_gather: bool) -> None:
         assert torch.equal(whole, expected)
 
 
+@pytest.mark.parametrize("heads", [8, 32])
+@pytest.mark.parametrize("axes", [("PBTHD", "PBHTD"), ("PBHTD", "PBTHD"), ("PBTHD", "BPTHD"), ("BPHTD", "PBTHD")])
+@pytest.mark.parametrize("order", ["all", "gaps in the source", "gaps in the destination", "gaps in both"])
+def test_blocks_dense_below_one_plane_on_the_cpu(heads: int, axes: tuple[str, str], order: str) -> None:
+    """K and V lie apart on one side at least, so that rows are moved by number plane by plane, or pair by pair."""
+    rng = np.random.default_rng(5)
+    shape = {"P": 2, "B": 96, "T": 16, "H": heads, "D": 64}
+    src, dst = (torch.from_numpy(rng.integers(0, 256, [shape[a] for a in names], dtype=np.uint8)) for names in axes)
+    src_ids, dst_ids = (
+        rng.permutation(96)[:60] if order in ("gaps in both", f"gaps in the {name}") else run
+        for name, run in (("source", np.arange(60)), ("destination", rng.permutation(60)))
+    )
+    turned = [t.permute([names.index(a) for a in "BPTHD"]) for t, names in zip((src, dst), axes, strict=True)]
+    expected = turned[1].clone()
+    expected[torch.from_numpy(dst_ids)] = turned[0][torch.from_numpy(src_ids)]
+    copy_blocks(from_paged(src, axes[0]), src_ids, from_paged(dst, axes[1]), dst_ids)
+    assert torch.equal(turned[1], expected)
+
+
 def test_blocks_far_apart_are_reached_with_64_bit_offsets(kernel_copy: Copy) -> None:
     """Anonymous memory that is never touched costs nothing, so 5 GiB between two planes are fine."""
     pool = torch.empty(2, 5, 1 << 29, dtype=torch.uint8)[:, :, : 1 << 12].view(2, 5, 4, 4, 256)

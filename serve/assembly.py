@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
 from dynamo.kvcache import KVCache, KVSpec
-from dynamo.kvcache.config import DiskPlace
-from dynamo.kvcache.errors import CacheConfigError, CacheMemoryError
+from dynamo.kvcache.config import DiskPlace, format_size
+from dynamo.kvcache.errors import CacheConfigError
 from dynamo.serve import demo
 from dynamo.serve.config import DEMO_MODEL, Config
 from dynamo.serve.engine.engine import InferenceEngine, build_model_engine
@@ -25,6 +26,7 @@ __all__ = ["Assembly", "build_engine"]
 
 _CPU_DEVICE_CACHE_BYTES = 256 << 20
 _MOCK_MAX_MODEL_LEN = 131_072
+_WORDS = {"config": "which prints the settings", DEMO_MODEL: "the small model that is included"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,11 @@ def _model_folder(path: str) -> tuple[Path, str]:
         return Path(demo.__file__).parent / "model", DEMO_MODEL
     folder = Path(path).expanduser()
     if not folder.is_dir():
+        close = get_close_matches(path, _WORDS, n=1)
+        hint = f"did you mean {close[0]!r}, {_WORDS[close[0]]}? Else " if close else ""
         raise ConfigError(
-            f"MODEL {path!r} is no folder; give a local Hugging Face folder (config.json, *.safetensors, tokenizer.json)"
+            f"MODEL {path!r} is no folder; {hint}give a local Hugging Face folder "
+            "(config.json, *.safetensors, tokenizer.json)"
         )
     return folder, folder.resolve().name
 
@@ -152,7 +157,18 @@ def _open_cache(config: Config, disk: DiskPlace | None, spec: KVSpec, device: to
     num_blocks = device_bytes // slot_bytes
     if num_blocks < 2:
         raise ConfigError(
-            f"--device-cache {device_bytes} bytes hold less than two blocks of {slot_bytes} bytes; give it more"
+            f"--device-cache {format_size(device_bytes)} holds less than two blocks of {format_size(slot_bytes)}; "
+            "give it more"
+        )
+    if 0 < settings.host_cache < slot_bytes:
+        raise ConfigError(
+            f"--host-cache {format_size(settings.host_cache)} holds less than one block of {format_size(slot_bytes)}; "
+            "give it more, or 0 for none"
+        )
+    if disk is not None and disk.capacity_bytes < slot_bytes:
+        raise ConfigError(
+            f"--disk-cache {disk.directory}: {format_size(disk.capacity_bytes)} hold less than one block of "
+            f"{format_size(slot_bytes)}; give it more, or off for none"
         )
     wanted = config.model.max_model_len
     if wanted is not None and num_blocks * spec.block_size < wanted:
@@ -169,7 +185,12 @@ def _open_cache(config: Config, disk: DiskPlace | None, spec: KVSpec, device: to
             disk=disk,
             io_threads=settings.io_threads,
         )
-    except (CacheConfigError, CacheMemoryError) as error:
+    except MemoryError as error:  # the cache's own, and Python's
+        raise ConfigError(
+            f"--device-cache {format_size(device_bytes)} on {device} and --host-cache {format_size(settings.host_cache)} "
+            f"are more than there is: {error}"
+        ) from error
+    except CacheConfigError as error:
         raise ConfigError(f"the cache cannot be made: {error}") from error
 
 
@@ -183,13 +204,15 @@ def _limits(config: Config) -> SchedulerLimits:
 def _device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
+    kind, _, index = name.partition(":")
+    if kind == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"--device {name}: torch {torch.__version__} finds no GPU here; use --device cpu")
-        if (device.index or 0) >= torch.cuda.device_count():
+        # Checked before torch sees the number: it takes small ones only.
+        if int(index or 0) >= torch.cuda.device_count():
             raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
-    return device
+        return torch.device(kind, int(index)) if index else torch.device(kind)
+    return torch.device(kind)
 
 
 def _device_name(device: torch.device) -> str:

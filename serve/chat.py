@@ -21,7 +21,7 @@ async def plan_chat(request: ChatCompletionRequest, served: ServedModel) -> Repl
     Raises:
         RequestError: it cannot be served as it is.
     """
-    prompt = await chat_prompt(served.codec, request.messages)
+    prompt = await chat_prompt(served.codec, request.messages, served.max_model_len)
     sampling = chat_sampling(
         request,
         served.defaults,

@@ -22,7 +22,7 @@ async def plan_completion(request: CompletionRequest, served: ServedModel) -> Re
     Raises:
         RequestError: it cannot be served as it is.
     """
-    prompts = await completion_prompts(served.codec, request.prompt)
+    prompts = await completion_prompts(served.codec, request.prompt, served.max_model_len)
     num_choices = request.n or 1
     if len(prompts) * num_choices > MAX_SEQUENCES:
         raise RequestError(

@@ -1,6 +1,7 @@
 """All settings of the server: a tree of frozen records, filled from defaults, then one TOML file, then the command line."""
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,13 +45,13 @@ __all__ = [
 API_KEY_VARIABLE: Final = "DYNAMO_API_KEY"
 DEMO_MODEL: Final = "demo"
 
+_DEVICE = re.compile("cpu|cuda(:[0-9]{1,18})?")
 _AUTO = "auto"
 _OFF = "off"
 
 
 def _parse_device(value: Any) -> str:
-    kind, _, index = str(value).partition(":")
-    if value in ("cpu", "cuda") or (kind == "cuda" and index.isdecimal()):
+    if _DEVICE.fullmatch(str(value)):
         return str(value)
     raise ValueError("cpu, cuda, cuda:N")
 
@@ -257,7 +258,11 @@ def _read_toml(file: Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for section, table in tables.items():
         if section not in known:
-            raise ConfigError(f"{file}: unknown section [{section}]{_nearest(section, list(known))}")
+            if isinstance(table, dict):
+                raise ConfigError(f"{file}: unknown section [{section}]{_nearest(section, list(known))}")
+            homes = [other for other, keys in known.items() if section in keys]
+            hint = f"; put it below [{homes[0]}]" if homes else ""
+            raise ConfigError(f"{file}: key {section} belongs to no section{hint}")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {section} = {table!r} must be a table, [{section}]")
         for name, value in table.items():

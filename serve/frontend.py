@@ -89,6 +89,7 @@ class Frontend:
         for collector in (self._metrics, EngineCollector(engine), *collectors):
             self._registry.register(collector)
         self._interruption = Interruption()
+        self._arriving = Interruption()
         self._idle = asyncio.Event()
         self._idle.set()
         self._num_generating = 0
@@ -97,6 +98,11 @@ class Frontend:
         self._openapi = msgspec.json.encode(openapi_document())
         self.routes: Final = tuple(self._routes())
         self._router = Router(self.routes, redirect_slashes=False)
+
+    def begin_drain(self) -> None:
+        """From now on new requests are refused, and those whose body is still on its way; running ones go on."""
+        self.health.begin_drain()
+        self._arriving.trigger(shutting_down())
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Waits until no generating request is left; False when the time was not enough."""
@@ -176,10 +182,13 @@ class Frontend:
         plan_request: Callable[[Any, ServedModel], Awaitable[ReplyPlan]],
     ) -> None:
         self.health.check_accepting()
+        body = await self._arriving.guard(read_json_body(exchange, receive, self._max_body_bytes))
+        # Whoever waits for idleness does not wait for bodies: one that came too late must not begin.
+        self.health.check_accepting()
         self._num_generating += 1
         self._idle.clear()
         try:
-            request: SamplingFields = decoder.decode(await read_json_body(exchange, receive, self._max_body_bytes))
+            request: SamplingFields = decoder.decode(body)
             self._check_model(request.model)
             plan = await plan_request(request, self._served)
             await Reply(plan, self._engine, self._metrics, exchange).respond(receive, send, self._interruption)
@@ -233,7 +242,7 @@ async def _refuse(send: Send, exchange: Exchange, refusal: RequestError, headers
         extra.append(_RETRY_AFTER)
     if refusal.status == 401:
         extra.append((b"www-authenticate", b"Bearer"))
-    if refusal.status in (408, 413):
+    if refusal.status in (408, 413) or refusal.code == "shutting_down":
         # The rest of the body is still on its way and nobody will read it.
         extra.append((b"connection", b"close"))
     await send_body(send, exchange, refusal.status, envelope(refusal), extra)

@@ -40,6 +40,10 @@ class Interruption:
         finally:
             self._waiting.discard(future)
 
+    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs `work` to its end, unless this triggers before: then `work` is cancelled at once."""
+        return await _first(work, self.wait())
+
 
 async def run_interruptible(work: Coroutine[Any, Any, T], receive: Receive, interruption: Interruption) -> T:
     """Runs `work` to its end, unless the client leaves or the interruption triggers: then `work` is cancelled at once.
@@ -50,17 +54,20 @@ async def run_interruptible(work: Coroutine[Any, Any, T], receive: Receive, inte
         ClientDisconnectedError: the client left.
         Exception: what `work` raised, or what the interruption was triggered with.
     """
-    worker = asyncio.create_task(work)
-    watchers = (asyncio.create_task(_disconnect(receive)), asyncio.create_task(interruption.wait()))
+    return await _first(work, _disconnect(receive), interruption.wait())
+
+
+async def _first(work: Coroutine[Any, Any, T], *watching: Coroutine[Any, Any, None]) -> T:
+    """The result of `work`, unless one of the watchers, which never return, raises before."""
+    tasks = (asyncio.create_task(work), *map(asyncio.create_task, watching))
     try:
-        await asyncio.wait((worker, *watchers), return_when=asyncio.FIRST_COMPLETED)
-        for task in (worker, *watchers):
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
             if task.done():
                 # Finished work wins over a client that left in the same moment.
                 return task.result()  # type: ignore[return-value]  # watchers never return
         raise AssertionError("asyncio.wait returned although nothing was done")
     finally:
-        tasks = (worker, *watchers)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

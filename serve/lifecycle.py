@@ -8,6 +8,7 @@ again    running requests are ended at once → exit 1
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
 import signal
@@ -26,6 +27,7 @@ from dynamo.serve.config import Config, ServerSettings
 from dynamo.serve.conflicts import describe_conflict
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.frontend import Frontend
+from dynamo.serve.repetition import RepetitionFilter
 
 if TYPE_CHECKING:
     from dynamo.serve.assembly import Assembly
@@ -50,6 +52,7 @@ def run_server(config: Config) -> int:
     logging.basicConfig(
         level=config.server.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
     )
+    logging.getLogger("uvicorn.error").addFilter(RepetitionFilter())
     if config.server.log_level != "debug":
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     if (conflict := describe_conflict()) is not None:
@@ -92,10 +95,13 @@ def _listen(listener: socket.socket, server: ServerSettings) -> None:
 
 
 def _cannot_listen(server: ServerSettings, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"cannot listen on {server.host}:{server.port}: {error.strerror or error}; "
-        "stop what uses it or choose another --port (0 takes a free one)"
-    )
+    ways_out = {
+        errno.EADDRINUSE: "stop what uses it or choose another --port (0 takes a free one)",
+        errno.EADDRNOTAVAIL: "give an address of this machine as --host, such as 127.0.0.1, or 0.0.0.0 for all of them",
+        errno.EACCES: "choose a --port from 1024 up",
+    }
+    way_out = f"; {ways_out[error.errno]}" if error.errno in ways_out else ""
+    return ConfigError(f"cannot listen on {server.host}:{server.port}: {error.strerror or error}{way_out}")
 
 
 def _warn_if_open(server: ServerSettings) -> None:
@@ -159,7 +165,7 @@ async def _serve(assembly: "Assembly", listener: socket.socket, config: ServerSe
         frontend = Frontend(
             engine, assembly.served, api_key=config.api_key, collectors=[CacheCollector(assembly.cache.stats)]
         )
-        async with _listening(frontend, listener):
+        async with _listening(frontend, listener) as server:
             url = server_url(config.host, listener.getsockname()[1])
             banner = render_banner(
                 assembly.summary, assembly.served.name, engine.max_model_len, assembly.cache.stats(), config, url
@@ -167,13 +173,14 @@ async def _serve(assembly: "Assembly", listener: socket.socket, config: ServerSe
             Console().print(banner, highlight=False, markup=False, soft_wrap=True)
             await signals.get()
             forced = await _drain(frontend, signals, config.drain_timeout)
+            server.force_exit = forced
     finally:
         await engine.stop()
     return 1 if forced else 0
 
 
 @contextlib.asynccontextmanager
-async def _listening(frontend: Frontend, listener: socket.socket) -> AsyncIterator[None]:
+async def _listening(frontend: Frontend, listener: socket.socket) -> AsyncIterator[_Server]:
     """uvicorn on `listener` for as long as the block runs; connections are closed at its end."""
     server = _Server(
         uvicorn.Config(
@@ -193,7 +200,7 @@ async def _listening(frontend: Frontend, listener: socket.socket) -> AsyncIterat
         serving = group.create_task(server.serve(sockets=[listener]))
         await server.listening.wait()
         try:
-            yield
+            yield server
         finally:
             server.should_exit = True
             await serving
@@ -201,7 +208,7 @@ async def _listening(frontend: Frontend, listener: socket.socket) -> AsyncIterat
 
 async def _drain(frontend: Frontend, signals: "asyncio.Queue[int]", timeout_s: float) -> bool:
     """Ends all requests, in peace where there is time; whether a second signal cut it short."""
-    frontend.health.begin_drain()
+    frontend.begin_drain()
     logger.info("stopping: running requests have %g s; a second signal ends them at once", timeout_s)
     idle = asyncio.create_task(frontend.wait_idle(timeout_s))
     again = asyncio.create_task(signals.get())

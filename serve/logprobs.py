@@ -55,7 +55,8 @@ class LegacyLogprobs:
             result.tokens.append(token)
             result.token_logprobs.append(logprob)
             result.text_offset.append(self._offset)
-            self._offset += len(self._decoder.decode(self._codec.token_bytes(entry.token_id)))
+            if not self._codec.is_special(entry.token_id):  # those are no part of the text
+                self._offset += len(self._decoder.decode(self._codec.token_bytes(entry.token_id)))
             if result.top_logprobs is not None:
                 top = {self._codec.token_text(token_id): max(value, _LOWEST_LOGPROB) for token_id, value in entry.top}
                 result.top_logprobs.append({**top, token: logprob})

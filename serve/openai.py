@@ -53,6 +53,7 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     """Options of a stream; only together with `stream: true`."""
 
     include_usage: Annotated[bool, Meta(description="Send one more chunk with the usage before [DONE].")] | None = None
+    include_obfuscation: Annotated[bool, Meta(description="Only false: chunks are not padded.")] | None = None
 
 
 class TextPart(Struct, forbid_unknown_fields=True):
@@ -109,9 +110,9 @@ class SamplingFields(Struct, forbid_unknown_fields=True, kw_only=True):
     cache_salt: Annotated[Label, Meta(description="KV blocks are shared only among requests of equal salt.")] | None = (
         None
     )
-    logit_bias: Unsupported = None
+    logit_bias: Annotated[dict[str, None], Meta(max_length=0, description="Only {}.")] | None = None
     metadata: Unsupported = None
-    service_tier: Unsupported = None
+    service_tier: Annotated[Literal["auto", "default"], Meta(description="Both mean the same.")] | None = None
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -128,13 +129,15 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     audio: Unsupported = None
     function_call: Unsupported = None
     functions: Unsupported = None
-    parallel_tool_calls: Unsupported = None
+    parallel_tool_calls: Annotated[bool, Meta(description="Changes nothing: there are no tools.")] | None = None
     prediction: Unsupported = None
     prompt_cache_key: Unsupported = None
     prompt_cache_retention: Unsupported = None
     reasoning_effort: Unsupported = None
-    tool_choice: Unsupported = None
-    tools: Unsupported = None
+    tool_choice: Annotated[Literal["none", "auto"], Meta(description="Both mean none: there are no tools.")] | None = (
+        None
+    )
+    tools: Annotated[list[None], Meta(max_length=0, description="Only an empty list.")] | None = None
     verbosity: Unsupported = None
     web_search_options: Unsupported = None
 

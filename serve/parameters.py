@@ -113,6 +113,8 @@ def _sampling(
 ) -> SamplingParams:
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options", code="invalid_value")
+    if request.stream_options is not None and request.stream_options.include_obfuscation:
+        raise _unsupported("stream_options.include_obfuscation", "chunks are not padded; send false or leave it out")
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
         raise RequestError(

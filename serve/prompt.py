@@ -21,13 +21,14 @@ _INLINE_CHARS = 4096
 class TextCodec(Protocol):
     """What the front needs of `dynamo.serve.engine.tokenizer.Tokenizer`; called from several threads at once.
 
-    `encode` and `apply_chat_template` raise RequestError for text and messages the model cannot take.
+    `encode` and `apply_chat_template` raise RequestError for text and messages the model cannot take; what cannot fit
+    into `max_tokens` they refuse unencoded.
     """
 
     @property
     def vocab_size(self) -> int: ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, max_tokens: int) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
@@ -35,14 +36,16 @@ class TextCodec(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]: ...
+    def is_special(self, token_id: int) -> bool: ...
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], *, max_tokens: int) -> list[int]: ...
 
 
-async def chat_prompt(codec: TextCodec, messages: Sequence[MessageParam]) -> list[int]:
+async def chat_prompt(codec: TextCodec, messages: Sequence[MessageParam], max_model_len: int) -> list[int]:
     """Token ids of a conversation under the model's chat template.
 
     Raises:
-        RequestError: the template refuses the conversation, or nothing is left of it.
+        RequestError: the template refuses the conversation, nothing is left of it, or it is far beyond the context.
     """
     # Models know the developer's role under its older name.
     plain = [
@@ -52,19 +55,22 @@ async def chat_prompt(codec: TextCodec, messages: Sequence[MessageParam]) -> lis
     num_chars = sum(len(message["content"]) for message in plain)
     with _naming("messages"):
         if num_chars <= _INLINE_CHARS:
-            token_ids = codec.apply_chat_template(plain)
+            token_ids = codec.apply_chat_template(plain, max_tokens=max_model_len)
         else:
-            token_ids = await run_in_threadpool(codec.apply_chat_template, plain)
+            token_ids = await run_in_threadpool(codec.apply_chat_template, plain, max_tokens=max_model_len)
     if not token_ids:
         raise RequestError("the messages give an empty prompt; send some text", param="messages", code="invalid_value")
     return token_ids
 
 
-async def completion_prompts(codec: TextCodec, prompt: str | list[int | str | list[int]]) -> list[list[int]]:
+async def completion_prompts(
+    codec: TextCodec, prompt: str | list[int | str | list[int]], max_model_len: int
+) -> list[list[int]]:
     """Token ids of each prompt of a completion request.
 
     Raises:
-        RequestError: a prompt is empty, the list mixes kinds, is too long, or has token ids the model does not know.
+        RequestError: a prompt is empty or far beyond the context, the list mixes kinds, is too long, or has token ids
+            the model does not know.
     """
     texts: list[str] = []
     id_lists: list[list[int]] = []
@@ -89,15 +95,15 @@ async def completion_prompts(codec: TextCodec, prompt: str | list[int | str | li
         if not all(texts):
             raise _wrong_prompt(f"prompt {texts.index('')} is empty; send at least one character")
         with _naming("prompt"):
-            id_lists = await _encoded(codec, texts)
+            id_lists = await _encoded(codec, texts, max_model_len)
     if not all(id_lists):
         raise _wrong_prompt(f"prompt {id_lists.index([])} has no tokens; send at least one")
     return id_lists
 
 
-async def _encoded(codec: TextCodec, texts: list[str]) -> list[list[int]]:
+async def _encoded(codec: TextCodec, texts: list[str], max_tokens: int) -> list[list[int]]:
     def encode_all() -> list[list[int]]:
-        return [codec.encode(text) for text in texts]
+        return [codec.encode(text, max_tokens=max_tokens) for text in texts]
 
     if sum(map(len, texts)) <= _INLINE_CHARS:
         return encode_all()

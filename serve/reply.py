@@ -1,5 +1,6 @@
 """What both generating endpoints share: a checked request becomes sequences, and their deltas become one HTTP answer."""
 
+import asyncio
 import logging
 import time
 import uuid
@@ -21,6 +22,8 @@ from dynamo.serve.stream import DONE, SSE_HEADERS, ChunkStream, error_event
 __all__ = ["ChoiceOutput", "Reply", "ReplyPlan"]
 
 logger = logging.getLogger(__name__)
+
+_LAST_EVENT_TIMEOUT_S = 1.0
 
 
 @dataclass(slots=True)
@@ -91,9 +94,17 @@ class Reply:
                 logger.exception("request %s failed in its stream", self._exchange.request_id)
                 refusal = unforeseen()
             self._exchange.stream_error = refusal.code or refusal.type
-            await send({"type": "http.response.body", "body": error_event(refusal), "more_body": False})
+            await self._end_stream(send, error_event(refusal))
         finally:
             self._metrics.finish(self._usage())
+
+    async def _end_stream(self, send: Send, event: bytes) -> None:
+        try:
+            async with asyncio.timeout(_LAST_EVENT_TIMEOUT_S):
+                await send({"type": "http.response.body", "body": event, "more_body": False})
+        except TimeoutError:
+            # It has long stopped reading, so it learns of the end from the connection's.
+            raise ClientDisconnectedError("the client does not read") from None
 
     async def _whole(self, send: Send) -> None:
         async def collect(batch: Batch) -> None:

@@ -21,8 +21,13 @@ _CONTENT_PART = re.compile(r"messages\[\d+\]\.content\[\d+\]")
 _MAX_SHOWN_CHARS = 80
 _NO_VALUE = object()
 
-# Fields of which a single value is supported: any other is refused as unsupported, not as malformed.
-_SINGLE_VALUED = {
+# Fields of which only what changes nothing is supported: any other value is refused as unsupported, not as malformed.
+_HARMLESS_ONLY = {
+    "logit_bias": "biases are not supported; only {} is accepted",
+    "parallel_tool_calls": "accepted are true and false, which change nothing without tools",
+    "service_tier": 'only "auto" and "default" are accepted',
+    "tool_choice": 'tools are not supported; only "none" and "auto" are accepted',
+    "tools": "tools are not supported; only an empty list is accepted",
     "response_format": 'only {"type": "text"} is supported; JSON modes are not',
     "modalities": 'only ["text"] is supported',
 }
@@ -51,7 +56,7 @@ class RequestDecoder(Generic[RequestT]):
             raise self._translated(error, body) from None
         except UnicodeDecodeError as error:
             raise RequestError(
-                f"the body is not valid UTF-8 at byte {error.start}: {error.reason}", code="invalid_json"
+                f"the body is not valid UTF-8{_place_and_reason(body, error)}", code="invalid_json"
             ) from None
         except (msgspec.DecodeError, RecursionError) as error:
             raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
@@ -67,8 +72,8 @@ class RequestDecoder(Generic[RequestT]):
                 param=f"{path.removesuffix('.type')}.type",
                 code="unsupported_parameter",
             )
-        if field in _SINGLE_VALUED:
-            return RequestError(f"{field}: {_SINGLE_VALUED[field]}", param=field, code="unsupported_parameter")
+        if field in _HARMLESS_ONLY:
+            return RequestError(f"{field}: {_HARMLESS_ONLY[field]}", param=field, code="unsupported_parameter")
         if unknown := _UNKNOWN_FIELD.fullmatch(what):
             name = f"{path}.{unknown['name']}" if path else unknown["name"]
             return RequestError(
@@ -102,6 +107,15 @@ class RequestDecoder(Generic[RequestT]):
         assert match is not None
         part = _value_at(body, match[0])
         return part.get("type") if isinstance(part, dict) else None
+
+
+def _place_and_reason(body: bytes, error: UnicodeDecodeError) -> str:
+    """Where the body itself breaks; the decoder counts from the beginning of a string, and of what is escaped in it."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as exact:
+        return f" at byte {exact.start}: {exact.reason}"
+    return f" inside a string: {error.reason}"
 
 
 def _is_unsupported(kind: inspect.Type) -> bool:

@@ -54,12 +54,17 @@ class Tokenizer:
         num_tokens = max(vocabulary.values(), default=-1) + 1
         self._vocab_size = num_tokens if num_embeddings is None else min(num_tokens, num_embeddings)
         self._may_exceed = num_tokens > self._vocab_size
+        # `encode` holds the interpreter's lock to its end, a batch of one does not; older releases have only the slower batch.
+        self._encode_batch = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
         self._token_strings = {token_id: token for token, token_id in vocabulary.items()}
         added = raw.get("added_tokens") or []
         self._special_ids = frozenset(token["id"] for token in added if token.get("special"))
         self._eos_token_ids = eos_token_ids
         self._chat_template = chat_template
         self._bytes: dict[int, bytes] = {}
+        # A character of the byte alphabet is one byte of text, even where it takes two itself; added tokens are as written.
+        written = map(len, vocabulary) if self._is_byte_level else (len(token.encode()) for token in vocabulary)
+        self._max_token_bytes = max([*written, *(len(token["content"].encode()) for token in added)], default=0)
 
     @classmethod
     def from_folder(
@@ -100,13 +105,23 @@ class Tokenizer:
         """One more than the largest token id that both tokenizer and model know."""
         return self._vocab_size
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Encodes text; special tokens written out in it become their ids.
+    @property
+    def max_token_bytes(self) -> int:
+        """The most bytes of UTF-8 that one token can stand for."""
+        return self._max_token_bytes
+
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Encodes text; special tokens written out in it become their ids. Other threads run meanwhile.
+
+        Args:
+            max_tokens: text too long for so many tokens, were all of them the longest, is not even encoded.
 
         Raises:
-            RequestError: the text contains an added token for which the model has no embedding.
+            RequestError: the text is too long, or contains an added token for which the model has no embedding.
         """
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if max_tokens is not None:
+            self._check_length(text, max_tokens)
+        ids: list[int] = self._encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         if self._may_exceed and ids and max(ids) >= self._vocab_size:
             unknown = self._token_strings[max(ids)]
             raise RequestError(f"the text contains {unknown!r}, a token this model has no embedding for; remove it")
@@ -136,11 +151,14 @@ class Tokenizer:
         """Whether the token is markup that does not belong to the text."""
         return token_id in self._special_ids
 
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]:
+    def apply_chat_template(self, messages: list[dict[str, Any]], max_tokens: int | None = None) -> list[int]:
         """Encodes a conversation of `{"role": ..., "content": ...}` messages, up to where the next reply begins.
 
+        Args:
+            max_tokens: as for `encode`.
+
         Raises:
-            RequestError: the model has no chat template, or its template refuses the messages.
+            RequestError: the model has no chat template, its template refuses the messages, or they are too long.
         """
         if self._chat_template is None:
             raise RequestError(
@@ -148,7 +166,19 @@ class Tokenizer:
                 f"{self._path.parent}",
                 code="chat_template_missing",
             )
-        return self.encode(self._chat_template.render(messages), add_special_tokens=False)
+        return self.encode(self._chat_template.render(messages), add_special_tokens=False, max_tokens=max_tokens)
+
+    def _check_length(self, text: str, max_tokens: int) -> None:
+        max_bytes = max_tokens * self._max_token_bytes
+        if len(text) * 4 <= max_bytes:  # no character takes more than four bytes
+            return
+        if (num_bytes := len(text.encode())) > max_bytes:
+            # Clients recognise this error by the words OpenAI uses for it.
+            raise RequestError(
+                f"this model's maximum context length is {max_tokens} tokens, but the prompt has {num_bytes} bytes, "
+                f"which is more than {max_tokens} tokens can hold; send a shorter prompt",
+                code="context_length_exceeded",
+            )
 
     def _spell(self, token: str) -> bytes:
         if self._is_byte_level:

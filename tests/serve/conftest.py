@@ -26,7 +26,7 @@ class ByteCodec:
 
     vocab_size = 258
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, max_tokens: int) -> list[int]:
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -38,7 +38,10 @@ class ByteCodec:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b""
 
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]:
+    def is_special(self, token_id: int) -> bool:
+        return token_id >= 256
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], *, max_tokens: int) -> list[int]:
         return [256, *"".join(f"{message['role']}: {message['content']}\n" for message in messages).encode()]
 
 

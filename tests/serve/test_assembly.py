@@ -49,9 +49,23 @@ def test_the_mocker_needs_no_weights_and_keeps_its_blocks_apart(run: Any, tmp_pa
         ({"model__max_model_len": "100000"}, ConfigError, "more than the model's 16384"),
         ({"model__max_model_len": "16384"}, ConfigError, "does not fit into the device cache"),
         ({"cache__device_cache": "4KiB"}, ConfigError, "less than two blocks"),
-        ({"cache__host_cache": "1000TiB"}, ConfigError, "the cache cannot be made"),
+        (
+            {"cache__host_cache": "1000TiB"},
+            ConfigError,
+            "--device-cache 8 MiB on cpu and --host-cache 1000 TiB are more",
+        ),
+        ({"cache__device_cache": "999TiB"}, ConfigError, "--device-cache 999 TiB on cpu"),
+        ({"cache__host_cache": "1KiB"}, ConfigError, "--host-cache 1 KiB holds less than one block of"),
+        (
+            {"cache__disk_cache": "/nowhere:10KiB"},
+            ConfigError,
+            "--disk-cache /nowhere: 10 KiB hold less than one block of",
+        ),
+        ({"model__path": "conf"}, ConfigError, "'conf' is no folder; did you mean 'config'"),
+        ({"model__path": "dmeo"}, ConfigError, "'dmeo' is no folder; did you mean 'demo'"),
         ({"engine__max_batch_tokens": "8"}, ConfigError, "max_batch_tokens"),
         ({"model__device": "cuda:99"}, ConfigError, "--device cuda:99"),
+        ({"model__device": "cuda:99999999999"}, ConfigError, "--device cuda:99999999999"),
     ],
 )
 def test_settings_that_do_not_fit_say_why(flags: dict[str, str], error: type[Exception], says: str) -> None:

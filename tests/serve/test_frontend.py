@@ -165,7 +165,7 @@ def test_refusals_use_openais_envelope(serve: Any) -> None:
     server = serve()
     error = error_of(post(server, "/v1/chat/completions", {**CHAT, "model": "other"}), 404, "model_not_found")
     assert error["param"] == "model" and "scripted" in error["message"]
-    error = error_of(post(server, "/v1/chat/completions", {**CHAT, "tools": []}), 400, "unsupported_parameter")
+    error = error_of(post(server, "/v1/chat/completions", {**CHAT, "tools": [{}]}), 400, "unsupported_parameter")
     assert error["param"] == "tools"
     error = error_of(post(server, "/v1/completions", {**COMPLETION, "max_tokens": 600}), 400, "context_length_exceeded")
     assert "512" in error["message"] and "602" in error["message"]
@@ -262,7 +262,7 @@ def test_draining_refuses_new_requests_and_lets_running_ones_finish(serve: Any, 
     ) as running:
         lines = running.iter_lines()
         next(lines)
-        server.call(server.frontend.health.begin_drain)
+        server.call(server.frontend.begin_drain)
         health = httpx.get(server.url + "/health")
         assert (health.status_code, health.json()) == (503, {"status": "draining"})
         error_of(post(server, "/v1/chat/completions", CHAT), 503, "shutting_down")
@@ -394,3 +394,44 @@ def test_metrics_count_tokens_and_time(serve: Any, scripted: Any) -> None:
         "dynamo_engine_running_sequences 0.0",
     ):
         assert line in lines
+
+
+def test_a_request_whose_body_is_on_its_way_is_refused_when_draining_begins(
+    serve: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve()
+    with connection(server) as client:
+        client.sendall(raw_post("/v1/completions", COMPLETION)[:-1])
+        # An answer to a later request: the first one has been read by then.
+        assert httpx.get(server.url + "/live").status_code == 200
+        server.call(server.frontend.begin_drain)
+        answer = b""
+        while part := client.recv(65536):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"shutting_down" in answer
+    assert asyncio.run_coroutine_threadsafe(server.frontend.wait_idle(1), server.loop).result(10)
+    assert not caplog.records
+
+
+def test_aborting_does_not_wait_for_a_client_that_does_not_read(serve: Any, scripted: Any, eventually: Any) -> None:
+    engine = scripted(reply="x" * 400_000, max_model_len=1_000_000)
+    server = serve(engine)
+    with connection(server) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(raw_post("/v1/completions", {**COMPLETION, "max_tokens": 400_000, "stream": True}))
+        eventually(lambda: len(engine.live) == 1)
+        server.call(server.frontend.abort_requests)
+        assert asyncio.run_coroutine_threadsafe(server.frontend.wait_idle(4), server.loop).result(10)
+    assert not engine.live
+
+
+@pytest.mark.parametrize("value", [True, False, None])
+def test_obfuscation_of_streams_may_only_be_declined(serve: Any, value: bool | None) -> None:
+    options = {"stream": True, "stream_options": {"include_obfuscation": value}}
+    response = post(serve(), "/v1/chat/completions", {**CHAT, **options})
+    if not value:
+        assert response.status_code == 200
+        return
+    error = error_of(response, 400, "unsupported_parameter")
+    assert error["param"] == "stream_options.include_obfuscation"

@@ -67,3 +67,25 @@ def test_results_and_failures_of_the_work_pass_through(run: Any) -> None:
     assert run(run_interruptible(answer(), never, Interruption())) == 42
     with pytest.raises(LookupError, match="gone"):
         run(run_interruptible(fail(), never, Interruption()))
+
+
+def test_guarded_work_ends_when_triggered_and_else_gives_its_result(run: Any) -> None:
+    async def scenario() -> None:
+        interruption = Interruption()
+
+        async def answer() -> int:
+            return 42
+
+        async def work() -> None:
+            await asyncio.Event().wait()
+
+        assert await interruption.guard(answer()) == 42
+        running = asyncio.create_task(interruption.guard(work()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        interruption.trigger(RuntimeError("over"))
+        with pytest.raises(RuntimeError, match="over"):
+            await running
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(scenario())

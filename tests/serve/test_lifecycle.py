@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -95,6 +96,42 @@ def test_a_second_signal_does_not_wait(start_server: Any, eventually: Any) -> No
         assert "shutting_down" in [line for line in lines if line][-1]
     assert server.process.wait(20) == 1
     assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_a_body_that_never_arrives_does_not_hold_up_the_end(start_server: Any, num_signals: int) -> None:
+    server = start_server("--engine", "mocker")
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port), timeout=10) as client:
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{"
+        )
+        assert httpx.get(server.url + "/live").status_code == 200
+        started = time.monotonic()
+        for _ in range(num_signals):
+            server.process.send_signal(signal.SIGTERM)
+        assert client.recv(65536).startswith(b"HTTP/1.1 503 ")
+        assert server.process.wait(20) in (0, 1)
+        assert time.monotonic() - started < 4
+    assert "Traceback" not in server.log
+
+
+def test_junk_connections_leave_one_line_in_the_log(start_server: Any) -> None:
+    server = start_server("--engine", "mocker")
+    address = urlsplit(server.url)
+    for _ in range(5):
+        with socket.create_connection((address.hostname, address.port), timeout=10) as client:
+            client.sendall(b"junk\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 400 ")
+    assert server.stop() == 0
+    assert server.log.count("Invalid HTTP request") == 1
+
+
+def test_an_address_of_another_machine_is_not_answered_with_another_port(tmp_path: Path) -> None:
+    result = run_command("--host", "192.0.2.1", "--port", "0", cwd=tmp_path)
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert "give an address of this machine as --host" in last and "--port" not in last
 
 
 def test_a_taken_port_is_one_sentence_before_anything_is_loaded(tmp_path: Path) -> None:

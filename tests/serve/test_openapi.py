@@ -40,7 +40,8 @@ def test_every_operation_has_a_name_of_its_own_and_a_good_answer() -> None:
 def test_schemas_carry_the_ranges_that_are_checked() -> None:
     properties = openapi_document()["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert {"minimum": 1, "maximum": 16}.items() <= properties["n"]["anyOf"][0].items()
-    assert properties["tools"]["type"] == "null"
+    assert properties["functions"]["type"] == "null"
+    assert properties["tools"]["anyOf"][0]["maxItems"] == 0
 
 
 def test_an_independent_reader_finds_the_document_valid(serve: Any) -> None:

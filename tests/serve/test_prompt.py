@@ -8,7 +8,7 @@ from dynamo.serve.prompt import chat_prompt, completion_prompts
 
 
 async def prompts_of(codec: Any, prompt: Any) -> list[list[int]]:
-    return await completion_prompts(codec, prompt)
+    return await completion_prompts(codec, prompt, 512)
 
 
 @pytest.mark.parametrize(
@@ -50,20 +50,38 @@ def test_prompts_that_cannot_be_served_are_refused(run: Any, codec: Any, prompt:
 
 def test_text_parts_are_joined_by_line_breaks(run: Any, codec: Any) -> None:
     parts = [TextPart("text", "one"), TextPart("text", "two")]
-    token_ids = run(chat_prompt(codec, [MessageParam(role="user", content=parts)]))
+    token_ids = run(chat_prompt(codec, [MessageParam(role="user", content=parts)], 512))
     assert codec.decode(token_ids) == "user: one\ntwo\n"
 
 
 def test_a_refusal_of_the_template_names_the_messages(run: Any, codec: Any) -> None:
     class Picky(type(codec)):  # type: ignore[misc]
-        def apply_chat_template(self, messages: Any) -> list[int]:
+        def apply_chat_template(self, messages: Any, *, max_tokens: int) -> list[int]:
             raise RequestError("roles must alternate")
 
     with pytest.raises(RequestError, match="roles must alternate") as caught:
-        run(chat_prompt(Picky(), [MessageParam(role="user", content="x")]))
+        run(chat_prompt(Picky(), [MessageParam(role="user", content="x")], 512))
     assert caught.value.param == "messages"
 
 
 def test_developer_messages_reach_the_template_as_system_messages(run: Any, codec: Any) -> None:
-    token_ids = run(chat_prompt(codec, [MessageParam(role="developer", content="be brief")]))
+    token_ids = run(chat_prompt(codec, [MessageParam(role="developer", content="be brief")], 512))
     assert codec.decode(token_ids) == "system: be brief\n"
+
+
+@pytest.mark.parametrize("size", [1, 5000])
+def test_the_codec_learns_how_many_tokens_a_prompt_may_have(run: Any, codec: Any, size: int) -> None:
+    class Short(type(codec)):  # type: ignore[misc]
+        def encode(self, text: str, *, max_tokens: int) -> list[int]:
+            raise RequestError(f"at most {max_tokens}", code="context_length_exceeded")
+
+        def apply_chat_template(self, messages: Any, *, max_tokens: int) -> list[int]:
+            return self.encode("", max_tokens=max_tokens)
+
+    for work in (
+        completion_prompts(Short(), "x" * size, 512),
+        chat_prompt(Short(), [MessageParam(role="user", content="x" * size)], 512),
+    ):
+        with pytest.raises(RequestError, match="at most 512") as caught:
+            run(work)
+        assert caught.value.param in ("prompt", "messages")

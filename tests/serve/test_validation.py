@@ -68,16 +68,11 @@ def test_null_means_not_given() -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        "tools",
-        "tool_choice",
         "functions",
         "function_call",
-        "logit_bias",
         "audio",
         "prediction",
         "reasoning_effort",
-        "parallel_tool_calls",
-        "service_tier",
         "web_search_options",
         "metadata",
         "verbosity",
@@ -86,6 +81,27 @@ def test_null_means_not_given() -> None:
 )
 def test_known_but_unsupported_parameters_are_refused_by_name(field: str) -> None:
     for value in ("x", 1, {}, [], True):
+        error = refusal(CHAT, chat(**{field: value}))
+        assert (error.param, error.code) == (field, "unsupported_parameter")
+        assert field in error.message
+
+
+@pytest.mark.parametrize(
+    ("field", "harmless", "refused"),
+    [
+        ("tools", [[]], [[{"type": "function"}], [None], {}, "x", True]),
+        ("tool_choice", ["none", "auto"], ["required", {"type": "function"}, 1]),
+        ("parallel_tool_calls", [True, False], ["x", 1, {}]),
+        ("logit_bias", [{}], [{"5": 1}, {"5": None}, [], "x", 1]),
+        ("service_tier", ["auto", "default"], ["flex", "priority", 1, {}]),
+    ],
+)
+def test_of_what_is_not_supported_only_values_that_change_nothing_are_accepted(
+    field: str, harmless: list[Any], refused: list[Any]
+) -> None:
+    for value in harmless:
+        CHAT.decode(chat(**{field: value}))
+    for value in refused:
         error = refusal(CHAT, chat(**{field: value}))
         assert (error.param, error.code) == (field, "unsupported_parameter")
         assert field in error.message
@@ -202,3 +218,9 @@ def test_bodies_that_are_no_request_are_refused(body: bytes) -> None:
         error = refusal(decoder, body)
         assert len(error.message) < 1000
         error.message.encode()
+
+
+def test_invalid_utf8_is_told_with_its_place_in_the_body() -> None:
+    body = '{"model": "ü", "prompt": "a'.encode() + b'\xff"}'
+    assert f"at byte {body.index(0xFF)}:" in refusal(COMPLETION, body).message
+    assert "at byte" not in refusal(COMPLETION, b'{"model": "m", "prompt": "\\ud800"}').message

@@ -1,6 +1,8 @@
 """Text to tokens and back: chat templates, token bytes, and streaming that never breaks characters or stop strings."""
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,3 +258,33 @@ def test_a_decoder_of_another_family_is_refused(tmp_path: Path) -> None:
     tokenizer.decoder = decoders.WordPiece()
     with pytest.raises(ModelLoadError, match=r"decoder \['WordPiece'\] is not supported"):
         Tokenizer(tokenizer.to_str(), tmp_path / "tokenizer.json")
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level: Tokenizer) -> None:
+    """Encoding must not hold the interpreter's lock: a second thread then makes many steps, and else about one."""
+    text = "hello world, this is text. " * 20_000
+    done = threading.Event()
+    encoder = threading.Thread(target=lambda: (byte_level.encode(text), done.set()))
+    pause = threading.Event()
+    num_steps = 0
+    encoder.start()
+    while not done.is_set():
+        pause.wait(0.001)
+        num_steps += 1
+    encoder.join()
+    assert num_steps > 10
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_encoded(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
+    longest = max(len(byte_level.token_bytes(i)) for i in range(byte_level.vocab_size))
+    assert byte_level.max_token_bytes == longest
+    assert sentencepiece.max_token_bytes >= len(b" Hello")
+    assert byte_level.encode("z" * 10 * longest, max_tokens=10)
+    for text in ("z" * (10 * longest + 1), "é" * (5 * longest + 1)):
+        with pytest.raises(RequestError, match=rf"maximum context length is 10 tokens.*{len(text.encode())}") as caught:
+            byte_level.encode(text, max_tokens=10)
+        assert caught.value.code == "context_length_exceeded"
+    started = time.perf_counter()
+    with pytest.raises(RequestError, match="maximum context length"):
+        byte_level.apply_chat_template([{"role": "user", "content": "a b " * 2_000_000}], max_tokens=1000)
+    assert time.perf_counter() - started < 1  # encoding takes several times as long

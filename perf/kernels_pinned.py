@@ -300,7 +300,9 @@ def zero_copy(
     constants = {**launch.constants, "WORD": WORD_TYPES[alignment]}
 
     def action() -> None:
-        copy_blocks_kernel[(min(programs, num_tiles),)](table, **launch.arguments, **constants, num_warps=8)
+        copy_blocks_kernel[(min(programs, num_tiles),)](
+            table, **launch.arguments, **constants, num_warps=8, enable_fp_fusion=False
+        )
 
     return action
 

@@ -336,6 +336,7 @@ def launch_decode(
         BLOCK_N=tile.block_n,
         NUM_STAGES=tile.num_stages,
         num_warps=tile.num_warps,
+        enable_fp_fusion=True,
         num_stages=tile.num_stages,
     )  # fmt: skip
     if partial is not None:
@@ -346,6 +347,7 @@ def launch_decode(
             SPLITS_PAD=next(pad for pad in SPLITS_PADS if pad >= num_splits),
             BLOCK_D=block_d,
             num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -160,6 +160,7 @@ def launch_prefill(
         BLOCK_N=tile.block_n,
         NUM_STAGES=tile.num_stages,
         num_warps=tile.num_warps,
+        enable_fp_fusion=True,
         num_stages=tile.num_stages,
     )  # fmt: skip
 

@@ -80,6 +80,7 @@ def launch_write(
         BLOCK_H=block_h,
         BLOCK_D=block_d,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 

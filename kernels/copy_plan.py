@@ -20,7 +20,7 @@ import numpy.typing as npt
 from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_distinct, check_ids
 from dynamo.kernels.view import View, common_alignment
 
-__all__ = ["Axis", "CopyPlan", "Range", "plan_copy"]
+__all__ = ["Axis", "CopyPlan", "Range", "check_apart", "plan_copy"]
 
 Int64s = npt.NDArray[np.int64]
 Range = tuple[int, int]
@@ -128,7 +128,7 @@ def plan_copy(
             "are not the same tokens: the two sides must pair up"
         )
     src_offsets, dst_offsets = src.block_offsets[src_ids], dst.block_offsets[dst_ids]
-    _check_apart(src, src_ids, src_offsets, dst, dst_ids, dst_offsets)
+    _check_blocks_apart(src, src_ids, src_offsets, dst, dst_ids, dst_offsets)
     num_tokens = math.gcd(src.num_tokens, dst.num_tokens)
     src_offsets = _expand(src_offsets, src.num_tokens // num_tokens, num_tokens * src.token_stride)
     dst_offsets = _expand(dst_offsets, dst.num_tokens // num_tokens, num_tokens * dst.token_stride)
@@ -139,6 +139,21 @@ def plan_copy(
     ]
     axes, row_bytes = _widen([axis for axis in axes if axis.count > 1], src.row_bytes)
     return CopyPlan(src_bases, dst_bases, src_offsets, dst_offsets, tuple(_join(axes)), row_bytes)
+
+
+def check_apart(read: View, written: View) -> None:
+    """Checks that two views of different shape do not reach into each other.
+
+    Raises:
+        KernelArgumentError: their storages meet, and the ranges that they span overlap.
+
+    >>> import torch
+    >>> from dynamo.kernels.layouts import from_paged
+    >>> memory = torch.zeros(8, 16, 8)
+    >>> check_apart(from_paged(memory[:4], "BTD"), from_paged(memory[4:], "BTD"))
+    """
+    if _spans_meet(read, read.block_offsets, written, written.block_offsets):
+        raise KernelArgumentError("what is read and what is written lie in the same memory and overlap")
 
 
 def _expand(table: Int64s, count: int, stride: int) -> Int64s:
@@ -177,15 +192,11 @@ def _check_range(wanted: Range, num: int, name: str) -> None:
         raise KernelArgumentError(f"{name} [{wanted[0]}, {wanted[1]}) is not a range within the wider side's {num}")
 
 
-def _check_apart(
+def _check_blocks_apart(
     src: View, src_ids: SlotIds, src_offsets: Int64s, dst: View, dst_ids: SlotIds, dst_offsets: Int64s
 ) -> None:
     """No byte may be both read and written: which of the two came first would be left to chance."""
-    if src_ids.size == 0 or src.device != dst.device or not _storages_meet(src, dst):
-        return
-    lows = [int(v.base.min() + o.min()) for v, o in ((src, src_offsets), (dst, dst_offsets))]
-    highs = [int(v.base.max() + o.max()) + v.span_bytes for v, o in ((src, src_offsets), (dst, dst_offsets))]
-    if lows[0] >= highs[1] or lows[1] >= highs[0]:
+    if not _spans_meet(src, src_offsets, dst, dst_offsets):
         return
     same_geometry = src.token_stride == dst.token_stride and src.head_stride == dst.head_stride
     if same_geometry and np.array_equal(src.base, dst.base) and np.array_equal(src.block_offsets, dst.block_offsets):
@@ -202,6 +213,15 @@ def _check_apart(
     meets = (position >= 0) & (starts[position] + src.span_bytes > written)
     if meets.any():
         raise KernelArgumentError("source and destination share memory and blocks of one lie among those of the other")
+
+
+def _spans_meet(src: View, src_offsets: Int64s, dst: View, dst_offsets: Int64s) -> bool:
+    """Whether the ranges that the blocks at these offsets span overlap, in storages that do."""
+    if not src_offsets.size or not dst_offsets.size or src.device != dst.device or not _storages_meet(src, dst):
+        return False
+    lows = [int(v.base.min() + o.min()) for v, o in ((src, src_offsets), (dst, dst_offsets))]
+    highs = [int(v.base.max() + o.max()) + v.span_bytes for v, o in ((src, src_offsets), (dst, dst_offsets))]
+    return lows[0] < highs[1] and lows[1] < highs[0]
 
 
 def _storages_meet(src: View, dst: View) -> bool:

@@ -5,8 +5,10 @@ seed the digest was made for:
 
     - every change within one word of 8 bytes, so every single flipped bit: certainly (odd keys and bijections)
     - every two flipped bits in one row of up to 2 KiB: certainly (the keys were checked for it)
-    - swapped rows, swapped or shifted layers, tokens and heads, any other change: unless two sums of mixed 64-bit words
-      happen to agree, one in 2**64
+    - swapped rows, swapped or shifted layers, tokens and heads: unless two sums of mixed 64-bit words happen to agree, one
+      in 2**64
+    - any other change within a row: unless its sums of products happen to agree, one in 2**(64 - t) where the halves of
+      its words, 32 bits each, change from bit t upwards only; so one in 2**33 if nothing but the halves' top bits flip
     - a block that is another block: by the seed, such as the low half of its key
 
 It finds accidents; it is no signature against somebody who chooses the bytes.

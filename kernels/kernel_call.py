@@ -16,7 +16,7 @@ import torch
 from dynamo.kernels.checks import KernelArgumentError
 from dynamo.kernels.view import View
 
-__all__ = ["KernelCall", "Submission", "addresses_on", "check_apart"]
+__all__ = ["KernelCall", "Submission", "addresses_on"]
 
 Int64s = npt.NDArray[np.int64]
 
@@ -141,22 +141,3 @@ def addresses_on(view: View, device: torch.device) -> Int64s:
             raise KernelArgumentError(f"the host memory at {first:#x} is registered in parts that lie apart on the GPU")
         base[view.limits[..., 0] == first] += shift
     return base
-
-
-def check_apart(read: View, written: View) -> None:
-    """Checks that two views of different shape do not reach into each other.
-
-    Raises:
-        KernelArgumentError: they lie in one storage, and the ranges that they span overlap.
-
-    >>> from dynamo.kernels.layouts import from_paged
-    >>> memory = torch.zeros(8, 16, 8)
-    >>> check_apart(from_paged(memory[:4], "BTD"), from_paged(memory[4:], "BTD"))
-    """
-    storages = [{tuple(ends) for ends in view.limits.reshape(-1, 2).tolist()} for view in (read, written)]
-    if storages[0].isdisjoint(storages[1]) or not read.num_blocks or not written.num_blocks:
-        return
-    lows = [int(view.base.min() + view.block_offsets.min()) for view in (read, written)]
-    highs = [int(view.base.max() + view.block_offsets.max()) + view.span_bytes for view in (read, written)]
-    if lows[0] < highs[1] and lows[1] < highs[0]:
-        raise KernelArgumentError("what is read and what is written lie in one storage and overlap")

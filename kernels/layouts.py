@@ -159,6 +159,10 @@ def from_tokens(pools: Paged, num_tokens: int) -> View:
     8
     """
     grid = _as_grid(pools)
+    if len(grid[0]) > 2:
+        raise KernelArgumentError(
+            f"a layer has {len(grid[0])} pools; one of K and one of V, or one of latents, are meant"
+        )
     num_slots = grid[0][0].shape[0]
     if num_tokens < 1 or num_slots % num_tokens:
         raise KernelArgumentError(f"{num_slots} slots are not whole blocks of {num_tokens} tokens")

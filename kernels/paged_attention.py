@@ -150,7 +150,8 @@ def paged_prefill(
         `out`.
 
     Raises:
-        KernelArgumentError: shapes, dtypes, strides or devices do not fit. On the CPU also a block number out of range.
+        KernelArgumentError: shapes, dtypes, strides or devices do not fit. On the CPU also a block number out of range,
+            and query_starts that do not rise from 0 in steps of up to max_query_len.
 
     >>> import torch
     >>> k_cache, v_cache = torch.randn(2, 4, 16, 1, 64)
@@ -180,6 +181,7 @@ def paged_prefill(
                 k_scale, v_scale,
             )  # fmt: skip
         return out
+    _check_chunks(query_starts, max_query_len)
     return paged_reference.attend(
         q, k_cache, v_cache, block_tables, context_lens, query_starts, scale, window, out, k_scale, v_scale
     )
@@ -197,7 +199,7 @@ def paged_write(
         v_cache: [num_blocks, block_size, num_kv_heads, v_dim], written.
         slot_blocks: int32 or int64 [num_tokens], the block of each token; a token whose block is not in
             [0, num_blocks) is not stored (padding of a captured batch has -1). Slots must be distinct.
-        slot_offsets: the same, the token's place in [0, block_size) of its block.
+        slot_offsets: the same, the token's place in its block; a token whose place is not in [0, block_size) is not stored.
 
     Raises:
         KernelArgumentError: shapes, dtypes, strides or devices do not fit; nothing was written.
@@ -308,6 +310,15 @@ def _check_sequences(q: Tensor, block_tables: Tensor, context_lens: Tensor, scal
         raise KernelArgumentError(f"scale must be positive, not {scale}")
     if window is not None and window < 1:
         raise KernelArgumentError(f"window must be at least 1 token, not {window}; None means no window")
+
+
+def _check_chunks(query_starts: Tensor, max_query_len: int) -> None:
+    """What takes the values of `query_starts`, so on the CPU only."""
+    lengths = query_starts.diff()
+    if int(query_starts[0]) != 0 or (lengths < 0).any():
+        raise KernelArgumentError(f"query_starts must rise from 0, got {query_starts.tolist()}")
+    if (lengths > max_query_len).any():
+        raise KernelArgumentError(f"a chunk has {int(lengths.max())} queries, max_query_len is {max_query_len}")
 
 
 def _check_index(index: Tensor, name: str, shape: tuple[int, ...], device: torch.device) -> None:

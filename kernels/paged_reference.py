@@ -62,6 +62,7 @@ def attend(
 def write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_blocks: Tensor, slot_offsets: Tensor) -> None:
     """`paged_write` in torch."""
     stored = (slot_blocks >= 0) & (slot_blocks < k_cache.shape[0])
+    stored &= (slot_offsets >= 0) & (slot_offsets < k_cache.shape[1])
     blocks, offsets = slot_blocks[stored].long(), slot_offsets[stored].long()
     k_cache[blocks, offsets] = k[stored]
     v_cache[blocks, offsets] = v[stored]

@@ -24,8 +24,9 @@ import torch
 
 from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_distinct, check_ids
 from dynamo.kernels.copy_blocks import copy_blocks
+from dynamo.kernels.copy_plan import check_apart
 from dynamo.kernels.host_tiles import HostWindow
-from dynamo.kernels.kernel_call import Submission, check_apart
+from dynamo.kernels.kernel_call import Submission
 from dynamo.kernels.quantize_host import QuantizeWork
 from dynamo.kernels.quantized_layout import QuantizedLayout, QuantizedView
 from dynamo.kernels.view import View
@@ -164,5 +165,6 @@ def _check(rows: View, row_ids: SlotIds, pool: QuantizedView, pool_ids: SlotIds,
     check_distinct(written, "dst_ids", max(rows.num_blocks, pool.num_blocks))
     if rows.alignment < layout.elements.itemsize:
         raise KernelArgumentError(f"rows are aligned to {rows.alignment} bytes, {layout.elements} needs more")
-    for plane in pool.planes:
-        check_apart(rows, plane)
+    for view in (*pool.planes, *pool.scales):
+        if view is not None:
+            check_apart(rows, view)

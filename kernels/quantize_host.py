@@ -23,6 +23,9 @@ CHUNK_ELEMENTS = 1 << 17
 """Handled per call: about 1 MiB with their fp32 copy and the codes, where the cost of a call and of the L2 cache balance."""
 
 SMALLEST_SCALE = np.float32(2.0**-126)
+LARGEST_AMAX = np.float32((2**24 - 2) * 2.0**104)
+"""The fp32 before the last: the largest whose scale, rounded up, times the largest code is still finite."""
+
 FP8_NAN = 0x7F
 FP8_BITS = np.int32(-0x80000000 + 0x07F00000)  # sign, four exponent and three mantissa bits, where fp32 has them
 FP8_BIAS = np.float32(2.0**120)  # what e4m3 is too small by when read as fp32: 2 ** (127 - 7)
@@ -97,6 +100,7 @@ class QuantizeWork:
             largest = magnitudes.max(axis=1).max(axis=2)
         signed = largest.view(f"i{self.word.itemsize}")
         amax = torch.from_numpy(signed).view(self._elements).float().numpy()
+        amax = np.minimum(amax, LARGEST_AMAX)
         scale = np.maximum(amax / np.float32(LARGEST[self._dtype]), SMALLEST_SCALE)
         return scale[:, None, :, None], is_finite
 

@@ -10,7 +10,8 @@ three offsets. Everything is aligned to ALIGN_BYTES on the source and CODE_ALIGN
 
 Arithmetic, the same on the CPU, in the interpreter and on GPUs (no step that a compiler may fuse into another):
 
-    amax   largest finite |x|, found on the bits of fp32 as integers
+    amax   largest finite |x|, found on the bits of fp32 as integers; the last fp32 counts as the one before, since its
+           scale may be rounded up and code * scale would be infinite
     scale  max(amax / LARGEST, 2**-126), divided as IEEE demands
     y      x * (1 / scale)
     code   y to nearest, ties to even: fp8 e4m3 saturating; int8 and int4 symmetric, int4 as two nibbles of code + 8
@@ -47,6 +48,7 @@ MAX_REGISTERS = 128  # two programs of eight warps per multiprocessor
 TABLE_LOADS = 6
 
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
+LARGEST_AMAX_BITS = tl.constexpr(0x7F7FFFFE)
 
 
 @triton.jit
@@ -93,7 +95,7 @@ def _load_rows(row_ptr, mask, COLUMNS: tl.constexpr, IS_BF16: tl.constexpr, FORM
 @triton.jit
 def _scales(amax_bits, LARGEST: tl.constexpr):
     """Scale and its inverse per head."""
-    amax = amax_bits.to(tl.float32, bitcast=True)
+    amax = tl.minimum(amax_bits, LARGEST_AMAX_BITS).to(tl.float32, bitcast=True)
     scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32)), SMALLEST_SCALE)
     return scale, tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale)
 

@@ -13,6 +13,7 @@ __all__ = ["dequantize_reference", "digest_reference", "quantize_reference", "ro
 
 _LARGEST = {"fp8_e4m3": 448.0, "int8": 127.0, "int4": 7.0}
 _SMALLEST_SCALE = 2.0**-126
+_LARGEST_AMAX = (2**24 - 2) * 2.0**104
 _MASK = (1 << 64) - 1
 
 
@@ -28,7 +29,8 @@ def quantize_reference(blocks: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """
     x = blocks.float()
     finite = torch.where(x.isfinite(), x.abs(), torch.zeros_like(x))
-    scales = (finite.amax(dim=(3, 5)) / _LARGEST[dtype]).clamp(min=_SMALLEST_SCALE)
+    amax = finite.amax(dim=(3, 5)).clamp(max=_LARGEST_AMAX)
+    scales = (amax / _LARGEST[dtype]).clamp(min=_SMALLEST_SCALE)
     inverse = 1.0 / scales
     y = x * inverse[:, :, :, None, :, None]
     if dtype == "fp8_e4m3":

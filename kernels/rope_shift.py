@@ -108,8 +108,13 @@ def _plane(view: View, plane: int) -> View:
 
 
 def _is_same(src: View, src_ids: SlotIds, dst: View, dst_ids: SlotIds) -> bool:
-    """Whether every block is its own destination."""
-    return np.array_equal(src.base, dst.base) and np.array_equal(src.block_offsets[src_ids], dst.block_offsets[dst_ids])
+    """Whether every row is its own destination; the shapes are known to agree."""
+    if src.device != dst.device or src.head_groups != dst.head_groups or not np.array_equal(src.base, dst.base):
+        return False
+    steps = ((src.num_tokens, src.token_stride, dst.token_stride), (src.num_heads, src.head_stride, dst.head_stride))
+    if any(count > 1 and ours != theirs for count, ours, theirs in steps):
+        return False
+    return np.array_equal(src.block_offsets[src_ids], dst.block_offsets[dst_ids])
 
 
 def _check(

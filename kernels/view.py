@@ -56,7 +56,8 @@ class View:
         row_bytes: contiguous bytes of one token and head.
         num_tokens: tokens of a block.
         num_heads: heads below one row of `base`.
-        limits: int64 [num_layers, num_planes, 2], first and one-past-last address of the storage each base points into.
+        limits: int64 [num_layers, num_planes, 2], first and one-past-last address of the storage each base points into;
+            each that of one of `tensors`. Arrays are kept read-only, copied where the caller could still write them.
         head_groups: how many groups of heads the rows of `base` are divided into.
 
     Raises:
@@ -87,7 +88,10 @@ class View:
 
     def __post_init__(self) -> None:
         self._check_shapes()
+        for name in ("base", "block_offsets", "limits"):
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
         self._check_rows_apart()
+        self._check_storages()
         self._check_range()
 
     @property
@@ -256,11 +260,20 @@ class View:
                 )
             end += (count - 1) * stride
 
+    def _check_storages(self) -> None:
+        storages = (tensor.untyped_storage() for tensor in self.tensors)
+        known = {(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages}
+        for first, end in set(map(tuple, self.limits.reshape(-1, 2).tolist())) - known:
+            raise KernelArgumentError(f"limits [{first:#x}, {end:#x}) are not those of a storage of the view's tensors")
+
     def _check_range(self) -> None:
         if not self.num_blocks:
             return
-        low = self.base + int(self.block_offsets.min())
-        high = self.base + (int(self.block_offsets.max()) + self.span_bytes)
+        first, last = int(self.block_offsets.min()), int(self.block_offsets.max()) + self.span_bytes
+        # Sums of Python integers, which do not wrap: past this, no sum of the arrays does either.
+        if int(self.base.min()) + first < 0 or last + max(0, int(self.base.max())) >= 2**63:
+            raise KernelArgumentError(f"offsets [{first}, {last}) reach past the addresses there are")
+        low, high = self.base + first, self.base + last
         outside = (low < self.limits[..., 0]) | (high > self.limits[..., 1])
         if outside.any():
             layer, plane = np.argwhere(outside)[0].tolist()
@@ -269,6 +282,15 @@ class View:
                 f"layer {layer}, plane {plane} reaches bytes [{low[layer, plane] - first}, {high[layer, plane] - first}) "
                 f"of a storage of {end - first} bytes"
             )
+
+
+def _frozen(array: Int64s) -> Int64s:
+    """The array if it is read-only, else a copy that is."""
+    if not array.flags.writeable:
+        return array
+    copied = array.copy()
+    copied.flags.writeable = False
+    return copied
 
 
 def _check_slice(start: int, stop: int, num: int, name: str) -> None:

@@ -216,3 +216,12 @@ def test_gpu_gives_the_digests_of_the_cpu_and_copies(row_bytes, axes):
     assert torch.equal(out.cpu(), expected)
     back = moved.cpu().permute(*(axes.index(a) for a in AXES))
     assert torch.equal(back[:4], blocks[ids]) and (back[4] == 0xAA).all()
+
+
+@pytest.mark.parametrize("bit", [0, 16, 31])
+def test_flips_in_upper_bits_reach_fewer_bits_of_a_sum(bit):
+    keys = row_keys(256)
+    words = torch.randint(-(2**62), 2**62, (keys.size,)).numpy().view(np.uint64)
+    flips = words * keys & np.uint64((2**32 - 2**bit) * (2**32 + 1))  # of random bits from `bit` upwards in both halves
+    sums = [int(((w ^ (w >> np.uint64(32))) * keys).sum(dtype=np.uint64)) for w in (words, words ^ flips)]
+    assert flips.any() and (sums[0] - sums[1]) % 2**bit == 0 and sums[0] != sums[1]

@@ -161,6 +161,25 @@ def test_a_chunk_longer_than_its_context_is_refused() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("starts", "message"), [([1, 4, 5], "rise from 0"), ([0, 4, 3], "rise from 0"), ([0, 1, 5], "4 queries")]
+)
+def test_chunks_that_do_not_fit_are_refused(starts: list[int], message: str) -> None:
+    q = torch.zeros(5, 2, 64)
+    out, cache = torch.full_like(q, torch.nan), Sequences([20, 20]).cache
+    with pytest.raises(KernelArgumentError, match=message):
+        paged_prefill(q, *cache, torch.tensor(starts), max_query_len=3, scale=1.0, out=out)
+    assert out.isnan().all()
+
+
+def test_tokens_outside_the_cache_are_not_stored() -> None:
+    k_cache, v_cache = torch.zeros(2, 4, 16, 2, 8)
+    k, v = torch.ones(2, 5, 2, 8)
+    paged_write(k, v, k_cache, v_cache, torch.tensor([0, 1, -1, 4, 3]), torch.tensor([-1, 16, 0, 0, 15]))
+    for cache in (k_cache, v_cache):
+        assert cache[3, 15].eq(1).all() and cache.sum() == 16
+
+
 def test_write_refuses_what_does_not_fit() -> None:
     k_cache, v_cache = torch.zeros(2, 4, 16, 2, 8)
     k, v = torch.ones(2, 3, 2, 8)

@@ -159,6 +159,20 @@ def test_broken_elements_harm_only_themselves(elements, dtype):
     assert torch.equal(restored, whole)
 
 
+@pytest.mark.parametrize("elements", HALF_ULP, ids=str)
+@pytest.mark.parametrize("dtype", LARGEST)
+@pytest.mark.parametrize("steps_below", range(3))
+def test_the_largest_numbers_stay_finite(elements, dtype, steps_below):
+    layout, largest = make_layout(dtype=dtype, elements=elements), torch.tensor(torch.finfo(elements).max)
+    for _ in range(steps_below):
+        largest = torch.nextafter(largest.to(elements), torch.zeros((), dtype=elements))
+    rows = torch.full_like(make_rows(layout), float(largest))
+    rows[:, :, :, ::2] *= -1
+    restored = round_trip(layout, rows)
+    assert restored.isfinite().all() and torch.allclose(restored.double(), rows.double(), rtol=2**-20, atol=0.0)
+    assert torch.equal(restored, dequantize_reference(*quantize_reference(rows, dtype), elements))
+
+
 def test_zeros_stay_zeros_and_empty_lists_do_nothing():
     layout = make_layout(elements=torch.bfloat16)
     rows = torch.zeros_like(make_rows(layout))
@@ -232,6 +246,26 @@ def test_reading_and_writing_the_same_memory_is_refused():
     rows = from_paged(memory.view(2, 2, 5, 4, 64), "BPTHD")
     with pytest.raises(KernelArgumentError, match="overlap"):
         quantize_blocks(rows, np.array([0]), layout.view(memory), np.array([1]))
+
+
+def test_slices_of_one_arena_are_the_same_memory():
+    layout = make_layout(num_layers=1)
+    arena = np.zeros(4 * 2 * 5 * 4 * 64, dtype=np.uint8)
+    rows = from_paged(torch.from_numpy(arena[: arena.size // 2]).view(2, 2, 5, 4, 64), "BPTHD")
+    slots = torch.from_numpy(arena[64 : 64 + layout.block_bytes]).view(1, -1)
+    with pytest.raises(KernelArgumentError, match="overlap"):
+        quantize_blocks(rows, np.array([0]), layout.view(slots), np.array([0]))
+    assert not arena.any()
+
+
+def test_scales_must_not_lie_among_the_rows():
+    layout = make_layout(num_layers=1)
+    codes_bytes = 2 * 5 * 4 * layout.head_dim
+    memory = torch.zeros(codes_bytes + 2 * 5 * 4 * layout.head_dim * layout.elements.itemsize, dtype=torch.uint8)
+    rows = from_paged(memory[codes_bytes:].view(1, 2, 5, 4, -1), "BPTHD")
+    slots = memory[: layout.block_bytes].view(1, -1)
+    with pytest.raises(KernelArgumentError, match="overlap"):
+        quantize_blocks(rows, np.array([0]), layout.view(slots), np.array([0]))
 
 
 @pytest.mark.parametrize("module", ["quantize", "digest_blocks", "rope_shift"])

@@ -1,5 +1,7 @@
 """Keys moved to other positions: equal to keys computed there, within the stated tolerance."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +129,22 @@ def test_blocks_can_be_shifted_in_place():
     x, rope = torch.randn(3, 2, 2, 4, 2, 16), Rope.of_theta(16)
     expected, view = shift(x, [3, 3, -9], rope), from_paged(x, "BLPTHD")
     rope_shift(view, ALL, view, ALL, deltas=np.array([3, 3, -9]), rope=rope, elements=torch.float32)
+    assert torch.equal(x, expected)
+
+
+def test_another_order_of_the_same_memory_is_not_in_place():
+    x, rope = torch.randn(3, 2, 2, 4, 4, 16), Rope.of_theta(16)
+    before, nhd, hnd = x.clone(), from_paged(x, "BLPTHD"), from_paged(x, "BLPHTD")
+    with pytest.raises(KernelArgumentError, match="share memory"):
+        rope_shift(nhd, ALL, hnd, ALL, deltas=ALL + 1, rope=rope, elements=torch.float32)
+    assert torch.equal(x, before)
+
+
+def test_strides_of_a_single_token_do_not_matter_in_place():
+    x, rope = torch.randn(3, 1, 1, 1, 4, 16), Rope.of_theta(16)
+    expected, view = shift(x, [1, 2, 3], rope), from_paged(x, "BLPTHD")
+    other = replace(view, token_stride=10**6)
+    rope_shift(view, ALL, other, ALL, deltas=ALL + 1, rope=rope, elements=torch.float32)
     assert torch.equal(x, expected)
 
 

@@ -104,6 +104,8 @@ def test_pools_indexed_by_token() -> None:
     expect_rows(from_tokens(pairs, TOKENS), expected)
     with pytest.raises(KernelArgumentError, match="20 slots"):
         from_tokens(pairs, 3)
+    with pytest.raises(KernelArgumentError, match="3 pools"):
+        from_tokens([(*pair, pair[0]) for pair in pairs], TOKENS)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("head_groups", [1, 2, 4])
@@ -210,6 +212,32 @@ def test_numbers_that_do_not_fit_are_refused(change: dict[str, object], message:
 def test_tensors_that_do_not_fit_are_refused(tensors: list[torch.Tensor], axes: str, message: str) -> None:
     with pytest.raises(KernelArgumentError, match=message):
         from_paged(tensors, axes)
+
+
+def test_limits_are_those_of_the_tensors() -> None:
+    view = from_paged(numbered(BLOCKS, 2, TOKENS, HEADS, DIM), "BPTHD")
+    for change in ({"limits": view.limits + np.array([0, 1])}, {"tensors": (torch.zeros(1000),)}):
+        with pytest.raises(KernelArgumentError, match="not those of a storage"):
+            replace(view, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("offset", [2**63 - 1, 2**63 - 4096, -(2**63)])
+def test_offsets_do_not_wrap_around(offset: int) -> None:
+    view = from_paged(numbered(BLOCKS, 2, TOKENS, HEADS, DIM), "BPTHD")
+    with pytest.raises(KernelArgumentError, match="past the addresses"):
+        replace(view, block_offsets=np.array([0, offset]))
+    with pytest.raises(KernelArgumentError, match=r"past the addresses|of a storage"):
+        replace(view, base=np.full_like(view.base, offset))
+
+
+def test_what_was_checked_stays_so() -> None:
+    offsets = np.zeros(1, dtype=np.int64)
+    view = replace(from_paged(numbered(BLOCKS, 2, TOKENS, HEADS, DIM), "BPTHD"), block_offsets=offsets)
+    offsets[0] = 2**40
+    assert view.block_offsets.tolist() == [0]
+    for array in (view.base, view.block_offsets, view.limits):
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
 
 
 def test_a_pool_without_blocks_is_a_view() -> None:

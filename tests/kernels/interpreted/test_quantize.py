@@ -39,6 +39,8 @@ def make_rows(shape, elements, kind):
             x[picks == pick] = value
     elif kind == "zero":
         x.zero_()
+    elif kind == "largest":
+        x = torch.sign(x) * torch.finfo(elements).max
     return x.to(elements)
 
 
@@ -69,7 +71,7 @@ def test_kernels_give_the_bytes_of_the_cpu(interpreted, data):
     axes = data.draw(st.sampled_from(["BLPTHD", "BLPHTD", "LPBTHD"]))
     sizes = {"B": 3, "L": layout.num_layers, "P": planes, "T": layout.num_tokens, "H": heads, "D": layout.head_dim}
     rows = make_rows(
-        [sizes[a] for a in axes], elements, data.draw(st.sampled_from(["spread", "tiny", "broken", "zero"]))
+        [sizes[a] for a in axes], elements, data.draw(st.sampled_from(["spread", "tiny", "broken", "zero", "largest"]))
     )
     ids = data.draw(st.lists(st.integers(0, 2), max_size=3, unique=True))
     row_ids, slot_ids = np.array(ids, dtype=np.int64), np.array(ids[::-1], dtype=np.int64)

@@ -32,7 +32,7 @@ _MAX_QUEUED_WRITES = 8  # parts; bounds the host rows that are pinned for the di
 
 @dataclass(frozen=True, slots=True)
 class _Write:
-    """Blocks on their way to disk. `hold` has their host rows; staging rows come with a reference of their own."""
+    """Blocks on their way to disk. `hold`, a shared one, has their host rows; staging rows come with a reference."""
 
     keys: list[BlockKey]
     parents: list[BlockKey | None]
@@ -68,26 +68,25 @@ class DiskWriter:
         """True from when the queue was full for too long until the disk has written something."""
         return self._is_behind
 
-    def put_host_rows(self, chains: list[list[BlockKey]]) -> None:
-        """Queues what the host tier has of `chains` and the disk tier lacks, be it new, lost or refused before."""
+    def put_host_rows(self, chains: list[list[BlockKey]], hold: Hold) -> None:
+        """Queues what the host tier has of `chains` and the disk tier lacks, be it new, lost or refused before.
+
+        Args:
+            hold: on `chains`; what it does not hold of them, since it came later, is left for another time.
+        """
         shelf = self._shelf
         parent_of = {key: parent for chain in chains for key, parent in zip(chain, (None, *chain), strict=False)}
+        held = set(hold.host.tolist())
         with shelf.changed:
-            hold = shelf.hold(chains)  # in the same breath as the look: rows must not change hands in between
-            lacking = [key for key in parent_of if key in shelf.host and key not in shelf.disk]
-            lacking = [key for key in lacking if key not in self._being_written]
+            lacking = [key for key in parent_of if key not in shelf.disk and key not in self._being_written]
+            lacking = [key for key in lacking if shelf.host.find(key) in held]
             rows = shelf.host.find_any(lacking)
-        try:
-            for start in range(0, len(lacking), self._part_blocks):
-                keys = lacking[start : start + self._part_blocks]
-                self.put(chains, keys, [parent_of[key] for key in keys], rows[start : start + len(keys)])
-        finally:
-            shelf.let_go(hold)
+        for start in range(0, len(lacking), self._part_blocks):
+            keys = lacking[start : start + self._part_blocks]
+            self.put(hold, keys, [parent_of[key] for key in keys], rows[start : start + len(keys)])
 
-    def put(
-        self, chains: list[list[BlockKey]], keys: list[BlockKey], parents: list[BlockKey | None], rows: SlotIds
-    ) -> bool:
-        """Queues blocks in rows that the caller holds; with staging rows, their references go along.
+    def put(self, hold: Hold, keys: list[BlockKey], parents: list[BlockKey | None], rows: SlotIds) -> bool:
+        """Queues blocks in rows that `hold` has; with staging rows, the caller's references on them go along.
 
         Returns:
             False when the queue is full: the blocks are dropped, and the references stay with the caller.
@@ -99,7 +98,8 @@ class DiskWriter:
             self._num_writing += len(keys)
         with shelf.changed:
             self._being_written.update(keys)
-            write = _Write(keys, parents, rows, digests, shelf.hold(chains))
+            shelf.share(hold)
+        write = _Write(keys, parents, rows, digests, hold)
         try:
             self._writes.put(write, timeout=0.0 if self._is_behind else _QUEUE_TIMEOUT_S)
         except queue.Full:
@@ -145,21 +145,12 @@ class DiskWriter:
                 self._settle(write)
 
     def _write(self, write: _Write) -> None:
-        with self._shelf.changed:
-            # Of what is on disk now: blocks that were queued before these may have been written meanwhile.
-            hold = self._shelf.hold(write.hold.chains)
-        try:
-            self._write_held(write, hold)
-        finally:
-            self._shelf.let_go(hold)
-
-    def _write_held(self, write: _Write, hold: Hold) -> None:
-        """Writes what the disk lacks; the references on its slots go to `hold`."""
+        """Writes what the disk lacks; the references on its slots go to the write's hold."""
         shelf, disk = self._shelf, self._disk
         shelf.notice_lost_disk()
         generation = disk.generation
         fresh, num_absent = self._reachable(write)
-        room = shelf.take_disk_slots(len(fresh))
+        room = shelf.take_disk_slots(len(fresh), write.hold.chains)
         held = room.slots
         was_refused = False
         try:
@@ -177,6 +168,7 @@ class DiskWriter:
             recorded = not keys or (disk.journal.put(keys, names, slots, digests) and disk.generation == generation)
             shelf.counters.count_dropped("disk_write_failed", len(held) - (len(keys) if recorded else 0))
             if keys and recorded:
+                hold = write.hold
                 hold.disk = np.concatenate((hold.disk, shelf.keep_on_disk(keys, slots, parents, digests)))
                 held = held[~done]
         finally:

@@ -74,7 +74,7 @@ class _Offer:
 
     def cut(self, which: slice | npt.NDArray[np.bool_]) -> "_Offer":
         """Some of the blocks."""
-        places = np.arange(len(self.keys))[which].tolist()
+        places = range(len(self.keys))[which] if isinstance(which, slice) else np.flatnonzero(which).tolist()
         return _Offer(
             self.chains,
             [self.keys[place] for place in places],
@@ -244,7 +244,7 @@ class Offloader:
         try:
             rest = self._offload_to_host(offer, hold)
             if self._writer:
-                self._writer.put_host_rows(offer.chains)
+                self._writer.put_host_rows(offer.chains, hold)
                 rest = self._offload_to_staging(rest, hold, self._writer)
             shelf.counters.count_dropped("no_host_row", len(rest.keys))
         finally:
@@ -263,24 +263,21 @@ class Offloader:
             absent = np.array([key not in shelf.host for key in offer.keys], dtype=np.bool_)
         chosen = np.array(mask, dtype=np.bool_)
         wanted = offer.cut(chosen)
-        while len(wanted.keys):
-            rows = shelf.take_rows(
-                min(len(wanted.keys), self._part_blocks),
-                _ROOM_TIMEOUT_S,
-                (shelf.host,),
-                hold,
-                self._is_futile,
-            )
+        start = 0
+        while start < len(wanted.keys):
+            count = min(len(wanted.keys) - start, self._part_blocks)
+            rows = shelf.take_rows(count, _ROOM_TIMEOUT_S, (shelf.host,), hold, self._is_futile)
             if not len(rows):  # what is there already is worth more than its own continuation
                 break
-            part, wanted = wanted.cut(slice(len(rows))), wanted.cut(slice(len(rows), None))
+            part = wanted.cut(slice(start, start + len(rows)))
+            start += len(rows)
             try:
                 if self._copy(part, rows):
                     rows = shelf.keep_in_host(part.keys, rows, part.parents)
                     hold.host, rows = np.concatenate((hold.host, rows)), rows[:0]
             finally:
                 shelf.release_rows(rows)
-        left = set(wanted.keys)
+        left = set(wanted.keys[start:])
         return offer.cut(np.array([key in left for key in offer.keys], dtype=np.bool_) | (absent & ~chosen))
 
     def _is_futile(self) -> bool:
@@ -290,18 +287,20 @@ class Offloader:
     def _offload_to_staging(self, offer: _Offer, hold: Hold, writer: DiskWriter) -> _Offer:
         """Sends blocks to disk through staging rows; returns what had no place."""
         shelf = self._shelf
-        while len(offer.keys):
-            count = min(len(offer.keys), self._part_blocks)
+        start = 0
+        while start < len(offer.keys):
+            count = min(len(offer.keys) - start, self._part_blocks)
             rows = shelf.take_rows(count, _ROOM_TIMEOUT_S, (shelf.staging,), hold, self._is_futile)
             if not len(rows):
                 break
-            part, offer = offer.cut(slice(len(rows))), offer.cut(slice(len(rows), None))
+            part = offer.cut(slice(start, start + len(rows)))
+            start += len(rows)
             try:
-                if self._copy(part, rows) and writer.put(part.chains, part.keys, part.parents, rows):
+                if self._copy(part, rows) and writer.put(hold, part.keys, part.parents, rows):
                     rows = rows[:0]  # the disk thread gives them back
             finally:
                 shelf.release_rows(rows)
-        return offer
+        return offer.cut(slice(start, None))
 
     def _copy(self, part: _Offer, rows: SlotIds) -> bool:
         started_s = time.perf_counter()

@@ -76,6 +76,11 @@ class BlockPool:
         return self._num_free + self._num_idle
 
     @property
+    def num_free(self) -> int:
+        """Slots that `allocate` could give without evicting anything."""
+        return self._num_free
+
+    @property
     def num_pinned(self) -> int:
         """Slots somebody holds."""
         return self.num_slots - self._num_free - self._num_idle - len(self._withheld)

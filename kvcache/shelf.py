@@ -31,7 +31,7 @@ Digests = npt.NDArray[np.uint64]
 
 @dataclass(slots=True)
 class Hold:
-    """Pins on what host and disk have of some chains. Made by `Shelf.hold`, ended by `Shelf.let_go`.
+    """Pins on what host and disk have of some chains. Made by `Shelf.hold`, ended by the last user's `Shelf.let_go`.
 
     Whole chains and not only the blocks that move: a leaf that was pinned while its prefix was not would outlive it, and
     nobody could find it.
@@ -44,6 +44,7 @@ class Hold:
     chains: Sequence[Sequence[BlockKey]]
     host: SlotIds
     disk: SlotIds
+    num_users: int = 1
 
 
 class Shelf:
@@ -125,9 +126,17 @@ class Shelf:
             self.disk.acquire(hold.disk)
         return hold
 
-    def let_go(self, hold: "Hold") -> None:
-        """Ends a hold. Its blocks are now the last to be evicted, leaves first."""
+    def share(self, hold: "Hold") -> None:
+        """Adds a user to a hold, who ends it with `let_go` like the first."""
         with self.changed:
+            hold.num_users += 1
+
+    def let_go(self, hold: "Hold") -> None:
+        """Ends a user's part in a hold. After the last one, its blocks are the last to be evicted, leaves first."""
+        with self.changed:
+            hold.num_users -= 1
+            if hold.num_users:
+                return
             self.host.release(hold.host)
             self.disk.release(hold.disk)
             for chain in hold.chains:
@@ -160,11 +169,15 @@ class Shelf:
             self.events.removed("host", room.evicted_keys)
             return room.slots if pool is self.host else room.slots + self.host.num_slots
 
-    def take_disk_slots(self, count: int) -> Allocation:
-        """Up to `count` disk slots with one reference each."""
+    def take_disk_slots(self, count: int, chains: Sequence[Sequence[BlockKey]]) -> Allocation:
+        """Up to `count` disk slots with one reference each, evicting for them no block of `chains`, which they continue."""
         with self.changed:
             self._retry_withheld_slots()
+            # Of what is there now: a hold made earlier lacks what was written since.
+            hold = self.hold(chains) if count > self.disk.num_free else None
             room = self.disk.allocate(min(count, self.disk.num_available))
+            if hold is not None:
+                self.let_go(hold)
             assert room is not None, "no more was asked for than there is"
             self.events.removed("disk", room.evicted_keys)
             return room

@@ -18,7 +18,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[TierUsage], float]], ...] = (
     ("capacity_bytes", "Bytes of all slots.", lambda tier: tier.num_slots * tier.slot_bytes),
 )
 _COUNTERS: tuple[tuple[str, str, Callable[[TierUsage], float]], ...] = (
-    ("hit_blocks", "Blocks found in this tier first.", lambda tier: tier.hit_blocks),
+    ("hit_blocks", "Blocks that sequences got from this tier.", lambda tier: tier.hit_blocks),
     ("evicted_blocks", "Blocks given up for others.", lambda tier: tier.evicted_blocks),
     ("read_blocks", "Blocks read from the tier.", lambda tier: tier.read.blocks),
     ("read_bytes", "Bytes read from the tier.", lambda tier: tier.read.bytes),

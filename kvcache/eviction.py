@@ -1,0 +1,71 @@
+"""The seam between a pool of slots and a policy that says which of its blocks go first.
+
+A policy knows neither slots nor keys. It ranks *entries*: what one use of a chain left behind in one pool, which is the
+blocks that this use was the last to touch. A pool gives blocks up from the tail of the entry ranked lowest, and passes over
+an entry whose tail still has descendants in the pool, so that no block outlives its prefix.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["EvictionOrder", "LeafFirstLRU", "Use"]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One request's use of a chain of blocks: all that a policy may know about it.
+
+    Attributes:
+        number: consecutive over all uses in one cache, from 1.
+        time_s: when it began, on a monotonic clock.
+        turn: how many earlier uses it continues: 0 for a chain of which nothing but shared prefixes was seen before.
+        num_prompt_tokens: length of the prompt.
+        num_output_tokens: length of the answer; 0 while it is not known.
+        priority: entries of a higher priority outlive all those of a lower one.
+        expires_s: from this time on the entry goes before all others; None: never.
+    """
+
+    number: int
+    time_s: float
+    turn: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    priority: int = 0
+    expires_s: float | None = None
+
+
+class EvictionOrder(Protocol):
+    """Order in which the entries of one pool give up blocks. Not thread-safe: it belongs to its pool.
+
+    Entries are consecutive numbers that the pool gives, never used again.
+    """
+
+    def add(self, entry: int, use: Use, num_blocks: int) -> None:
+        """A use left `num_blocks` idle blocks behind. Those that lay in earlier entries have left them."""
+
+    def remove(self, entry: int) -> None:
+        """The entry has no block left, by eviction or since later uses took them all. Unknown entries are ignored."""
+
+    def candidates(self, now_s: float) -> Iterator[int]:
+        """Entries in the order in which they are to give up blocks. Abandoned by the pool when it has enough; the pool
+        calls neither `add` nor `remove` while it iterates."""
+
+
+class LeafFirstLRU:
+    """The entry used longest ago goes first. Implements EvictionOrder."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, None] = {}  # insertion order is the order of use
+
+    def add(self, entry: int, use: Use, num_blocks: int) -> None:
+        """Files the entry behind all others."""
+        self._entries[entry] = None
+
+    def remove(self, entry: int) -> None:
+        """Forgets the entry."""
+        self._entries.pop(entry, None)
+
+    def candidates(self, now_s: float) -> Iterator[int]:
+        """Oldest first."""
+        return iter(self._entries)

@@ -139,3 +139,69 @@ def small_file_system(tmp_path):
 
 def test_a_full_disk_is_survived(start, small_file_system):
     check_full_disk(start(*FLAGS, "--disk-cache", f"{small_file_system}:64MiB"))
+
+
+@pytest.fixture
+def failing_disk(tmp_path):
+    """A file system on a block device, and a function after which its sectors beyond the first MiB fail with EIO."""
+    if os.geteuid() or not all(shutil.which(tool) for tool in ("losetup", "mkfs.ext4", "mount")):
+        pytest.skip("a device whose sectors fail needs root, losetup and mkfs.ext4")
+    backing, mount_point = tmp_path / "device", tmp_path / "failing"
+    backing.touch()
+    os.truncate(backing, 64 << 20)
+    mount_point.mkdir()
+    attached = subprocess.run(["losetup", "-f", "--show", str(backing)], capture_output=True, text=True, check=False)
+    if attached.returncode:
+        pytest.skip(f"no loop device can be attached: {attached.stderr.strip()}")
+    device = attached.stdout.strip()
+    try:
+        subprocess.run(["mkfs.ext4", "-q", device], check=True, capture_output=True)
+        mounted = subprocess.run(["mount", device, str(mount_point)], capture_output=True, text=True, check=False)
+        if mounted.returncode:
+            pytest.skip(f"ext4 cannot be mounted: {mounted.stderr.strip()}")
+        try:
+            yield mount_point, lambda: os.truncate(backing, 1 << 20)
+        finally:
+            subprocess.run(["umount", "-l", str(mount_point)], check=True)
+    finally:
+        subprocess.run(["losetup", "-d", device], check=False)
+
+
+def test_a_device_whose_sectors_fail_costs_its_blocks_only(start, failing_disk):
+    mount_point, fail = failing_disk
+    server = start(*FLAGS, "--disk-cache", f"{mount_point}:16MiB")
+    text = served_and_evicted(server)
+    os.sync()
+    fail()
+    assert outcome(server.complete(prompt(1)))[1] == text
+    counted = faults(server)
+    assert sum(value for name, value in counted.items() if 'kind="io_error"' in name) >= 1
+    assert sum(value for name, value in counted.items() if 'reason="unreadable"' in name) >= 1
+    assert len(server.warnings("disk tier")) <= 2  # one for the blocks, and one for the index that lies there too
+    for seed in range(2, 5):
+        server.complete(prompt(seed))
+    assert outcome(server.complete(prompt(1)))[1] == text
+    assert server.is_healthy()
+
+
+def test_a_read_only_disk_costs_the_disk_tier_only(start, small_file_system):
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_file_system)], check=True)
+    server = start(*FLAGS, "--disk-cache", f"{small_file_system}:8MiB")
+    text = served_and_evicted(server)
+    server.server.stop()  # files open for writing forbid the remount
+    subprocess.run(["mount", "-o", "remount,ro", str(small_file_system)], check=True)
+    server = start(*FLAGS, "--disk-cache", f"{small_file_system}:8MiB")
+    assert outcome(server.complete(prompt(1))) == (0, text)
+    assert faults(server) == {'dynamo_kvcache_tier_faults_total{kind="unavailable",tier="disk"}': 1}
+    assert len(server.warnings("going on without a disk tier")) == 1
+    assert server.is_healthy()
+
+
+def test_the_second_server_on_one_folder_goes_on_without_it(start, folder):
+    first = start(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+    text = served_and_evicted(first)
+    second = start(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+    assert outcome(second.complete(prompt(1))) == (0, text)
+    assert faults(second) == {'dynamo_kvcache_tier_faults_total{kind="busy",tier="disk"}': 1}
+    assert len(second.warnings("going on without a disk tier", f"process {first.server.process.pid}")) == 1
+    assert outcome(first.complete(prompt(1))) == (CACHED, text)

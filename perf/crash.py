@@ -11,7 +11,7 @@ import multiprocessing
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
 
 
 def crash_rounds(
-    workload: Workload, num_rounds: int, damage_share: float, watch: Callable[[range], Iterator[int]] = iter
+    workload: Workload, num_rounds: int, damage_share: float, watch: Callable[[range], Iterable[int]] = iter
 ) -> Tally:
     """Runs and kills `num_rounds` workers one after the other.
 
@@ -240,14 +240,14 @@ def damage(folder: Path, chance: random.Random) -> Damage:
 
 
 def _results(tally: Tally) -> Iterator[Result]:
-    for case, value in (
+    for case, total in (
         ("kills before everything was checked", tally.num_early),
         ("kills followed by damage", tally.num_damaged),
         ("blocks compared", tally.num_checked),
         ("blocks with wrong bytes", tally.num_wrong),
         ("blocks found but not usable", tally.num_unusable),
     ):
-        yield Result(case=case, subject="dynamo-kv", metric="total", value=value, unit="")
+        yield Result(case=case, subject="dynamo-kv", metric="total", value=total, unit="")
     for case, values in (
         ("blocks that survived", tally.survivors),
         ("blocks lost per kill", tally.lost),

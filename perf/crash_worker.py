@@ -174,7 +174,8 @@ def _content(spec: KVSpec, keys: list[BlockKey]) -> npt.NDArray[np.uint32]:
     seeds = np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
     steps = np.arange(1, int(np.prod(shape)) // 2 + 1, dtype=np.uint64) * _MULTIPLIER
     words = (steps[None] ^ seeds[:, :1]) * _MULTIPLIER + seeds[:, 1:]
-    return (words & _FINITE).view(np.uint32).reshape(len(keys), *shape)
+    content: npt.NDArray[np.uint32] = (words & _FINITE).view(np.uint32).reshape(len(keys), *shape)
+    return content
 
 
 @lru_cache(maxsize=_NUM_CONVERSATIONS)

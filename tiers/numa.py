@@ -10,6 +10,7 @@ import platform
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ def pci_address(device: torch.device) -> str | None:
     """Where a CUDA device sits, such as "0000:17:00.0"; None for other devices and where torch does not say."""
     if device.type != "cuda":
         return None
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks these three
     try:
         return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     except AttributeError:  # a torch from before it told

@@ -225,7 +225,7 @@ def test_a_load_nobody_waits_for_ends_at_its_deadline(make_cache, content, disk,
 
 def test_closing_a_cache_does_not_wait_for_a_disk_that_hangs(spec, content, disk, gate, monkeypatch, caplog):
     monkeypatch.setattr("dynamo.kvcache.cache._CLOSE_TIMEOUT_S", 0.5)
-    monkeypatch.setattr("dynamo.tiers.disk._CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("dynamo.tiers.stripe_set._CLOSE_TIMEOUT_S", 0.5)
     cache = KVCache(spec, device="cpu", device_blocks=16, host="1MiB", disk=disk)
     content.run(cache, TOKENS)
     forget_memory(cache)

@@ -129,7 +129,7 @@ class DiskTier:
         plan = StripePlan(
             directories,
             fingerprint,
-            layout.slot_bytes,
+            layout,
             stripe_slots,
             capacity_bytes // len(directories),
             lambda: new_io(io_threads),

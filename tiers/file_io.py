@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Event, Lock, Thread
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -74,6 +74,27 @@ class BlockFile:
             flags |= os.O_DIRECT
         self.fd = os.open(path, flags, 0o600)
         self._lock = Lock()
+
+    @classmethod
+    def open_to_read(cls, path: Path) -> Self:
+        """Opens an existing file for reading only and creates nothing beside it; with O_DIRECT where that opens.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        file = cls.__new__(cls)
+        file.path = path
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            file.fd = os.open(path, flags | os.O_DIRECT)
+            file.is_direct = True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            file.fd = os.open(path, flags)
+            file.is_direct = False
+        file._lock = Lock()
+        return file
 
     def use_buffered(self) -> bool:
         """Gives up O_DIRECT for this file. True for the one caller that changed it."""

@@ -1,10 +1,11 @@
 """The file that says whose a disk tier's folder is, before anything in it is believed or overwritten.
 
-    STRIPE   magic 8s, version u32, slot_bytes u32, fingerprint 16s, set_id 16s, index u32, count u32, check u64
+    STRIPE   magic 8s, version u32, slot_bytes u32, block_bytes u32, index u32, count u32, zero u32, fingerprint 16s,
+             set_id 16s, check u64
 
 A tier over several directories keeps slot `s` in directory `s % count`, at place `s // count`. All of its folders carry the
-same random set id; it is drawn anew whenever one of them was lost, so that a folder which comes back later with old blocks
-does not fit any more.
+same random set id, so that directories of different tiers are not mixed. A folder that was lost and comes back later, with
+blocks of then, still fits: the index and the digests say which of its blocks are still good.
 """
 
 import contextlib
@@ -17,13 +18,14 @@ from pathlib import Path
 import xxhash
 
 from dynamo.tiers.errors import TierUnavailableError
+from dynamo.tiers.layout import BlockLayout
 
 __all__ = ["IDENTITY_NAME", "StripeIdentity", "StripeState", "judge_stripes", "read_identity", "write_identity"]
 
 IDENTITY_NAME = "STRIPE"
 _MAGIC = b"DYNKVSTR"
 _VERSION = 1
-_BODY = struct.Struct("<8sII16s16sII")  # the check follows
+_BODY = struct.Struct("<8sIIIIII16s16s")  # the check follows
 _BYTES = _BODY.size + 8
 
 
@@ -34,6 +36,7 @@ class StripeIdentity:
     Attributes:
         fingerprint: 16 bytes, the hash of what names model and layout.
         slot_bytes: width of the slots.
+        block_bytes: how much of a slot its digest covers.
         set_id: 16 random bytes shared by all folders of one tier.
         index: which of the folders this is, from 0; the index of blocks lies in number 0.
         count: how many folders there are.
@@ -41,19 +44,21 @@ class StripeIdentity:
 
     fingerprint: bytes
     slot_bytes: int
+    block_bytes: int
     set_id: bytes
     index: int
     count: int
 
     @classmethod
-    def new_set(cls, fingerprint: bytes, slot_bytes: int, count: int) -> "list[StripeIdentity]":
+    def new_set(cls, fingerprint: bytes, layout: BlockLayout, count: int) -> "list[StripeIdentity]":
         """Identities for `count` folders, with a set id never used before. `fingerprint` may have any length."""
         hashed, set_id = xxhash.xxh3_128_digest(fingerprint), os.urandom(16)
-        return [cls(hashed, slot_bytes, set_id, index, count) for index in range(count)]
+        return [cls(hashed, layout.slot_bytes, layout.block_bytes, set_id, index, count) for index in range(count)]
 
     def to_bytes(self) -> bytes:
-        """The 64 bytes of the file."""
-        body = _BODY.pack(_MAGIC, _VERSION, self.slot_bytes, self.fingerprint, self.set_id, self.index, self.count)
+        """The 72 bytes of the file."""
+        sizes = (self.slot_bytes, self.block_bytes, self.index, self.count)
+        body = _BODY.pack(_MAGIC, _VERSION, *sizes, 0, self.fingerprint, self.set_id)
         return body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
 
 
@@ -87,16 +92,17 @@ def read_identity(path: Path) -> StripeState:
             "give the disk tier another directory",
             path=path,
         )
-    if len(data) != _BYTES or data[_BODY.size :] != xxhash.xxh3_64_intdigest(data[: _BODY.size]).to_bytes(8, "little"):
-        return StripeState(True, None)
-    _, version, slot_bytes, fingerprint, set_id, index, count = _BODY.unpack(data[: _BODY.size])
-    if version != _VERSION:
+    version = int.from_bytes(data[8:12], "little")
+    if len(data) >= 12 and version != _VERSION:
         raise TierUnavailableError(
             f"{path.parent} has format version {version}, this program reads {_VERSION}; "
             "delete the folder or give the disk tier another directory",
             path=path,
         )
-    return StripeState(True, StripeIdentity(fingerprint, slot_bytes, set_id, index, count))
+    if len(data) != _BYTES or data[_BODY.size :] != xxhash.xxh3_64_intdigest(data[: _BODY.size]).to_bytes(8, "little"):
+        return StripeState(True, None)
+    _, _, slot_bytes, block_bytes, index, count, _, fingerprint, set_id = _BODY.unpack(data[: _BODY.size])
+    return StripeState(True, StripeIdentity(fingerprint, slot_bytes, block_bytes, set_id, index, count))
 
 
 def write_identity(path: Path, identity: StripeIdentity) -> None:
@@ -134,7 +140,7 @@ def judge_stripes(
     """
     for folder, state, want in zip(folders, states, wanted, strict=True):
         found = state.identity
-        if found and (found.fingerprint, found.slot_bytes) != (want.fingerprint, want.slot_bytes):
+        if found and _content(found) != _content(want):
             raise TierUnavailableError(
                 f"{folder} holds blocks of another model or block layout under this model's name; delete it",
                 path=folder,
@@ -163,3 +169,7 @@ def judge_stripes(
                 path=folder,
             )
     return [state.identity is None for state in states]
+
+
+def _content(identity: StripeIdentity) -> tuple[bytes, int, int]:
+    return identity.fingerprint, identity.slot_bytes, identity.block_bytes

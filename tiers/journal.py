@@ -36,7 +36,7 @@ from dynamo.tiers.records import (
     surviving_puts,
 )
 
-__all__ = ["NAME_BYTES", "ROOT_NAME", "Journal", "RecoveredBlocks"]
+__all__ = ["NAME_BYTES", "ROOT_NAME", "IndexScan", "Journal", "RecoveredBlocks", "scan_index"]
 
 logger = logging.getLogger(__name__)
 
@@ -199,11 +199,14 @@ class Journal:
     def forget(self, slots: SlotIds) -> bool:
         """Drops whatever blocks lie in `slots`, one write for all; as `drop`."""
         check_ids(slots, "slots", self.num_slots)
+        live = self.records_in(slots)
+        return self.drop(names_of(live, "name"), live["slot"].astype(np.int64))
+
+    def records_in(self, slots: SlotIds) -> Records:
+        """The records of those of `slots` that hold a block, as they are now; RECORD [m], in the order of `slots`."""
+        check_ids(slots, "slots", self.num_slots)
         with self._lock:
-            self._open_fd()
-            live = chosen(chosen(self._live, slots), self._live["kind"][slots] == PUT)
-            names, live_slots = names_of(live, "name"), live["slot"].astype(np.int64)
-        return self.drop(names, live_slots)
+            return chosen(chosen(self._live, slots), self._live["kind"][slots] == PUT)
 
     def resize(self, num_slots: int) -> None:
         """Changes the number of slots; blocks in slots beyond are forgotten, on disk not before the next rewrite.
@@ -417,6 +420,42 @@ def _parent_index(names: npt.NDArray[np.uint64], parents: npt.NDArray[np.uint64]
     if is_open.any():
         parent_index[is_open] = NameTable(names).find(parents[is_open])
     return parent_index
+
+
+@dataclass(frozen=True, slots=True)
+class IndexScan:
+    """What an index file holds, found without changing it.
+
+    Attributes:
+        blocks: the blocks it names.
+        num_records: whole records in the file.
+        num_damaged: those of them whose check fails.
+        num_torn_bytes: bytes of an unfinished record at the end, as a crash leaves them.
+    """
+
+    blocks: RecoveredBlocks
+    num_records: int
+    num_damaged: int
+    num_torn_bytes: int
+
+
+def scan_index(path: Path) -> IndexScan:
+    """Reads an index whatever model it belongs to.
+
+    Raises:
+        JournalFormatError: the file is foreign, another version's, or its header is damaged.
+        OSError: it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        header = Header.from_bytes(os.pread(fd, HEADER_BYTES, 0), None, path)
+        records = _read_records(fd)
+        num_torn_bytes = max(0, os.fstat(fd).st_size - HEADER_BYTES) % RECORD_BYTES
+    finally:
+        os.close(fd)
+    good = chosen(records, record_checks(records, header.seed) == records["check"])
+    live = surviving_puts(good)
+    return IndexScan(RecoveredBlocks.from_records(live), records.size, records.size - good.size, num_torn_bytes)
 
 
 def _temporary(path: Path) -> Path:

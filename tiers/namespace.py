@@ -21,24 +21,24 @@ from pathlib import Path
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
 from dynamo.tiers.identity import IDENTITY_NAME, read_identity
 
-__all__ = ["Namespace", "find_namespaces", "namespace_folder"]
+__all__ = ["BLOCKS_NAME", "JOURNAL_NAME", "LOCK_NAME", "Namespace", "find_namespaces", "namespace_folder"]
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[0-9a-f]{16}")
-_LOCK, _JOURNAL, _BLOCKS, _BUDGET = "LOCK", "journal.log", "blocks.dat", "budget.dat"
+LOCK_NAME, JOURNAL_NAME, BLOCKS_NAME, _BUDGET = "LOCK", "journal.log", "blocks.dat", "budget.dat"
 # In the order in which they are deleted: after a crash in between, nothing that is left is believed, and it is still ours.
 _OWN_FILES = (
-    _JOURNAL,
-    _JOURNAL + ".tmp",
-    _BLOCKS,
+    JOURNAL_NAME,
+    JOURNAL_NAME + ".tmp",
+    BLOCKS_NAME,
     _BUDGET,
     "direct.probe",
     IDENTITY_NAME + ".tmp",
     IDENTITY_NAME,
-    _LOCK,
+    LOCK_NAME,
 )
-_FIRST_FILES = frozenset({_LOCK, IDENTITY_NAME + ".tmp"})  # all that a folder may hold before it has an identity
+_FIRST_FILES = frozenset({LOCK_NAME, IDENTITY_NAME + ".tmp"})  # all that a folder may hold before it has an identity
 
 
 class Namespace:
@@ -60,12 +60,12 @@ class Namespace:
         self.folder = namespace_folder(directory, fingerprint)
         self._make_folder()
         _check_is_ours_or_empty(self.folder)
-        self._lock_fd: int | None = _lock(self.folder / _LOCK)
+        self._lock_fd: int | None = _lock(self.folder / LOCK_NAME)
 
     @property
     def journal_path(self) -> Path:
         """Where the index lies."""
-        return self.folder / _JOURNAL
+        return self.folder / JOURNAL_NAME
 
     @property
     def budget_path(self) -> Path:
@@ -80,7 +80,7 @@ class Namespace:
     @property
     def blocks_path(self) -> Path:
         """Where the slots lie."""
-        return self.folder / _BLOCKS
+        return self.folder / BLOCKS_NAME
 
     def restore(self) -> None:
         """Makes folder and lock anew when they were deleted.
@@ -92,7 +92,7 @@ class Namespace:
         self._make_folder()
         if self._lock_fd is not None and os.fstat(self._lock_fd).st_nlink:
             return
-        lock_fd = _lock(self.folder / _LOCK)
+        lock_fd = _lock(self.folder / LOCK_NAME)
         self.close()
         self._lock_fd = lock_fd
 
@@ -157,7 +157,7 @@ def _is_ours(folder: Path) -> bool:
         if folder.is_symlink():
             return False
         names = {entry.name for entry in folder.iterdir()}
-        if not (names <= set(_OWN_FILES) and {_LOCK, IDENTITY_NAME} <= names):
+        if not (names <= set(_OWN_FILES) and {LOCK_NAME, IDENTITY_NAME} <= names):
             return False
         read_identity(folder / IDENTITY_NAME)
         return all(stat.S_ISREG((folder / name).lstat().st_mode) for name in names)
@@ -187,7 +187,7 @@ def _size(folder: Path) -> int:
 
 def _last_use(folder: Path) -> float:
     times = [0.0]
-    for name in (_LOCK, _JOURNAL):
+    for name in (LOCK_NAME, JOURNAL_NAME):
         with contextlib.suppress(OSError):
             times.append((folder / name).lstat().st_mtime)
     return max(times)
@@ -196,7 +196,7 @@ def _last_use(folder: Path) -> float:
 def _remove(folder: Path) -> bool:
     """Deletes an unlocked namespace."""
     try:
-        lock_fd = _lock(folder / _LOCK)
+        lock_fd = _lock(folder / LOCK_NAME)
     except (TierBusyError, OSError):
         return False
     try:

@@ -100,8 +100,8 @@ class Header:
         return np.uint64(int.from_bytes(self.to_bytes()[-8:], "little"))
 
     @classmethod
-    def from_bytes(cls, data: bytes, fingerprint: bytes, path: Path) -> "Header":
-        """Reads a header and checks that it belongs to `fingerprint`.
+    def from_bytes(cls, data: bytes, fingerprint: bytes | None, path: Path) -> "Header":
+        """Reads a header and checks that it belongs to `fingerprint`, unless that is None.
 
         Raises:
             JournalFormatError: it does not, or is no header at all; the message says which.
@@ -117,7 +117,7 @@ class Header:
             raise JournalFormatError(
                 f"{path} has format version {version}; this program reads {_VERSION}", path=path, is_other_version=True
             )
-        if found != xxhash.xxh3_128_digest(fingerprint):
+        if fingerprint is not None and found != xxhash.xxh3_128_digest(fingerprint):
             raise JournalFormatError(f"{path} belongs to another model or block layout", path=path)
         return cls(found, num_slots, salt)
 

@@ -13,6 +13,7 @@ from dynamo.tiers.errors import JournalFormatError, TierUnavailableError
 from dynamo.tiers.file_io import SlotIO
 from dynamo.tiers.identity import StripeIdentity, judge_stripes, read_identity, write_identity
 from dynamo.tiers.journal import Journal, RecoveredBlocks
+from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.namespace import Namespace
 from dynamo.tiers.stripe import ABSENT, FaultReport, Generations, Stripe
 from dynamo.tiers.stripe_calls import StripeRead, StripeWrite
@@ -30,7 +31,7 @@ class StripePlan:
     Attributes:
         directories: one or several, in their order.
         fingerprint: names model, dtype and layout.
-        slot_bytes: width of a slot.
+        layout: sizes of a block.
         stripe_slots: slots of each directory.
         stripe_capacity_bytes: what all models in each directory may take together.
         new_io: makes the I/O back-end of a directory.
@@ -39,7 +40,7 @@ class StripePlan:
 
     directories: Sequence[Path]
     fingerprint: bytes
-    slot_bytes: int
+    layout: BlockLayout
     stripe_slots: int
     stripe_capacity_bytes: int
     new_io: Callable[[], SlotIO]
@@ -70,7 +71,7 @@ class StripeSet:
                 for directory in plan.directories
             ]
             states = [read_identity(namespace.identity_path) for namespace in namespaces]
-            identities = StripeIdentity.new_set(plan.fingerprint, plan.slot_bytes, len(namespaces))
+            identities = StripeIdentity.new_set(plan.fingerprint, plan.layout, len(namespaces))
             is_lost = judge_stripes([namespace.folder for namespace in namespaces], states, identities)
             if is_lost is None:
                 for namespace, identity in reversed(list(zip(namespaces, identities, strict=True))):
@@ -201,7 +202,7 @@ def _open_journal(namespace: Namespace, plan: StripePlan, *, is_new: bool) -> Jo
     """The index, or a new one where the old one is of no use, which is reported."""
     count = len(plan.directories)
     num_slots = plan.stripe_slots * count
-    fingerprint = index_fingerprint(plan.fingerprint, plan.slot_bytes, count)
+    fingerprint = index_fingerprint(plan.fingerprint, plan.layout.slot_bytes, count)
     if is_new:
         return Journal.create(namespace.journal_path, num_slots, fingerprint)
     try:

@@ -266,7 +266,8 @@ def test_kill_9_while_saving_leaves_only_right_blocks(spec, content, tmp_path):
     place = f"{tmp_path}:4MiB"
     done = 0
     for _ in range(3):
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         process = subprocess.Popen(
             [sys.executable, "-c", CRASHING, place], stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
         )

@@ -9,7 +9,6 @@ import errno
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from dynamo.kernels.checks import SlotIds, check_ids
 from dynamo.tiers.errors import JournalFormatError, TierClosedError
-from dynamo.tiers.name_table import Names, NameTable, name_words
+from dynamo.tiers.name_table import Names
 from dynamo.tiers.records import (
     DROP,
     HEADER_BYTES,
@@ -35,61 +34,15 @@ from dynamo.tiers.records import (
     record_checks,
     surviving_puts,
 )
+from dynamo.tiers.recovered import RecoveredBlocks, read_records
 
-__all__ = ["NAME_BYTES", "ROOT_NAME", "IndexScan", "Journal", "RecoveredBlocks", "scan_index"]
+__all__ = ["NAME_BYTES", "ROOT_NAME", "Journal"]
 
 logger = logging.getLogger(__name__)
 
 _COMPACT_ABOVE_LIVE = 3  # a log is rewritten when it is this many times longer than what is true ...
 _MAX_SLOTS = 1 << 26  # what a header may claim: 64 million blocks
 _COMPACT_ABOVE_RECORDS = 16384  # ... and by this much (1 MiB)
-
-
-@dataclass(frozen=True, slots=True)
-class RecoveredBlocks:
-    """Blocks found in an index, least recently put first; names are distinct, and so are slots.
-
-    Attributes:
-        names: 16-byte block names, uint8 [n, 16], C-contiguous: `names.tobytes()` is all of them in a row.
-        parents: name of each block's parent, ROOT_NAME for none, uint8 [n, 16], C-contiguous.
-        parent_index: position of each block's parent in these arrays, int64 [n]; -1 for a block without a parent, or whose
-            parent is not there. A parent is usually, not always, put before its children.
-        slots: int64 [n].
-        digests: uint64 [n].
-    """
-
-    names: Names
-    parents: Names
-    parent_index: SlotIds
-    slots: SlotIds
-    digests: npt.NDArray[np.uint64]
-
-    @classmethod
-    def from_records(cls, records: Records) -> "RecoveredBlocks":
-        """The blocks of surviving PUT records."""
-        names, parents = names_of(records, "name"), names_of(records, "parent")
-        return cls(
-            names,
-            parents,
-            _parent_index(name_words(names), name_words(parents)),
-            records["slot"].astype(np.int64),
-            records["digest"].astype(np.uint64),
-        )
-
-    def __len__(self) -> int:
-        return self.slots.size
-
-    def selected(self, which: npt.NDArray[np.bool_]) -> "RecoveredBlocks":
-        """The blocks chosen by a mask, bool [n]; parents among those left out are not there any more."""
-        if which.all():
-            return self
-        position = np.cumsum(which) - 1
-        parent_index = self.parent_index[which]
-        has_parent = (parent_index >= 0) & which[parent_index]
-        parent_index = np.where(has_parent, position[parent_index], -1)
-        return RecoveredBlocks(
-            self.names[which], self.parents[which], parent_index, self.slots[which], self.digests[which]
-        )
 
 
 class Journal:
@@ -207,6 +160,13 @@ class Journal:
         check_ids(slots, "slots", self.num_slots)
         with self._lock:
             return chosen(chosen(self._live, slots), self._live["kind"][slots] == PUT)
+
+    def generations(self, slots: SlotIds) -> npt.NDArray[np.uint64]:
+        """Sequence number of the record of each slot, uint64 [n]; 0 where it holds no block. No number is used twice."""
+        check_ids(slots, "slots", self.num_slots)
+        with self._lock:
+            sequences: npt.NDArray[np.uint64] = self._live["sequence"][slots]
+            return sequences
 
     def resize(self, num_slots: int) -> None:
         """Changes the number of slots; blocks in slots beyond are forgotten, on disk not before the next rewrite.
@@ -366,7 +326,7 @@ class Journal:
         try:
             header = Header.from_bytes(os.pread(fd, HEADER_BYTES, 0), self._fingerprint, self.path)
             self._check_length(fd, header)
-            records = _read_records(fd)
+            records = read_records(fd)
             os.ftruncate(fd, HEADER_BYTES + records.size * RECORD_BYTES)  # a record torn by a crash
         except BaseException:
             os.close(fd)
@@ -406,58 +366,6 @@ class Journal:
             logger.warning("the disk tier's index %s cannot be written (%s): new blocks are not kept", self.path, error)
 
 
-def _parent_index(names: npt.NDArray[np.uint64], parents: npt.NDArray[np.uint64]) -> SlotIds:
-    """Where each of `parents` stands among `names`, both uint64 [n, 2]; -1 where it does not.
-
-    Most blocks were put right behind their parent, or start a sequence; only the others are looked up in a table.
-    """
-    parent_index = np.full(len(names), -1, dtype=np.int64)
-    is_open = (parents[:, 0] | parents[:, 1]) != 0
-    follows = np.zeros(len(names), dtype=np.bool_)
-    follows[1:] = (parents[1:, 0] == names[:-1, 0]) & (parents[1:, 1] == names[:-1, 1]) & is_open[1:]
-    parent_index[follows] = np.flatnonzero(follows) - 1
-    is_open &= ~follows
-    if is_open.any():
-        parent_index[is_open] = NameTable(names).find(parents[is_open])
-    return parent_index
-
-
-@dataclass(frozen=True, slots=True)
-class IndexScan:
-    """What an index file holds, found without changing it.
-
-    Attributes:
-        blocks: the blocks it names.
-        num_records: whole records in the file.
-        num_damaged: those of them whose check fails.
-        num_torn_bytes: bytes of an unfinished record at the end, as a crash leaves them.
-    """
-
-    blocks: RecoveredBlocks
-    num_records: int
-    num_damaged: int
-    num_torn_bytes: int
-
-
-def scan_index(path: Path) -> IndexScan:
-    """Reads an index whatever model it belongs to.
-
-    Raises:
-        JournalFormatError: the file is foreign, another version's, or its header is damaged.
-        OSError: it cannot be read.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        header = Header.from_bytes(os.pread(fd, HEADER_BYTES, 0), None, path)
-        records = _read_records(fd)
-        num_torn_bytes = max(0, os.fstat(fd).st_size - HEADER_BYTES) % RECORD_BYTES
-    finally:
-        os.close(fd)
-    good = chosen(records, record_checks(records, header.seed) == records["check"])
-    live = surviving_puts(good)
-    return IndexScan(RecoveredBlocks.from_records(live), records.size, records.size - good.size, num_torn_bytes)
-
-
 def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
@@ -469,19 +377,6 @@ def _write_all(fd: int, data: bytes, offset: int) -> None:
         if count == 0:
             raise OSError(errno.EIO, "nothing was written")
         view, offset = view[count:], offset + count
-
-
-def _read_records(fd: int) -> Records:
-    """All whole records behind the header."""
-    num_bytes = max(0, os.fstat(fd).st_size - HEADER_BYTES) // RECORD_BYTES * RECORD_BYTES
-    data = np.empty(num_bytes, dtype=np.uint8)
-    num_read = 0
-    while num_read < num_bytes:
-        count = os.preadv(fd, [data.data[num_read:]], HEADER_BYTES + num_read)
-        if count == 0:
-            break
-        num_read += count
-    return data[: num_read // RECORD_BYTES * RECORD_BYTES].view(RECORD)
 
 
 def _sync_directory(directory: Path) -> None:

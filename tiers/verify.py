@@ -15,9 +15,9 @@ from dynamo.kernels.digest import digest_rows
 from dynamo.tiers.errors import JournalFormatError, TierBusyError, TierUnavailableError
 from dynamo.tiers.file_io import BlockFile, FileIO
 from dynamo.tiers.identity import IDENTITY_NAME, StripeIdentity, read_identity
-from dynamo.tiers.journal import RecoveredBlocks, scan_index
 from dynamo.tiers.name_table import name_words
 from dynamo.tiers.namespace import BLOCKS_NAME, JOURNAL_NAME, LOCK_NAME, find_namespaces
+from dynamo.tiers.recovered import RecoveredBlocks, scan_index
 from dynamo.tiers.tier import Outcomes, Rows, SlotIds
 
 __all__ = ["NamespaceReport", "verify_directories"]

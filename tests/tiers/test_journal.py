@@ -14,8 +14,9 @@ import pytest
 
 from dynamo.kernels.checks import KernelArgumentError
 from dynamo.tiers.errors import JournalFormatError, TierClosedError
-from dynamo.tiers.journal import ROOT_NAME, Journal, RecoveredBlocks
+from dynamo.tiers.journal import ROOT_NAME, Journal
 from dynamo.tiers.records import HEADER_BYTES, RECORD_BYTES
+from dynamo.tiers.recovered import RecoveredBlocks
 
 NUM_SLOTS = 1000
 

@@ -16,7 +16,7 @@ from dynamo.kvcache.pool import Allocation, BlockPool
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.host import HostTier
-from dynamo.tiers.journal import ROOT_NAME
+from dynamo.tiers.journal import NAME_BYTES, ROOT_NAME
 from dynamo.tiers.tier import Rows, SlotIds
 
 __all__ = ["Digests", "Hold", "Shelf", "digest_seeds"]
@@ -291,7 +291,8 @@ class Shelf:
         A block counts as used when the last of its descendants was recorded.
         """
         recovered = disk.recovered
-        names, parent_of = recovered.names, dict(zip(recovered.names, recovered.parents, strict=True))
+        names, all_parents = _split(recovered.names), _split(recovered.parents)
+        parent_of = dict(zip(names, all_parents, strict=True))
         last_use = {name: position for position, name in enumerate(names)}
         for use in range(len(names) - 1, -1, -1):
             ancestor = parent_of[names[use]]
@@ -303,8 +304,13 @@ class Shelf:
         keys = [BlockKey(names[position]) for position in positions.tolist()]
         self.disk_digests[recovered.slots] = recovered.digests
         self.disk.restore(keys, recovered.slots[positions])
-        parents = [BlockKey(parent) if parent != ROOT_NAME else None for parent in recovered.parents]
+        parents = [BlockKey(parent) if parent != ROOT_NAME else None for parent in all_parents]
         self.events.stored_runs("disk", [BlockKey(name) for name in names], parents)
+
+
+def _split(names: npt.NDArray[np.uint8]) -> list[bytes]:
+    data = names.tobytes()
+    return [data[i : i + NAME_BYTES] for i in range(0, len(data), NAME_BYTES)]
 
 
 def _depths(names: list[bytes], parent_of: dict[bytes, bytes]) -> dict[bytes, int]:

@@ -9,7 +9,6 @@ import errno
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from dynamo.kernels.checks import SlotIds, check_ids
 from dynamo.tiers.errors import JournalFormatError, TierClosedError
+from dynamo.tiers.name_table import Names
 from dynamo.tiers.records import (
     DROP,
     HEADER_BYTES,
@@ -34,31 +34,15 @@ from dynamo.tiers.records import (
     record_checks,
     surviving_puts,
 )
+from dynamo.tiers.recovered import RecoveredBlocks, read_records
 
-__all__ = ["NAME_BYTES", "ROOT_NAME", "Journal", "RecoveredBlocks"]
+__all__ = ["NAME_BYTES", "ROOT_NAME", "Journal"]
 
 logger = logging.getLogger(__name__)
 
 _COMPACT_ABOVE_LIVE = 3  # a log is rewritten when it is this many times longer than what is true ...
 _MAX_SLOTS = 1 << 26  # what a header may claim: 64 million blocks
 _COMPACT_ABOVE_RECORDS = 16384  # ... and by this much (1 MiB)
-
-
-@dataclass(frozen=True, slots=True)
-class RecoveredBlocks:
-    """Blocks found in an index, least recently put first; names are distinct, and so are slots.
-
-    Attributes:
-        names: 16-byte block names, [n].
-        parents: name of each block's parent, ROOT_NAME for none, [n].
-        slots: int64 [n].
-        digests: uint64 [n].
-    """
-
-    names: list[bytes]
-    parents: list[bytes]
-    slots: SlotIds
-    digests: npt.NDArray[np.uint64]
 
 
 class Journal:
@@ -82,7 +66,7 @@ class Journal:
         self._fd: int | None = None
         self._seed = np.uint64(0)
         self._num_damaged = 0
-        self._recovered = _as_blocks(np.zeros(0, dtype=RECORD))
+        self._recovered = RecoveredBlocks.from_records(np.zeros(0, dtype=RECORD))
 
     @classmethod
     def open(cls, path: Path, num_slots: int, fingerprint: bytes) -> "Journal":
@@ -127,15 +111,19 @@ class Journal:
         return self._num_damaged
 
     def put(
-        self, names: Sequence[bytes], parents: Sequence[bytes], slots: SlotIds, digests: npt.NDArray[np.uint64]
+        self,
+        names: Sequence[bytes] | Names,
+        parents: Sequence[bytes] | Names,
+        slots: SlotIds,
+        digests: npt.NDArray[np.uint64],
     ) -> bool:
         """Records that blocks lie in slots; call it when their bytes are there. One write for the whole list.
 
         A later put wins over an earlier one of the same name or slot.
 
         Args:
-            names: 16 bytes each, [n].
-            parents: 16 bytes each, ROOT_NAME for none, [n].
+            names: 16 bytes each, [n]; a list, or an array uint8 [n, 16].
+            parents: 16 bytes each, ROOT_NAME for none, likewise.
             slots: int64 [n].
             digests: uint64 [n], given back at recovery.
 
@@ -148,7 +136,7 @@ class Journal:
         """
         return self._append(PUT, names, parents, slots, digests)
 
-    def drop(self, names: Sequence[bytes], slots: SlotIds) -> bool:
+    def drop(self, names: Sequence[bytes] | Names, slots: SlotIds) -> bool:
         """Records that blocks no longer lie in their slots. A name that is not in its slot is ignored.
 
         Returns:
@@ -160,6 +148,41 @@ class Journal:
             TierClosedError: the journal is closed.
         """
         return self._append(DROP, names, [ROOT_NAME] * len(names), slots, np.zeros(len(names), dtype=np.uint64))
+
+    def forget(self, slots: SlotIds) -> bool:
+        """Drops whatever blocks lie in `slots`, one write for all; as `drop`."""
+        check_ids(slots, "slots", self.num_slots)
+        live = self.records_in(slots)
+        return self.drop(names_of(live, "name"), live["slot"].astype(np.int64))
+
+    def records_in(self, slots: SlotIds) -> Records:
+        """The records of those of `slots` that hold a block, as they are now; RECORD [m], in the order of `slots`."""
+        check_ids(slots, "slots", self.num_slots)
+        with self._lock:
+            return chosen(chosen(self._live, slots), self._live["kind"][slots] == PUT)
+
+    def generations(self, slots: SlotIds) -> npt.NDArray[np.uint64]:
+        """Sequence number of the record of each slot, uint64 [n]; 0 where it holds no block. No number is used twice."""
+        check_ids(slots, "slots", self.num_slots)
+        with self._lock:
+            sequences: npt.NDArray[np.uint64] = self._live["sequence"][slots]
+            return sequences
+
+    def resize(self, num_slots: int) -> None:
+        """Changes the number of slots; blocks in slots beyond are forgotten, on disk not before the next rewrite.
+
+        A log that still names them is read right: they are beyond the number of slots then too.
+
+        Raises:
+            TierClosedError: the journal is closed.
+        """
+        with self._lock:
+            self._open_fd()
+            live = np.zeros(num_slots, dtype=RECORD)
+            num_kept = min(num_slots, self.num_slots)
+            live.view(f"V{RECORD_BYTES}")[:num_kept] = self._live.view(f"V{RECORD_BYTES}")[:num_kept]
+            self._live = live
+            self.num_slots = num_slots
 
     def clear(self) -> bool:
         """Forgets everything, on disk too before it returns.
@@ -214,8 +237,8 @@ class Journal:
     def _append(
         self,
         kind: int,
-        names: Sequence[bytes],
-        parents: Sequence[bytes],
+        names: Sequence[bytes] | Names,
+        parents: Sequence[bytes] | Names,
         slots: SlotIds,
         digests: npt.NDArray[np.uint64],
     ) -> bool:
@@ -303,7 +326,7 @@ class Journal:
         try:
             header = Header.from_bytes(os.pread(fd, HEADER_BYTES, 0), self._fingerprint, self.path)
             self._check_length(fd, header)
-            records = _read_records(fd)
+            records = read_records(fd)
             os.ftruncate(fd, HEADER_BYTES + records.size * RECORD_BYTES)  # a record torn by a crash
         except BaseException:
             os.close(fd)
@@ -313,7 +336,7 @@ class Journal:
         self._num_damaged = records.size - good.size
         live = surviving_puts(good)
         live = chosen(live, live["slot"] < self.num_slots)
-        self._recovered = _as_blocks(live)
+        self._recovered = RecoveredBlocks.from_records(live)
         if good.size:
             self._next_sequence = int(good["sequence"].max()) + 1
         self._adopt(header, live, records.size)
@@ -332,7 +355,7 @@ class Journal:
 
     def _adopt(self, header: Header, live: Records, num_records: int) -> None:
         self._seed = header.seed
-        self._live[:] = 0
+        self._live = np.zeros(self.num_slots, dtype=RECORD)  # fresh pages, faster than clearing the old ones
         self._live.view(f"V{RECORD_BYTES}")[live["slot"].astype(np.int64)] = live.view(f"V{RECORD_BYTES}")
         self._num_records = num_records
         self._compact_at = _COMPACT_ABOVE_LIVE * live.size + _COMPACT_ABOVE_RECORDS
@@ -341,15 +364,6 @@ class Journal:
         if not self._failed_once:
             self._failed_once = True
             logger.warning("the disk tier's index %s cannot be written (%s): new blocks are not kept", self.path, error)
-
-
-def _as_blocks(records: Records) -> RecoveredBlocks:
-    return RecoveredBlocks(
-        names_of(records, "name"),
-        names_of(records, "parent"),
-        records["slot"].astype(np.int64),
-        records["digest"].astype(np.uint64),
-    )
 
 
 def _temporary(path: Path) -> Path:
@@ -363,19 +377,6 @@ def _write_all(fd: int, data: bytes, offset: int) -> None:
         if count == 0:
             raise OSError(errno.EIO, "nothing was written")
         view, offset = view[count:], offset + count
-
-
-def _read_records(fd: int) -> Records:
-    """All whole records behind the header."""
-    num_bytes = max(0, os.fstat(fd).st_size - HEADER_BYTES) // RECORD_BYTES * RECORD_BYTES
-    data = np.empty(num_bytes, dtype=np.uint8)
-    num_read = 0
-    while num_read < num_bytes:
-        count = os.preadv(fd, [data.data[num_read:]], HEADER_BYTES + num_read)
-        if count == 0:
-            break
-        num_read += count
-    return data[: num_read // RECORD_BYTES * RECORD_BYTES].view(RECORD)
 
 
 def _sync_directory(directory: Path) -> None:

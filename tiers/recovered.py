@@ -1,0 +1,136 @@
+"""What an index file says: the blocks that its records leave over, as arrays."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dynamo.kernels.checks import SlotIds
+from dynamo.tiers.name_table import Names, NameTable, name_words
+from dynamo.tiers.records import (
+    HEADER_BYTES,
+    RECORD,
+    RECORD_BYTES,
+    Header,
+    Records,
+    chosen,
+    names_of,
+    record_checks,
+    surviving_puts,
+)
+
+__all__ = ["IndexScan", "RecoveredBlocks", "read_records", "scan_index"]
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveredBlocks:
+    """Blocks found in an index, least recently put first; names are distinct, and so are slots.
+
+    Attributes:
+        names: 16-byte block names, uint8 [n, 16], C-contiguous: `names.tobytes()` is all of them in a row.
+        parents: name of each block's parent, ROOT_NAME for none, uint8 [n, 16], C-contiguous.
+        parent_index: position of each block's parent in these arrays, int64 [n]; -1 for a block without a parent, or whose
+            parent is not there. A parent is usually, not always, put before its children.
+        slots: int64 [n].
+        digests: uint64 [n].
+    """
+
+    names: Names
+    parents: Names
+    parent_index: SlotIds
+    slots: SlotIds
+    digests: npt.NDArray[np.uint64]
+
+    @classmethod
+    def from_records(cls, records: Records) -> "RecoveredBlocks":
+        """The blocks of surviving PUT records."""
+        names, parents = names_of(records, "name"), names_of(records, "parent")
+        return cls(
+            names,
+            parents,
+            _parent_index(name_words(names), name_words(parents)),
+            records["slot"].astype(np.int64),
+            records["digest"].astype(np.uint64),
+        )
+
+    def __len__(self) -> int:
+        return self.slots.size
+
+    def selected(self, which: npt.NDArray[np.bool_]) -> "RecoveredBlocks":
+        """The blocks chosen by a mask, bool [n]; parents among those left out are not there any more."""
+        if which.all():
+            return self
+        position = np.cumsum(which) - 1
+        parent_index = self.parent_index[which]
+        has_parent = (parent_index >= 0) & which[parent_index]
+        parent_index = np.where(has_parent, position[parent_index], -1)
+        return RecoveredBlocks(
+            self.names[which], self.parents[which], parent_index, self.slots[which], self.digests[which]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class IndexScan:
+    """What an index file holds, found without changing it.
+
+    Attributes:
+        blocks: the blocks it names.
+        num_records: whole records in the file.
+        num_damaged: those of them whose check fails.
+        num_torn_bytes: bytes of an unfinished record at the end, as a crash leaves them.
+    """
+
+    blocks: RecoveredBlocks
+    num_records: int
+    num_damaged: int
+    num_torn_bytes: int
+
+
+def scan_index(path: Path) -> IndexScan:
+    """Reads an index whatever model it belongs to.
+
+    Raises:
+        JournalFormatError: the file is foreign, another version's, or its header is damaged.
+        OSError: it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        header = Header.from_bytes(os.pread(fd, HEADER_BYTES, 0), None, path)
+        records = read_records(fd)
+        num_torn_bytes = max(0, os.fstat(fd).st_size - HEADER_BYTES) % RECORD_BYTES
+    finally:
+        os.close(fd)
+    good = chosen(records, record_checks(records, header.seed) == records["check"])
+    live = surviving_puts(good)
+    return IndexScan(RecoveredBlocks.from_records(live), records.size, records.size - good.size, num_torn_bytes)
+
+
+def read_records(fd: int) -> Records:
+    """All whole records behind the header."""
+    num_bytes = max(0, os.fstat(fd).st_size - HEADER_BYTES) // RECORD_BYTES * RECORD_BYTES
+    data = np.empty(num_bytes, dtype=np.uint8)
+    num_read = 0
+    while num_read < num_bytes:
+        count = os.preadv(fd, [data.data[num_read:]], HEADER_BYTES + num_read)
+        if count == 0:
+            break
+        num_read += count
+    return data[: num_read // RECORD_BYTES * RECORD_BYTES].view(RECORD)
+
+
+def _parent_index(names: npt.NDArray[np.uint64], parents: npt.NDArray[np.uint64]) -> SlotIds:
+    """Where each of `parents` stands among `names`, both uint64 [n, 2]; -1 where it does not.
+
+    Most blocks were put right behind their parent, or start a sequence; only the others are looked up in a table.
+    """
+    parent_index = np.full(len(names), -1, dtype=np.int64)
+    is_open = (parents[:, 0] | parents[:, 1]) != 0
+    follows = np.zeros(len(names), dtype=np.bool_)
+    follows[1:] = (parents[1:, 0] == names[:-1, 0]) & (parents[1:, 1] == names[:-1, 1]) & is_open[1:]
+    parent_index[follows] = np.flatnonzero(follows) - 1
+    is_open &= ~follows
+    if is_open.any():
+        parent_index[is_open] = NameTable(names).find(parents[is_open])
+    return parent_index

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.lineage import NO_PARENT
 from dynamo.kvcache.pool import BlockPool
 
 
@@ -96,7 +97,8 @@ def test_forgotten_blocks_in_use_become_free_when_released():
 
 def test_a_restored_pool_evicts_in_the_order_given():
     pool = BlockPool(5)
-    pool.restore([key(3), key(1), key(2)], np.array([4, 0, 2]))
+    names = np.frombuffer(key(3) + key(1) + key(2), dtype="V16")
+    pool.restore(names, np.array([4, 0, 2]), np.full(3, NO_PARENT), [2, 3])
     pool.check_invariants()
     assert pool.find(key(1)) == 0
     assert pool.allocate(4).evicted_keys == [key(3), key(1)]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dynamo.kvcache.lineage import NO_PARENT
 from dynamo.kvcache.pool import BlockPool
-from dynamo.tiers.journal import ROOT_NAME, RecoveredBlocks
+from dynamo.tiers.journal import NAME_BYTES, RecoveredBlocks
 
 __all__ = ["RecoveredOrder", "order_recovered", "recover"]
 
@@ -26,16 +26,13 @@ _ENTRY_BLOCKS = 1024  # blocks of several chains are filed together up to about 
 
 def recover(pool: BlockPool, recovered: RecoveredBlocks) -> None:
     """Fills an unused disk pool with what an index told."""
-    names = np.frombuffer(b"".join(recovered.names), dtype="V16")
-    position = {name: i for i, name in enumerate(recovered.names)}
-    parent = np.array([position.get(name, NO_PARENT) for name in recovered.parents], dtype=np.int64)
-    parent_names = np.frombuffer(b"".join(recovered.parents), dtype="V16")
+    names, parent_names, parent = _as_items(recovered.names), _as_items(recovered.parents), recovered.parent_index
     found = order_recovered(parent)
     order = found.order
     if len(order) < len(names):
         logger.warning("%d blocks on disk are their own ancestors; they are forgotten", len(names) - len(order))
     slots, above = recovered.slots[order], parent[order]
-    (lost,) = np.nonzero((above == NO_PARENT) & (parent_names[order] != np.void(ROOT_NAME)))
+    (lost,) = np.nonzero((above == NO_PARENT) & recovered.parents[order].any(axis=1))  # the root's name is all zeros
     pool.restore(
         names[order],
         slots,
@@ -95,6 +92,11 @@ def order_recovered(parent: Positions) -> RecoveredOrder:
     ends = np.cumsum(counts)[counts > 0]
     last_in_window = np.append(np.diff(ends // _ENTRY_BLOCKS) > 0, [True] * bool(len(ends)))
     return RecoveredOrder(order, ends[last_in_window].tolist())
+
+
+def _as_items(names: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
+    """Names, uint8 [n, 16], as void16 [n]."""
+    return np.ascontiguousarray(names).view(f"V{NAME_BYTES}").reshape(-1)
 
 
 def _find_runs(parent: Positions) -> _Runs:

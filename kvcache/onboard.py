@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from dynamo.kernels.digest import digest_rows
+from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.shelf import Hold, Shelf, digest_seeds
 from dynamo.tiers.device import DeviceTier, Fence
@@ -35,12 +36,14 @@ class LoadRequest:
         first: position in `chain` of the first wanted block.
         device_slots: where the wanted blocks go, one slot for each.
         fences: points in CUDA streams after which nothing uses the slots' former content; none on CPU.
+        use: what the sequence uses its chain for.
     """
 
     chain: list[BlockKey]
     first: int
     device_slots: SlotIds
     fences: list[Fence]
+    use: OpenUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class Onboarder:
         in_host: list[tuple[int, int]] = []
         on_disk: list[tuple[int, int]] = []
         with shelf.changed:
-            hold = shelf.hold([request.chain])
+            hold = shelf.hold([request.chain], [request.use])
             for position, key in enumerate(keys):
                 if (slot := shelf.host.find(key)) is not None:
                     in_host.append((position, slot))

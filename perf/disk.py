@@ -189,7 +189,7 @@ def _measure(
             for folder in (*tier_folders, place.folders[0] / f"lmcache-{block_bytes}"):
                 shutil.rmtree(folder, ignore_errors=True)
     if refusal := why_no_gds():
-        notes.append(refusal)
+        notes.append(f"GPUDirect Storage was not measured: {refusal}")
     else:
         top = best(found, writes=False).way
         results += gds_results(place.folders[0], place.window, top.call_bytes, top.depth)

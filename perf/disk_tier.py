@@ -112,7 +112,7 @@ class LMCachePeer:
 
     def __init__(self, python: Path, folder: Path, windows: Windows, workers: int) -> None:
         script = Path(__file__).with_name("lmcache_peer.py")
-        command = [
+        command: list[str | Path] = [
             *(python, "-P", script, f"--folder={folder}", f"--workers={workers}"),
             *(f"--blocks={windows.num_blocks}", f"--block-bytes={windows.block_bytes}"),
         ]
@@ -179,10 +179,7 @@ def compare(
             advance(f"{case}, {metric}, turn {turn + 1} of {plan.repeats}")
             for name in order.sample(list(runs), len(runs)):
                 rates[writes].setdefault(name, []).append(runs[name](turn))
-    best = {
-        writes: max(depths, key=lambda depth, of=rates[writes]: median(of[_raw_name(depth)]))
-        for writes, depths in plan.depths.items()
-    }
+    best = {writes: _best_depth(rates[writes], depths) for writes, depths in plan.depths.items()}
     results: list[Result] = []
     for writes, metric in _METRICS.items():
         ceiling = rates[writes][_raw_name(best[writes])]
@@ -194,6 +191,10 @@ def compare(
                     Result(case=case, subject=name, metric=column, value=value, unit=unit, samples=len(values))
                 )
     return results
+
+
+def _best_depth(rates: dict[str, list[float]], depths: Sequence[int]) -> int:
+    return max(depths, key=lambda depth: median(rates[_raw_name(depth)]))
 
 
 def _raw_name(depth: int) -> str:

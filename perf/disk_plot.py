@@ -27,7 +27,8 @@ def draw_disk(report: Report, found: Sequence[Measured], path: Path) -> str | No
     except ImportError:
         return "no plot: matplotlib is not installed; pip install 'dynamo-kv[perf]' brings it"
     figure = Figure(figsize=(12, 7.5), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 2))
+    panels: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
+    upper, lower = panels
     sizes = sorted({each.way.call_bytes for each in found})
     for column, writes in enumerate((False, True)):
         axes = upper.add_subplot(1, 2, column + 1)

@@ -60,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     served.add_argument("--config", metavar="FILE", type=Path, help="the server's TOML file")
     for key, entry in _server_options().items():
         served.add_argument(
-            entry.flag, dest=key, metavar=entry.metavar, help=entry.help.replace("%", "%%"), default=argparse.SUPPRESS
+            str(entry.flag),
+            dest=key,
+            metavar=entry.metavar,
+            help=entry.help.replace("%", "%%"),
+            default=argparse.SUPPRESS,
         )
     workload = parser.add_argument_group("workload")
     workload.add_argument("--size", default="256MiB", help="bytes measured in each tier")

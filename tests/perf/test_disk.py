@@ -251,7 +251,7 @@ def test_the_best_way_is_of_the_sweep_itself() -> None:
 
 def test_few_threads_are_recommended_when_more_gain_nothing() -> None:
     sizes = (64 * KIB, 2 * MIB)
-    assert recommended_threads(SWEPT, sizes) == 4, "95 % of the best everywhere"
+    assert recommended_threads(SWEPT, sizes) == 4, "close to the best everywhere"
     assert recommended_threads([*SWEPT[:2], measured(64 * KIB, 8, 4.0, 3.0), *SWEPT[3:]], sizes) == 8
     assert recommended_threads([measured(2 * MIB, 1, 2, 1), measured(2 * MIB, 2, 1, 2)], sizes) == 1, (
         "none is: the least bad"

@@ -106,7 +106,8 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         "raw: threads of preadv and pwritev with O_DIRECT on random bytes at shuffled places; depth is the number of "
         "threads, each with one call outstanding",
         "shares of the raw rows: of the fastest one; shares of blocks: of the raw device with calls of that size at the "
-        "better of its two best depths, turn by turn, medians; every byte the tiers gave back was compared",
+        "better of its two best depths, in shuffled or ascending order, whichever is faster, turn by turn, medians; no two "
+        "blocks of a call lie side by side on the disk; every byte the tiers gave back was compared",
         *(
             f"fastest {name}s: {each.rate(writes=writes):.2f} GB/s with {format_size(each.way.call_bytes)} calls, "
             f"depth {each.way.depth}"

@@ -21,17 +21,14 @@ _CASE = "GPU memory"
 def why_no_gds() -> str | None:
     """Why GPUDirect Storage cannot be measured here; None where it can."""
     if not torch.cuda.is_available():
-        return "GPUDirect Storage was not measured: torch sees no CUDA device"
+        return "torch sees no CUDA device"
     try:
         kvikio: Any = importlib.import_module("kvikio")
         has_gds = importlib.import_module("kvikio.cufile_driver").get("is_gds_available")
     except (ImportError, OSError, RuntimeError) as error:
-        return f"GPUDirect Storage was not measured: kvikio does not load ({error}); pip install 'dynamo-kv[gpu]'"
+        return f"kvikio does not load ({error}); pip install 'dynamo-kv[gpu]' brings it"
     if not has_gds:
-        return (
-            f"GPUDirect Storage was not measured: kvikio {kvikio.__version__} finds no nvidia-fs driver; "
-            "see `gdscheck -p` of the CUDA toolkit"
-        )
+        return f"kvikio {kvikio.__version__} finds no nvidia-fs driver; see `gdscheck -p` of the CUDA toolkit"
     return None
 
 

@@ -27,10 +27,11 @@ def draw_disk(report: Report, found: Sequence[Measured], path: Path) -> str | No
     except ImportError:
         return "no plot: matplotlib is not installed; pip install 'dynamo-kv[perf]' brings it"
     figure = Figure(figsize=(12, 7.5), layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=(3, 2))
+    panels: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
+    upper, lower = panels
     sizes = sorted({each.way.call_bytes for each in found})
     for column, writes in enumerate((False, True)):
-        axes = figure.add_subplot(grid[0, column])
+        axes = upper.add_subplot(1, 2, column + 1)
         for size in sizes:
             points = {
                 each.way.depth: each.rate(writes=writes)
@@ -47,7 +48,7 @@ def draw_disk(report: Report, found: Sequence[Measured], path: Path) -> str | No
         axes.set_title(f"raw O_DIRECT {'writes' if writes else 'reads'}, shuffled", fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    _draw_shares(report, figure.add_subplot(grid[1, :]))
+    _draw_shares(report, lower.add_subplot())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return None

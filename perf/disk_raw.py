@@ -38,6 +38,8 @@ class Way:
         is_direct: O_DIRECT; otherwise through the page cache, written back before the clock stops.
         has_huge_pages: whether memory is in huge pages, where the system has them, or in pages of 4 KiB.
         num_files: in each folder: 1, or 1 + EXTRA_FILES of a quarter each.
+        is_ascending: places are still chosen at random, but visited in the order in which they lie, as a tier that sorts
+            the blocks of a call would.
     """
 
     call_bytes: int
@@ -45,6 +47,7 @@ class Way:
     is_direct: bool = True
     has_huge_pages: bool = True
     num_files: int = 1
+    is_ascending: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,8 @@ class RawDisk:
         jobs = self._jobs(way)
         if limit_bytes is not None:
             jobs = jobs[: max(1, limit_bytes // way.call_bytes)]
+        if way.is_ascending:
+            jobs.sort(key=lambda job: (job[0], job[2]))
         if not way.is_direct:
             self._drop_cache()
         call = os.pwritev if writes else os.preadv

@@ -9,7 +9,7 @@ from dynamo.perf.report import Result
 
 __all__ = ["Measured", "Sweep", "best", "candidate_depths", "recommended_threads", "sweep", "sweep_results"]
 
-_GOOD_ENOUGH = 0.95  # of the best rate: fewer threads that reach it are better than more
+_GOOD_ENOUGH = 0.9  # of the best rate: fewer threads that reach it are better than more
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def candidate_depths(found: Sequence[Measured], call_bytes: int, *, writes: bool
 
 
 def recommended_threads(found: Sequence[Measured], block_sizes: Sequence[int]) -> int:
-    """The smallest depth that comes within 5 % of the best at every block size, both ways; otherwise the best on average."""
+    """The smallest depth that comes within 10 % of the best at every block size, both ways; otherwise the best on average."""
     plain = [each for each in _plain(found) if each.way.call_bytes in block_sizes]
 
     def shares(depth: int) -> list[float]:

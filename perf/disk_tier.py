@@ -53,9 +53,10 @@ class TierSide:
         capacity_bytes = (total_blocks + _SPARE_BLOCKS) * layout.slot_bytes
         self._tier = DiskTier.open(_place(folders), layout, capacity_bytes, _FINGERPRINT, io_threads=io_threads)
         self.name = f"disk tier ({self._tier.stats().path}, {io_threads} threads)"
-        order = self._random.permutation(total_blocks).astype(np.int64)
+        # No two slots of a window are neighbours: the tier cannot merge them, and has to do with calls of one block.
         self._slots = [
-            order[start : start + windows.num_blocks] for start in range(0, total_blocks, windows.num_blocks)
+            self._random.permutation(np.arange(window, total_blocks, windows.num_windows))
+            for window in range(windows.num_windows)
         ]
         self._row_ids = [np.arange(windows.num_blocks) for _ in self._slots]
         try:
@@ -112,7 +113,7 @@ class LMCachePeer:
 
     def __init__(self, python: Path, folder: Path, windows: Windows, workers: int) -> None:
         script = Path(__file__).with_name("lmcache_peer.py")
-        command = [
+        command: list[str | Path] = [
             *(python, "-P", script, f"--folder={folder}", f"--workers={workers}"),
             *(f"--blocks={windows.num_blocks}", f"--block-bytes={windows.block_bytes}"),
         ]
@@ -152,7 +153,8 @@ class Comparison:
     """Who is measured beside whom.
 
     Attributes:
-        depths: of the raw device, by direction (True: write); the better one's median is the ceiling.
+        depths: of the raw device, by direction (True: write). Each is tried with shuffled and with ascending places; the
+            highest median is the ceiling.
     """
 
     windows: Windows
@@ -173,20 +175,21 @@ def compare(
     case = f"{format_size(windows.block_bytes)} blocks"
     rates: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
     for writes, metric in _METRICS.items():
-        runs = {_raw_name(depth): _raw_run(disk, windows, depth, writes=writes) for depth in plan.depths[writes]}
+        runs = {
+            _raw_name(depth, is_ascending): _raw_run(disk, windows, depth, is_ascending, writes=writes)
+            for depth in plan.depths[writes]
+            for is_ascending in (False, True)
+        }
         runs |= {side.name: _side_run(side, windows, writes=writes) for side in sides}
         for turn in range(plan.repeats):
             advance(f"{case}, {metric}, turn {turn + 1} of {plan.repeats}")
             for name in order.sample(list(runs), len(runs)):
                 rates[writes].setdefault(name, []).append(runs[name](turn))
-    best = {
-        writes: max(depths, key=lambda depth, of=rates[writes]: median(of[_raw_name(depth)]))
-        for writes, depths in plan.depths.items()
-    }
+    best = {writes: _best_way(rates[writes], depths) for writes, depths in plan.depths.items()}
     results: list[Result] = []
     for writes, metric in _METRICS.items():
-        ceiling = rates[writes][_raw_name(best[writes])]
-        shown = {f"raw O_DIRECT, depth {best[True]} writing, {best[False]} reading": ceiling}
+        ceiling = rates[writes][_raw_name(*best[writes])]
+        shown = {f"raw O_DIRECT, depth {best[True][0]} writing, {best[False][0]} reading": ceiling}
         for name, values in (shown | {side.name: rates[writes][side.name] for side in sides}).items():
             shares = [100 * value / top for value, top in zip(values, ceiling, strict=True)]
             for column, value, unit in ((metric, median(values), "GB/s"), (f"{metric} share", median(shares), "%")):
@@ -196,12 +199,19 @@ def compare(
     return results
 
 
-def _raw_name(depth: int) -> str:
-    return f"raw, depth {depth}"
+def _best_way(rates: dict[str, list[float]], depths: Sequence[int]) -> tuple[int, bool]:
+    ways = [(depth, is_ascending) for depth in depths for is_ascending in (False, True)]
+    return max(ways, key=lambda way: median(rates[_raw_name(*way)]))
 
 
-def _raw_run(disk: RawDisk, windows: Windows, depth: int, *, writes: bool) -> Callable[[int], float]:
-    way = Way(call_bytes=windows.block_bytes, depth=depth)
+def _raw_name(depth: int, is_ascending: bool) -> str:
+    return f"raw, depth {depth}, {'ascending' if is_ascending else 'shuffled'}"
+
+
+def _raw_run(
+    disk: RawDisk, windows: Windows, depth: int, is_ascending: bool, *, writes: bool
+) -> Callable[[int], float]:
+    way = Way(call_bytes=windows.block_bytes, depth=depth, is_ascending=is_ascending)
     return lambda _: disk.run(way, writes=writes, limit_bytes=windows.window_bytes).gb_per_s
 
 

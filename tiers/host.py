@@ -157,6 +157,7 @@ class HostTier:
                 try:
                     self._make_resident(num_slots, progress)
                 except BaseException:
+                    self._arena.give_back(self._num_resident, self.max_slots)
                     self._reservation.resize(self.resident_bytes)
                     raise
             else:
@@ -230,7 +231,6 @@ class HostTier:
                 prefault(rows[start:stop], advance)
                 done_bytes += (stop - start) * self.layout.slot_bytes
         if not self._pinned.add(fresh, can_shrink=self._is_resizable):
-            self._arena.give_back(self._num_resident, self.max_slots)
             raise TierMemoryError(
                 f"CUDA does not pin {total_bytes} bytes more of host memory; the host tier stays at {self._num_slots} "
                 "blocks; check `ulimit -l` and free memory",

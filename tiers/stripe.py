@@ -3,10 +3,12 @@
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from threading import Condition, Lock
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dynamo.kernels.checks import Rows, SlotIds
 from dynamo.tiers.errors import TierBusyError, TierClosedError
@@ -16,7 +18,7 @@ from dynamo.tiers.namespace import Namespace
 from dynamo.tiers.outage import Outage
 from dynamo.tiers.tier import Outcomes
 
-__all__ = ["ABSENT", "FaultReport", "Generations", "Stripe"]
+__all__ = ["ABSENT", "FaultReport", "Generations", "IOTarget", "Stripe"]
 
 _MAX_EXTENT_BYTES = 64 << 20
 _MIN_EXTENTS = 16  # a small capacity is taken in smaller steps, so that other models do not make way for nothing
@@ -29,6 +31,14 @@ FaultReport = Callable[[str, int, str], None]
 """Takes a fault's kind, how many blocks it hit and a detail for the log."""
 
 Generations = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class IOTarget:
+    """Memory that slots are moved from or to, and the back-end for that kind of memory: None for the stripe's own."""
+
+    rows: Rows | torch.Tensor
+    io: SlotIO | None = None
 
 
 class Stripe:
@@ -175,13 +185,16 @@ class Stripe:
                     file.close()
                 self._state.notify_all()
 
-    def begin(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds, *, writes: bool) -> PendingIO | None:
+    def begin(
+        self, file: BlockFile, slots: SlotIds, target: IOTarget, row_ids: SlotIds, *, writes: bool
+    ) -> PendingIO | None:
         """Starts I/O on an acquired file; None, and counted, while the disk is left alone."""
         outage = self._write_outage if writes else self._read_outage
         if outage.is_resting:
             self._report("resting", slots.size, "")
             return None
-        return self._io.start(file, slots, rows, row_ids, writes=writes)
+        io = self._io if target.io is None else target.io
+        return io.start(file, slots, target.rows, row_ids, writes=writes)
 
     def finish(self, pending: PendingIO, *, writes: bool) -> Outcomes:
         """Outcomes of what `begin` started; faults are counted, and remembered for the next pause."""

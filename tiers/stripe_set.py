@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamo.kernels.checks import Rows, SlotIds
+from dynamo.kernels.checks import SlotIds
 from dynamo.tiers.errors import JournalFormatError, TierUnavailableError
 from dynamo.tiers.file_io import SlotIO
 from dynamo.tiers.identity import StripeIdentity, judge_stripes, read_identity, write_identity
@@ -16,7 +16,7 @@ from dynamo.tiers.journal import Journal
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.namespace import Namespace
 from dynamo.tiers.recovered import RecoveredBlocks
-from dynamo.tiers.stripe import ABSENT, FaultReport, Generations, Stripe
+from dynamo.tiers.stripe import ABSENT, FaultReport, Generations, IOTarget, Stripe
 from dynamo.tiers.stripe_calls import StripeRead, StripeWrite
 from dynamo.tiers.tier import Outcomes
 
@@ -107,19 +107,19 @@ class StripeSet:
             undo.pop_all()
         return cls(stripes, journal, recovered)
 
-    def read(self, slots: SlotIds, rows: Rows, row_ids: SlotIds, expected: Generations | None) -> Outcomes:
+    def read(self, slots: SlotIds, target: IOTarget, row_ids: SlotIds, expected: Generations | None) -> Outcomes:
         """Reads slots, all stripes at the same time; bool [n]."""
 
         def start(stripe: Stripe, where: SlotIds | slice, places: SlotIds) -> StripeRead:
-            return StripeRead(stripe, places, rows, row_ids[where], None if expected is None else expected[where])
+            return StripeRead(stripe, places, target, row_ids[where], None if expected is None else expected[where])
 
         return self._run(slots, start)
 
-    def write(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
+    def write(self, slots: SlotIds, target: IOTarget, row_ids: SlotIds) -> Outcomes:
         """Writes rows to slots, all stripes at the same time; bool [n]."""
 
         def start(stripe: Stripe, where: SlotIds | slice, places: SlotIds) -> StripeWrite:
-            return StripeWrite(stripe, places, rows, row_ids[where])
+            return StripeWrite(stripe, places, target, row_ids[where])
 
         return self._run(slots, start)
 

@@ -169,13 +169,13 @@ class Journal:
             return sequences
 
     def resize(self, num_slots: int) -> None:
-        """Changes the number of slots; blocks in slots beyond are forgotten, on disk not before the next rewrite.
-
-        A log that still names them is read right: they are beyond the number of slots then too.
+        """Changes the number of slots; blocks in slots beyond are dropped.
 
         Raises:
             TierClosedError: the journal is closed.
         """
+        if num_slots < self.num_slots:
+            self.forget(np.arange(num_slots, self.num_slots))
         with self._lock:
             self._open_fd()
             live = np.zeros(num_slots, dtype=RECORD)

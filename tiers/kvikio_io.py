@@ -225,7 +225,7 @@ def _proof_file(folder: Path) -> Iterator[Path]:
 
 def _round_trip(path: Path, device: torch.device, kvikio: Kvikio) -> GdsProof:
     content = torch.frombuffer(bytearray(os.urandom(_PROOF_BYTES)), dtype=torch.uint8)
-    written = content.to(device)
+    written = torch.empty_like(content, device=device).copy_(content)
     back = torch.zeros_like(written)
     with contextlib.closing(kvikio.open(path)) as handle:
         num_written = handle.pwrite(written, _PROOF_BYTES, 0).get()

@@ -1,11 +1,13 @@
 """The disk tier over restarts, faults of its files, and other processes and models."""
 
+import errno
 import logging
 import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -297,6 +299,107 @@ def test_a_really_full_disk_keeps_what_fits_and_works_again_with_space(
     ballast.unlink()
     store(tier, [len(kept)], rows)
     assert readable(tier, [*kept, len(kept)], rows) == [*kept, len(kept)]
+    tier.close()
+
+
+def test_a_slot_overwritten_while_it_is_read_fails_the_read(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_disk(tmp_path, layout)
+    store(tier, [1, 2, 9], rows)
+    preadv = os.preadv
+    overwritten = False
+
+    def overwriting(fd: int, vectors: list[memoryview], offset: int) -> int:
+        nonlocal overwritten
+        count = preadv(fd, vectors, offset)
+        if not overwritten:
+            overwritten = True
+            assert tier.write(ids(2), rows, ids(30)).all()
+        return count
+
+    monkeypatch.setattr(os, "preadv", overwriting)
+    target = map_rows(layout, 3)
+    assert tier.read(ids(1, 2, 9), target, ids(0, 1, 2)).tolist() == [True, False, True]
+    assert tier.stats().faults == {"overwritten": 1}
+    assert tier.read(ids(2), target, ids(0)).all()
+    tier.close()
+
+
+def test_a_read_can_ask_for_what_a_slot_held_before(tmp_path: Path, layout: BlockLayout, rows: Rows) -> None:
+    tier = open_disk(tmp_path, layout)
+    assert tier.generations(ids(3)).tolist() == [0]
+    store(tier, [1, 2, 3], rows)
+    before = tier.generations(ids(1, 2, 3, 4))
+    assert tier.read(ids(1, 2, 3), rows, ids(1, 2, 3), generations=before[:3]).all()
+    store(tier, [2, 4], rows)
+    assert (tier.generations(ids(1, 2, 3, 4)) == before).tolist() == [True, False, True, False]
+    assert tier.read(ids(1, 2, 3), rows, ids(1, 2, 3), generations=before[:3]).tolist() == [True, False, True]
+    assert tier.stats().faults == {}
+    tier.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.EIO, "io_error"),
+        (errno.EROFS, "read_only"),
+        (errno.EACCES, "no_permission"),
+        (errno.EDQUOT, "quota_exceeded"),
+    ],
+)
+def test_writes_refused_by_the_system_are_counted_by_kind_and_logged_once(
+    tmp_path: Path,
+    layout: BlockLayout,
+    rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    kind: str,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    tier = open_disk(tmp_path, layout)
+    store(tier, [1, 2], rows)
+
+    def refuse(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    for _ in range(2):
+        assert not tier.write(ids(3, 7), rows, ids(3, 7)).any()
+    assert tier.stats().faults == {kind: 4}
+    assert len([record for record in caplog.records if str(tmp_path) in record.message]) == 1
+    monkeypatch.undo()
+    store(tier, [3], rows)
+    assert readable(tier, [1, 2, 3, 7], rows) == [1, 2, 3]
+    tier.close()
+
+
+@pytest.mark.parametrize("what", ["preadv", "pwritev"])
+def test_a_dead_disk_is_left_alone_and_used_again_when_it_comes_back(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    tier = open_disk(tmp_path, layout)
+    store(tier, [1], rows)
+    num_calls = 0
+
+    def dead(*_: object) -> int:
+        nonlocal num_calls
+        num_calls += 1
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    move = tier.read if what == "preadv" else tier.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, what, dead)
+        for _ in range(50):
+            assert not move(ids(1), rows, ids(1)).any()
+    assert 3 <= num_calls < 10  # three, unless the fifty took longer than the first pause
+    assert tier.stats().faults == {"io_error": num_calls, "resting": 50 - num_calls}
+    deadline = time.monotonic() + 20
+    while not move(ids(1), rows, ids(1)).all():
+        assert time.monotonic() < deadline, "the disk is not used again"
+        time.sleep(0.01)
+    assert tier.write(ids(2), rows, ids(2)).all()
     tier.close()
 
 

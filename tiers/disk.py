@@ -1,20 +1,21 @@
 """G3: slots in preallocated files of one or several directories, found again after a restart through a journal."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
 from dynamo.tiers.errors import TierConfigError, TierUnavailableError
 from dynamo.tiers.file_io import FileIO, SlotIO, check_aligned
 from dynamo.tiers.journal import Journal
-from dynamo.tiers.kvikio_io import GdsProof, Kvikio, KvikioIO, find_kvikio, prove_gds
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.recovered import RecoveredBlocks
 from dynamo.tiers.stats import TierRecorder, TierStats
@@ -22,6 +23,11 @@ from dynamo.tiers.stripe import FaultReport, Generations, IOTarget
 from dynamo.tiers.stripe_set import StripePlan, StripeSet
 from dynamo.tiers.tier import Outcomes
 from dynamo.tiers.write_budget import WriteBudget
+
+if TYPE_CHECKING:  # these load torch, which the rest of the tier does without
+    import torch
+
+    from dynamo.tiers.kvikio_io import GdsProof, Kvikio, KvikioIO
 
 __all__ = ["DiskTier"]
 
@@ -102,7 +108,7 @@ class DiskTier:
         *,
         write_bytes_per_day: int | None = None,
         new_io: Callable[[int], SlotIO] = FileIO,
-    ) -> "DiskTier":
+    ) -> DiskTier:
         """Opens, or creates, the folder of one model inside each of `directories`.
 
         Args:
@@ -241,6 +247,8 @@ class DiskTier:
 
         Says in the log which path is used and why. Call it once, before reads and writes of device memory.
         """
+        from dynamo.tiers.kvikio_io import GdsProof, KvikioIO, find_kvikio, prove_gds
+
         found = find_kvikio() if kvikio is None else kvikio
         if isinstance(found, str):
             proofs = [GdsProof(False, found)] * len(self.folders)

@@ -4,6 +4,8 @@ Slots that follow one another in the file become one `preadv` or `pwritev` even 
 Faults of the file are outcomes per slot, never exceptions.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
@@ -15,14 +17,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Event, Lock, Thread
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
-import torch
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds
 from dynamo.tiers.layout import SLOT_ALIGNMENT_BYTES
 from dynamo.tiers.tier import Outcomes
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["BlockFile", "FileIO", "IOResult", "PendingIO", "SlotIO", "check_aligned", "fault_kind"]
 
@@ -116,7 +120,7 @@ class SlotIO(Protocol):
 
     def start(
         self, file: BlockFile, slots: SlotIds, rows: Rows | torch.Tensor, row_ids: SlotIds, *, writes: bool
-    ) -> "PendingIO":
+    ) -> PendingIO:
         """Begins to move `slots` of the file into rows, or rows to slots; slot i lies at `i * row_bytes`.
 
         Args:
@@ -284,7 +288,7 @@ class FileIO:
 
     def start(
         self, file: BlockFile, slots: SlotIds, rows: Rows | torch.Tensor, row_ids: SlotIds, *, writes: bool
-    ) -> "PendingIO":
+    ) -> PendingIO:
         """Begins a read or write; see `SlotIO.start`."""
         if not isinstance(rows, np.ndarray):
             raise KernelArgumentError("rows in GPU memory cannot be read and written by system calls; use host rows")

@@ -1,14 +1,16 @@
 """The part of a disk tier that lies in one directory: a file of slots, its I/O threads, and what goes wrong with it."""
 
+from __future__ import annotations
+
 import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Condition, Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dynamo.kernels.checks import Rows, SlotIds
 from dynamo.tiers.errors import TierBusyError, TierClosedError
@@ -17,6 +19,9 @@ from dynamo.tiers.identity import StripeIdentity, write_identity
 from dynamo.tiers.namespace import Namespace
 from dynamo.tiers.outage import Outage
 from dynamo.tiers.tier import Outcomes
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["ABSENT", "FaultReport", "Generations", "IOTarget", "Stripe"]
 

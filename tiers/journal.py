@@ -40,7 +40,7 @@ __all__ = ["NAME_BYTES", "ROOT_NAME", "Journal"]
 
 logger = logging.getLogger(__name__)
 
-_COMPACT_ABOVE_LIVE = 3  # a log is rewritten when it is this many times longer than what is true ...
+_COMPACT_ABOVE_LIVE = 2  # a log is rewritten when it is this many times longer than what is true ...
 _MAX_SLOTS = 1 << 26  # what a header may claim: 64 million blocks
 _COMPACT_ABOVE_RECORDS = 16384  # ... and by this much (1 MiB)
 

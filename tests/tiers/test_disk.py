@@ -23,6 +23,7 @@ from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierConfigError, TierUnavailableError
 from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.verify import verify_directories
 
 NUM_SLOTS = 64
 NO_SEED = np.uint64(0)
@@ -403,6 +404,19 @@ def test_a_dead_disk_is_left_alone_and_used_again_when_it_comes_back(
     tier.close()
 
 
+def test_a_read_only_file_system_is_unavailable_to_a_tier_and_good_enough_to_verify(
+    small_disk: Path, layout: BlockLayout, rows: Rows
+) -> None:
+    tier = DiskTier.open(small_disk, layout, 64 * layout.slot_bytes, b"model-a.")
+    store(tier, [1, 2], rows)
+    tier.close()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(TierUnavailableError, match="Read-only file system"):
+        DiskTier.open(small_disk, layout, 64 * layout.slot_bytes, b"model-a.")
+    (report,) = verify_directories([small_disk])
+    assert report.num_blocks == 2
+
+
 def test_a_second_tier_on_the_folder_is_refused_naming_path_and_process(tmp_path: Path, layout: BlockLayout) -> None:
     tier = open_disk(tmp_path, layout)
     with pytest.raises(TierBusyError) as caught:
@@ -539,7 +553,7 @@ from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.layout import BlockLayout
 layout = BlockLayout(3, 4, 2, 10, 4)
-tier = DiskTier.open(Path(sys.argv[1]), layout, 64 * layout.slot_bytes, b"model-a.")
+tier = DiskTier.open([Path(path) for path in sys.argv[1:]], layout, 64 * layout.slot_bytes, b"model-a.")
 rows = map_rows(layout, 8)
 rng = np.random.default_rng(0)
 number = 0
@@ -556,11 +570,13 @@ while True:
 """
 
 
-@pytest.mark.parametrize("num_lines", [30, 300, 2500])
+@pytest.mark.parametrize(("num_lines", "num_directories"), [(30, 1), (300, 1), (2500, 1), (300, 2)])
 def test_kill_9_during_writes_leaves_an_index_whose_blocks_are_good_or_found_out(
-    tmp_path: Path, layout: BlockLayout, num_lines: int
+    tmp_path: Path, layout: BlockLayout, num_lines: int, num_directories: int
 ) -> None:
-    writer = subprocess.Popen([sys.executable, "-P", "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    places = [tmp_path / str(i) for i in range(num_directories)]
+    command = [sys.executable, "-P", "-c", WRITER, *map(str, places)]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     for _ in range(num_lines):
         line = writer.stdout.readline()
@@ -569,7 +585,7 @@ def test_kill_9_during_writes_leaves_an_index_whose_blocks_are_good_or_found_out
     writer.stdout.close()
     writer.wait(30)
 
-    tier = open_disk(tmp_path, layout)
+    tier = DiskTier.open(places, layout, NUM_SLOTS * layout.slot_bytes, b"model-a.")
     recovered = tier.recovered
     assert tier.stats().faults == {}
     assert len(recovered.names) > 40

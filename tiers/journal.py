@@ -66,7 +66,7 @@ class Journal:
         self._fd: int | None = None
         self._seed = np.uint64(0)
         self._num_damaged = 0
-        self._recovered = RecoveredBlocks.from_records(np.zeros(0, dtype=RECORD))
+        self._recovered = RecoveredBlocks.empty()
 
     @classmethod
     def open(cls, path: Path, num_slots: int, fingerprint: bytes) -> "Journal":
@@ -104,6 +104,10 @@ class Journal:
     def recovered(self) -> RecoveredBlocks:
         """What the file held when it was opened. `DiskTier.recovered` leaves out what lies beyond the data file."""
         return self._recovered
+
+    def release_recovered(self) -> None:
+        """Frees the memory of `recovered`, which is empty from now on."""
+        self._recovered = RecoveredBlocks.empty()
 
     @property
     def num_damaged(self) -> int:

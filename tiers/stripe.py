@@ -137,9 +137,6 @@ class Stripe:
         """Changes the number of slots, and the capacity with it; a shorter file gives its space back.
 
         Nobody may use the slots beyond any more.
-
-        Raises:
-            OSError: the file cannot be cut; it keeps its length and the slots beyond are gone all the same.
         """
         with self._growing, self._state:
             if num_slots > self._generations.size:
@@ -150,8 +147,12 @@ class Stripe:
             limit_bytes = num_slots * self._slot_bytes
             self._num_slots, self._capacity_bytes = num_slots, limit_bytes
             if self._file is not None and self._allocated_bytes > limit_bytes:
-                os.ftruncate(self._file.fd, limit_bytes)
-                self._allocated_bytes = limit_bytes
+                try:
+                    os.ftruncate(self._file.fd, limit_bytes)
+                except OSError as error:  # the file keeps its length, and the slots beyond are gone all the same
+                    self._report(fault_kind(error), 1, str(error))
+                else:
+                    self._allocated_bytes = limit_bytes
 
     def close(self, timeout_s: float) -> None:
         """Waits up to `timeout_s` for calls in progress, then gives file and threads back, not the lock. Idempotent."""

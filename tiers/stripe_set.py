@@ -104,6 +104,7 @@ class StripeSet:
                 )
                 undo.callback(stripes[-1].close, 0.0)
             recovered = _recover(stripes, journal, is_lost or [], plan.report)
+            journal.release_recovered()
             undo.pop_all()
         return cls(stripes, journal, recovered)
 
@@ -130,6 +131,10 @@ class StripeSet:
             generations[where] = stripe.generations(local)
         return generations
 
+    def release_recovered(self) -> None:
+        """Frees the memory of `recovered`, which is empty from now on."""
+        self.recovered = RecoveredBlocks.empty()
+
     @property
     def num_whole_slots(self) -> int:
         """So many slots, from the first on, lie within their files."""
@@ -147,11 +152,7 @@ class StripeSet:
         return next(path for path in ("unavailable", "buffered", "O_DIRECT") if path in paths)
 
     def resize(self, num_slots: int) -> None:
-        """Changes the number of slots of all stripes; see `Stripe.resize`.
-
-        Raises:
-            OSError: a file cannot be cut.
-        """
+        """Changes the number of slots of all stripes; see `Stripe.resize`."""
         self.journal.resize(num_slots)
         count = len(self.stripes)
         for i, stripe in enumerate(self.stripes):

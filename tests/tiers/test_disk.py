@@ -73,6 +73,8 @@ def test_a_restart_is_warm(tmp_path: Path, layout: BlockLayout, rows: Rows) -> N
     tier = open_disk(tmp_path, layout)
     assert recovered_names(tier) == [name(5), name(0), name(63)]
     assert tier.recovered.slots.tolist() == [5, 0, 63]
+    tier.release_recovered()
+    assert recovered_names(tier) == []
     assert readable(tier, [5, 0, 63], rows) == [5, 0, 63]
     assert tier.stats().faults == {}
     tier.close()

@@ -1,25 +1,33 @@
 """G3: slots in preallocated files of one or several directories, found again after a restart through a journal."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dynamo.kernels.checks import Rows, SlotIds, check_ids, check_rows
+from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
 from dynamo.tiers.errors import TierConfigError, TierUnavailableError
 from dynamo.tiers.file_io import FileIO, SlotIO, check_aligned
 from dynamo.tiers.journal import Journal
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.recovered import RecoveredBlocks
 from dynamo.tiers.stats import TierRecorder, TierStats
-from dynamo.tiers.stripe import FaultReport, Generations
+from dynamo.tiers.stripe import FaultReport, Generations, IOTarget
 from dynamo.tiers.stripe_set import StripePlan, StripeSet
 from dynamo.tiers.tier import Outcomes
 from dynamo.tiers.write_budget import WriteBudget
+
+if TYPE_CHECKING:  # these load torch, which the rest of the tier does without
+    import torch
+
+    from dynamo.tiers.kvikio_io import GdsProof, Kvikio, KvikioIO
 
 __all__ = ["DiskTier"]
 
@@ -86,6 +94,7 @@ class DiskTier:
         self._resizing = Lock()
         self._counting = Lock()  # guards the two below
         self._num_calls = 0
+        self._device_io: KvikioIO | None = None
         self._last_use_s = time.monotonic()
 
     @classmethod
@@ -99,7 +108,7 @@ class DiskTier:
         *,
         write_bytes_per_day: int | None = None,
         new_io: Callable[[int], SlotIO] = FileIO,
-    ) -> "DiskTier":
+    ) -> DiskTier:
         """Opens, or creates, the folder of one model inside each of `directories`.
 
         Args:
@@ -178,6 +187,10 @@ class DiskTier:
         """Blocks of an earlier run that lie within the files, least recently put first. Their bytes are not checked yet."""
         return self._stripes.recovered
 
+    def release_recovered(self) -> None:
+        """Frees the memory of `recovered`, 56 bytes a block, once its reader is done; it is empty from now on."""
+        self._stripes.release_recovered()
+
     @property
     def generation(self) -> int:
         """Goes up when everything stored was lost (the only file was deleted): forget the index of this tier then.
@@ -215,7 +228,7 @@ class DiskTier:
         self._check(slots, rows, row_ids, writable=True)
         started = time.perf_counter()
         with self._counted():
-            outcomes = self._stripes.read(slots, rows, row_ids, generations)
+            outcomes = self._stripes.read(slots, IOTarget(rows), row_ids, generations)
         num_good = int(np.count_nonzero(outcomes))
         self._recorder.add_read(num_good, slots.size - num_good, time.perf_counter() - started)
         return outcomes
@@ -223,7 +236,7 @@ class DiskTier:
     def inspect(self, slots: SlotIds, rows: Rows, row_ids: SlotIds, generations: Generations) -> Outcomes:
         """Reads like `read` for somebody who only looks: neither counted as a read nor as use of the disk."""
         self._check(slots, rows, row_ids, writable=True)
-        return self._stripes.read(slots, rows, row_ids, generations)
+        return self._stripes.read(slots, IOTarget(rows), row_ids, generations)
 
     def write(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
         """Writes rows to slots; see `Tier.write`. Not synced: after a power cut digests tell what is good.
@@ -231,11 +244,71 @@ class DiskTier:
         Also False for slots at the end of the call that the write budget does not allow; those keep what they held.
         """
         self._check(slots, rows, row_ids)
+        return self._write(slots, IOTarget(rows), row_ids)
+
+    def prove_gds(self, device: torch.device, kvikio: Kvikio | None = None) -> list[GdsProof]:
+        """Tries GPUDirect Storage between `device` and every directory; where all prove it, `has_device_io` is true from now.
+
+        Says in the log which path is used and why. Call it once, before reads and writes of device memory.
+        """
+        from dynamo.tiers.kvikio_io import GdsProof, KvikioIO, find_kvikio, prove_gds
+
+        found = find_kvikio() if kvikio is None else kvikio
+        if isinstance(found, str):
+            proofs = [GdsProof(False, found)] * len(self.folders)
+        else:
+            proofs = [prove_gds(folder, device, found) for folder in self.folders]
+            if all(proof.ok for proof in proofs):
+                self._device_io = KvikioIO(found)
+        for folder, proof in zip(self.folders, proofs, strict=True):
+            path = "GPUDirect Storage" if self._device_io else f"two hops through host memory, {self._stripes.path}"
+            logger.info("disk tier %s: %s; GPUDirect Storage: %s", folder, path, proof.reason)
+        return proofs
+
+    @property
+    def has_device_io(self) -> bool:
+        """Whether `read_device` and `write_device` may be used: GPUDirect Storage was proven in every directory."""
+        return self._device_io is not None
+
+    def read_device(
+        self, slots: SlotIds, rows: torch.Tensor, row_ids: SlotIds, *, generations: Generations | None = None
+    ) -> Outcomes:
+        """Reads slots into rows of device memory, uint8 [num_rows, slot_bytes], contiguous; otherwise as `read`.
+
+        Raises:
+            TierConfigError: GPUDirect Storage is not proven here.
+        """
+        target = self._device_target(slots, rows, row_ids)
+        started = time.perf_counter()
+        with self._counted():
+            outcomes = self._stripes.read(slots, target, row_ids, generations)
+        num_good = int(np.count_nonzero(outcomes))
+        self._recorder.add_read(num_good, slots.size - num_good, time.perf_counter() - started)
+        return outcomes
+
+    def write_device(self, slots: SlotIds, rows: torch.Tensor, row_ids: SlotIds) -> Outcomes:
+        """Writes rows of device memory to slots, after `torch.cuda.synchronize` or an event; otherwise as `write`.
+
+        Raises:
+            TierConfigError: GPUDirect Storage is not proven here.
+        """
+        return self._write(slots, self._device_target(slots, rows, row_ids), row_ids)
+
+    def _device_target(self, slots: SlotIds, rows: torch.Tensor, row_ids: SlotIds) -> IOTarget:
+        if self._device_io is None:
+            raise TierConfigError("GPUDirect Storage is not proven for this disk tier; go through host memory")
+        check_ids(slots, "slots", self._num_slots)
+        check_ids(row_ids, "row_ids", rows.shape[0], slots.size)
+        if rows.shape[1:] != (self.layout.slot_bytes,):
+            raise KernelArgumentError(f"rows have shape {tuple(rows.shape)}, {self.layout.slot_bytes} bytes are needed")
+        return IOTarget(rows, self._device_io)
+
+    def _write(self, slots: SlotIds, target: IOTarget, row_ids: SlotIds) -> Outcomes:
         started = time.perf_counter()
         outcomes = np.zeros(slots.size, dtype=np.bool_)
         num_allowed = self._allowed(slots.size)
         with self._counted():
-            outcomes[:num_allowed] = self._stripes.write(slots[:num_allowed], rows, row_ids[:num_allowed])
+            outcomes[:num_allowed] = self._stripes.write(slots[:num_allowed], target, row_ids[:num_allowed])
         num_good = int(np.count_nonzero(outcomes))
         if self.write_budget and num_good < num_allowed:
             self.write_budget.give_back((num_allowed - num_good) * self.layout.slot_bytes)
@@ -270,6 +343,8 @@ class DiskTier:
         if self.write_budget:
             self.write_budget.close()
         self._stripes.close()
+        if self._device_io:
+            self._device_io.close()
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:

@@ -4,6 +4,8 @@ Slots that follow one another in the file become one `preadv` or `pwritev` even 
 Faults of the file are outcomes per slot, never exceptions.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
@@ -15,13 +17,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Event, Lock, Thread
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds
 from dynamo.tiers.layout import SLOT_ALIGNMENT_BYTES
 from dynamo.tiers.tier import Outcomes
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["BlockFile", "FileIO", "IOResult", "PendingIO", "SlotIO", "check_aligned", "fault_kind"]
 
@@ -111,20 +116,23 @@ class BlockFile:
 
 
 class SlotIO(Protocol):
-    """A way to move slots between one file and rows of host memory. Calls may come from any thread."""
+    """A way to move slots between one file and rows of memory. Calls may come from any thread."""
 
-    def start(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds, *, writes: bool) -> "PendingIO":
+    def start(
+        self, file: BlockFile, slots: SlotIds, rows: Rows | torch.Tensor, row_ids: SlotIds, *, writes: bool
+    ) -> PendingIO:
         """Begins to move `slots` of the file into rows, or rows to slots; slot i lies at `i * row_bytes`.
 
         Args:
             file: where the slots lie; stays open until `PendingIO.result`.
             slots: int64 [n], distinct, not negative.
-            rows: uint8 [num_rows, row_bytes], C-contiguous and page-aligned, row_bytes a multiple of 4096.
+            rows: uint8 [num_rows, row_bytes], C-contiguous and page-aligned, row_bytes a multiple of 4096; in the memory
+                that this back-end is for.
             row_ids: int64 [n], within the rows.
             writes: whether rows go to the file. Not durable: nothing is synced.
 
         Raises:
-            KernelArgumentError: the rows are not aligned.
+            KernelArgumentError: the rows are not aligned, or not in the right memory.
         """
 
     def close(self) -> None:
@@ -278,8 +286,12 @@ class FileIO:
         for thread in self._threads:
             thread.start()
 
-    def start(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds, *, writes: bool) -> "PendingIO":
+    def start(
+        self, file: BlockFile, slots: SlotIds, rows: Rows | torch.Tensor, row_ids: SlotIds, *, writes: bool
+    ) -> PendingIO:
         """Begins a read or write; see `SlotIO.start`."""
+        if not isinstance(rows, np.ndarray):
+            raise KernelArgumentError("rows in GPU memory cannot be read and written by system calls; use host rows")
         check_aligned(rows)
         batch = _Batch(file, slots, rows, row_ids, self.num_threads, writes)
         if batch.num_shares > 1:

@@ -40,7 +40,7 @@ __all__ = ["NAME_BYTES", "ROOT_NAME", "Journal"]
 
 logger = logging.getLogger(__name__)
 
-_COMPACT_ABOVE_LIVE = 3  # a log is rewritten when it is this many times longer than what is true ...
+_COMPACT_ABOVE_LIVE = 2  # a log is rewritten when it is this many times longer than what is true ...
 _MAX_SLOTS = 1 << 26  # what a header may claim: 64 million blocks
 _COMPACT_ABOVE_RECORDS = 16384  # ... and by this much (1 MiB)
 
@@ -66,7 +66,7 @@ class Journal:
         self._fd: int | None = None
         self._seed = np.uint64(0)
         self._num_damaged = 0
-        self._recovered = RecoveredBlocks.from_records(np.zeros(0, dtype=RECORD))
+        self._recovered = RecoveredBlocks.empty()
 
     @classmethod
     def open(cls, path: Path, num_slots: int, fingerprint: bytes) -> "Journal":
@@ -104,6 +104,10 @@ class Journal:
     def recovered(self) -> RecoveredBlocks:
         """What the file held when it was opened. `DiskTier.recovered` leaves out what lies beyond the data file."""
         return self._recovered
+
+    def release_recovered(self) -> None:
+        """Frees the memory of `recovered`, which is empty from now on."""
+        self._recovered = RecoveredBlocks.empty()
 
     @property
     def num_damaged(self) -> int:
@@ -169,13 +173,13 @@ class Journal:
             return sequences
 
     def resize(self, num_slots: int) -> None:
-        """Changes the number of slots; blocks in slots beyond are forgotten, on disk not before the next rewrite.
-
-        A log that still names them is read right: they are beyond the number of slots then too.
+        """Changes the number of slots; blocks in slots beyond are dropped.
 
         Raises:
             TierClosedError: the journal is closed.
         """
+        if num_slots < self.num_slots:
+            self.forget(np.arange(num_slots, self.num_slots))
         with self._lock:
             self._open_fd()
             live = np.zeros(num_slots, dtype=RECORD)

@@ -55,6 +55,11 @@ class RecoveredBlocks:
             records["digest"].astype(np.uint64),
         )
 
+    @classmethod
+    def empty(cls) -> "RecoveredBlocks":
+        """No blocks."""
+        return cls.from_records(np.zeros(0, dtype=RECORD))
+
     def __len__(self) -> int:
         return self.slots.size
 

@@ -1,9 +1,13 @@
 """The part of a disk tier that lies in one directory: a file of slots, its I/O threads, and what goes wrong with it."""
 
+from __future__ import annotations
+
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from threading import Condition, Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +20,10 @@ from dynamo.tiers.namespace import Namespace
 from dynamo.tiers.outage import Outage
 from dynamo.tiers.tier import Outcomes
 
-__all__ = ["ABSENT", "FaultReport", "Generations", "Stripe"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ABSENT", "FaultReport", "Generations", "IOTarget", "Stripe"]
 
 _MAX_EXTENT_BYTES = 64 << 20
 _MIN_EXTENTS = 16  # a small capacity is taken in smaller steps, so that other models do not make way for nothing
@@ -29,6 +36,14 @@ FaultReport = Callable[[str, int, str], None]
 """Takes a fault's kind, how many blocks it hit and a detail for the log."""
 
 Generations = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class IOTarget:
+    """Memory that slots are moved from or to, and the back-end for that kind of memory: None for the stripe's own."""
+
+    rows: Rows | torch.Tensor
+    io: SlotIO | None = None
 
 
 class Stripe:
@@ -122,9 +137,6 @@ class Stripe:
         """Changes the number of slots, and the capacity with it; a shorter file gives its space back.
 
         Nobody may use the slots beyond any more.
-
-        Raises:
-            OSError: the file cannot be cut; it keeps its length and the slots beyond are gone all the same.
         """
         with self._growing, self._state:
             if num_slots > self._generations.size:
@@ -135,8 +147,12 @@ class Stripe:
             limit_bytes = num_slots * self._slot_bytes
             self._num_slots, self._capacity_bytes = num_slots, limit_bytes
             if self._file is not None and self._allocated_bytes > limit_bytes:
-                os.ftruncate(self._file.fd, limit_bytes)
-                self._allocated_bytes = limit_bytes
+                try:
+                    os.ftruncate(self._file.fd, limit_bytes)
+                except OSError as error:  # the file keeps its length, and the slots beyond are gone all the same
+                    self._report(fault_kind(error), 1, str(error))
+                else:
+                    self._allocated_bytes = limit_bytes
 
     def close(self, timeout_s: float) -> None:
         """Waits up to `timeout_s` for calls in progress, then gives file and threads back, not the lock. Idempotent."""
@@ -175,13 +191,16 @@ class Stripe:
                     file.close()
                 self._state.notify_all()
 
-    def begin(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds, *, writes: bool) -> PendingIO | None:
+    def begin(
+        self, file: BlockFile, slots: SlotIds, target: IOTarget, row_ids: SlotIds, *, writes: bool
+    ) -> PendingIO | None:
         """Starts I/O on an acquired file; None, and counted, while the disk is left alone."""
         outage = self._write_outage if writes else self._read_outage
         if outage.is_resting:
             self._report("resting", slots.size, "")
             return None
-        return self._io.start(file, slots, rows, row_ids, writes=writes)
+        io = self._io if target.io is None else target.io
+        return io.start(file, slots, target.rows, row_ids, writes=writes)
 
     def finish(self, pending: PendingIO, *, writes: bool) -> Outcomes:
         """Outcomes of what `begin` started; faults are counted, and remembered for the next pause."""

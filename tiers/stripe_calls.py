@@ -6,9 +6,9 @@ from typing import Self
 
 import numpy as np
 
-from dynamo.kernels.checks import Rows, SlotIds
+from dynamo.kernels.checks import SlotIds
 from dynamo.tiers.file_io import PendingIO
-from dynamo.tiers.stripe import ABSENT, Generations, Stripe
+from dynamo.tiers.stripe import ABSENT, Generations, IOTarget, Stripe
 from dynamo.tiers.tier import Outcomes
 
 __all__ = ["StripeRead", "StripeWrite"]
@@ -35,7 +35,7 @@ class StripeRead:
     """A read, under way, of those of some slots that hold something, and of the generations expected if given."""
 
     def __init__(
-        self, stripe: Stripe, slots: SlotIds, rows: Rows, row_ids: SlotIds, expected: Generations | None
+        self, stripe: Stripe, slots: SlotIds, target: IOTarget, row_ids: SlotIds, expected: Generations | None
     ) -> None:
         self._stripe = stripe
         self._slots = slots
@@ -50,9 +50,9 @@ class StripeRead:
                 self._wanted[:] = False
                 stripe.report("unavailable", slots.size)
             elif self._wanted.all():
-                self._pending = stripe.begin(file, slots, rows, row_ids, writes=False)
+                self._pending = stripe.begin(file, slots, target, row_ids, writes=False)
             elif self._wanted.any():
-                self._pending = stripe.begin(file, slots[self._wanted], rows, row_ids[self._wanted], writes=False)
+                self._pending = stripe.begin(file, slots[self._wanted], target, row_ids[self._wanted], writes=False)
             self._use = stack.pop_all()
 
     def finish(self) -> Outcomes:
@@ -71,7 +71,7 @@ class StripeRead:
 class StripeWrite:
     """A write to some slots of a stripe, under way. Makes room in the file first, which may block."""
 
-    def __init__(self, stripe: Stripe, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> None:
+    def __init__(self, stripe: Stripe, slots: SlotIds, target: IOTarget, row_ids: SlotIds) -> None:
         self._stripe = stripe
         self._slots = slots
         self._pending: PendingIO | None = None
@@ -86,7 +86,7 @@ class StripeWrite:
                 if self._wanted.any():
                     written = slots[self._wanted]
                     stripe.mark_absent(written)
-                    self._pending = stripe.begin(self._file, written, rows, row_ids[self._wanted], writes=True)
+                    self._pending = stripe.begin(self._file, written, target, row_ids[self._wanted], writes=True)
             self._use = stack.pop_all()
 
     def finish(self) -> Outcomes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamo.kernels.checks import Rows, SlotIds
+from dynamo.kernels.checks import SlotIds
 from dynamo.tiers.errors import JournalFormatError, TierUnavailableError
 from dynamo.tiers.file_io import SlotIO
 from dynamo.tiers.identity import StripeIdentity, judge_stripes, read_identity, write_identity
@@ -16,7 +16,7 @@ from dynamo.tiers.journal import Journal
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.namespace import Namespace
 from dynamo.tiers.recovered import RecoveredBlocks
-from dynamo.tiers.stripe import ABSENT, FaultReport, Generations, Stripe
+from dynamo.tiers.stripe import ABSENT, FaultReport, Generations, IOTarget, Stripe
 from dynamo.tiers.stripe_calls import StripeRead, StripeWrite
 from dynamo.tiers.tier import Outcomes
 
@@ -104,22 +104,23 @@ class StripeSet:
                 )
                 undo.callback(stripes[-1].close, 0.0)
             recovered = _recover(stripes, journal, is_lost or [], plan.report)
+            journal.release_recovered()
             undo.pop_all()
         return cls(stripes, journal, recovered)
 
-    def read(self, slots: SlotIds, rows: Rows, row_ids: SlotIds, expected: Generations | None) -> Outcomes:
+    def read(self, slots: SlotIds, target: IOTarget, row_ids: SlotIds, expected: Generations | None) -> Outcomes:
         """Reads slots, all stripes at the same time; bool [n]."""
 
         def start(stripe: Stripe, where: SlotIds | slice, places: SlotIds) -> StripeRead:
-            return StripeRead(stripe, places, rows, row_ids[where], None if expected is None else expected[where])
+            return StripeRead(stripe, places, target, row_ids[where], None if expected is None else expected[where])
 
         return self._run(slots, start)
 
-    def write(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
+    def write(self, slots: SlotIds, target: IOTarget, row_ids: SlotIds) -> Outcomes:
         """Writes rows to slots, all stripes at the same time; bool [n]."""
 
         def start(stripe: Stripe, where: SlotIds | slice, places: SlotIds) -> StripeWrite:
-            return StripeWrite(stripe, places, rows, row_ids[where])
+            return StripeWrite(stripe, places, target, row_ids[where])
 
         return self._run(slots, start)
 
@@ -129,6 +130,10 @@ class StripeSet:
         for where, stripe, local in self._parts(slots):
             generations[where] = stripe.generations(local)
         return generations
+
+    def release_recovered(self) -> None:
+        """Frees the memory of `recovered`, which is empty from now on."""
+        self.recovered = RecoveredBlocks.empty()
 
     @property
     def num_whole_slots(self) -> int:
@@ -147,11 +152,7 @@ class StripeSet:
         return next(path for path in ("unavailable", "buffered", "O_DIRECT") if path in paths)
 
     def resize(self, num_slots: int) -> None:
-        """Changes the number of slots of all stripes; see `Stripe.resize`.
-
-        Raises:
-            OSError: a file cannot be cut.
-        """
+        """Changes the number of slots of all stripes; see `Stripe.resize`."""
         self.journal.resize(num_slots)
         count = len(self.stripes)
         for i, stripe in enumerate(self.stripes):

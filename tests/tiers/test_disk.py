@@ -1,11 +1,13 @@
 """The disk tier over restarts, faults of its files, and other processes and models."""
 
+import errno
 import logging
 import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierConfigError, TierUnavailableError
 from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.verify import verify_directories
 
 NUM_SLOTS = 64
 NO_SEED = np.uint64(0)
@@ -70,6 +73,8 @@ def test_a_restart_is_warm(tmp_path: Path, layout: BlockLayout, rows: Rows) -> N
     tier = open_disk(tmp_path, layout)
     assert recovered_names(tier) == [name(5), name(0), name(63)]
     assert tier.recovered.slots.tolist() == [5, 0, 63]
+    tier.release_recovered()
+    assert recovered_names(tier) == []
     assert readable(tier, [5, 0, 63], rows) == [5, 0, 63]
     assert tier.stats().faults == {}
     tier.close()
@@ -300,6 +305,120 @@ def test_a_really_full_disk_keeps_what_fits_and_works_again_with_space(
     tier.close()
 
 
+def test_a_slot_overwritten_while_it_is_read_fails_the_read(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_disk(tmp_path, layout)
+    store(tier, [1, 2, 9], rows)
+    preadv = os.preadv
+    overwritten = False
+
+    def overwriting(fd: int, vectors: list[memoryview], offset: int) -> int:
+        nonlocal overwritten
+        count = preadv(fd, vectors, offset)
+        if not overwritten:
+            overwritten = True
+            assert tier.write(ids(2), rows, ids(30)).all()
+        return count
+
+    monkeypatch.setattr(os, "preadv", overwriting)
+    target = map_rows(layout, 3)
+    assert tier.read(ids(1, 2, 9), target, ids(0, 1, 2)).tolist() == [True, False, True]
+    assert tier.stats().faults == {"overwritten": 1}
+    assert tier.read(ids(2), target, ids(0)).all()
+    tier.close()
+
+
+def test_a_read_can_ask_for_what_a_slot_held_before(tmp_path: Path, layout: BlockLayout, rows: Rows) -> None:
+    tier = open_disk(tmp_path, layout)
+    assert tier.generations(ids(3)).tolist() == [0]
+    store(tier, [1, 2, 3], rows)
+    before = tier.generations(ids(1, 2, 3, 4))
+    assert tier.read(ids(1, 2, 3), rows, ids(1, 2, 3), generations=before[:3]).all()
+    store(tier, [2, 4], rows)
+    assert (tier.generations(ids(1, 2, 3, 4)) == before).tolist() == [True, False, True, False]
+    assert tier.read(ids(1, 2, 3), rows, ids(1, 2, 3), generations=before[:3]).tolist() == [True, False, True]
+    assert tier.stats().faults == {}
+    tier.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.EIO, "io_error"),
+        (errno.EROFS, "read_only"),
+        (errno.EACCES, "no_permission"),
+        (errno.EDQUOT, "quota_exceeded"),
+    ],
+)
+def test_writes_refused_by_the_system_are_counted_by_kind_and_logged_once(
+    tmp_path: Path,
+    layout: BlockLayout,
+    rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    code: int,
+    kind: str,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    tier = open_disk(tmp_path, layout)
+    store(tier, [1, 2], rows)
+
+    def refuse(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    for _ in range(2):
+        assert not tier.write(ids(3, 7), rows, ids(3, 7)).any()
+    assert tier.stats().faults == {kind: 4}
+    assert len([record for record in caplog.records if str(tmp_path) in record.message]) == 1
+    monkeypatch.undo()
+    store(tier, [3], rows)
+    assert readable(tier, [1, 2, 3, 7], rows) == [1, 2, 3]
+    tier.close()
+
+
+@pytest.mark.parametrize("what", ["preadv", "pwritev"])
+def test_a_dead_disk_is_left_alone_and_used_again_when_it_comes_back(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    tier = open_disk(tmp_path, layout)
+    store(tier, [1], rows)
+    num_calls = 0
+
+    def dead(*_: object) -> int:
+        nonlocal num_calls
+        num_calls += 1
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    move = tier.read if what == "preadv" else tier.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, what, dead)
+        for _ in range(50):
+            assert not move(ids(1), rows, ids(1)).any()
+    assert 3 <= num_calls < 10  # three, unless the fifty took longer than the first pause
+    assert tier.stats().faults == {"io_error": num_calls, "resting": 50 - num_calls}
+    deadline = time.monotonic() + 20
+    while not move(ids(1), rows, ids(1)).all():
+        assert time.monotonic() < deadline, "the disk is not used again"
+        time.sleep(0.01)
+    assert tier.write(ids(2), rows, ids(2)).all()
+    tier.close()
+
+
+def test_a_read_only_file_system_is_unavailable_to_a_tier_and_good_enough_to_verify(
+    small_disk: Path, layout: BlockLayout, rows: Rows
+) -> None:
+    tier = DiskTier.open(small_disk, layout, 64 * layout.slot_bytes, b"model-a.")
+    store(tier, [1, 2], rows)
+    tier.close()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(TierUnavailableError, match="Read-only file system"):
+        DiskTier.open(small_disk, layout, 64 * layout.slot_bytes, b"model-a.")
+    (report,) = verify_directories([small_disk])
+    assert report.num_blocks == 2
+
+
 def test_a_second_tier_on_the_folder_is_refused_naming_path_and_process(tmp_path: Path, layout: BlockLayout) -> None:
     tier = open_disk(tmp_path, layout)
     with pytest.raises(TierBusyError) as caught:
@@ -436,7 +555,7 @@ from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.layout import BlockLayout
 layout = BlockLayout(3, 4, 2, 10, 4)
-tier = DiskTier.open(Path(sys.argv[1]), layout, 64 * layout.slot_bytes, b"model-a.")
+tier = DiskTier.open([Path(path) for path in sys.argv[1:]], layout, 64 * layout.slot_bytes, b"model-a.")
 rows = map_rows(layout, 8)
 rng = np.random.default_rng(0)
 number = 0
@@ -453,11 +572,13 @@ while True:
 """
 
 
-@pytest.mark.parametrize("num_lines", [30, 300, 2500])
+@pytest.mark.parametrize(("num_lines", "num_directories"), [(30, 1), (300, 1), (2500, 1), (300, 2)])
 def test_kill_9_during_writes_leaves_an_index_whose_blocks_are_good_or_found_out(
-    tmp_path: Path, layout: BlockLayout, num_lines: int
+    tmp_path: Path, layout: BlockLayout, num_lines: int, num_directories: int
 ) -> None:
-    writer = subprocess.Popen([sys.executable, "-P", "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    places = [tmp_path / str(i) for i in range(num_directories)]
+    command = [sys.executable, "-P", "-c", WRITER, *map(str, places)]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     for _ in range(num_lines):
         line = writer.stdout.readline()
@@ -466,7 +587,7 @@ def test_kill_9_during_writes_leaves_an_index_whose_blocks_are_good_or_found_out
     writer.stdout.close()
     writer.wait(30)
 
-    tier = open_disk(tmp_path, layout)
+    tier = DiskTier.open(places, layout, NUM_SLOTS * layout.slot_bytes, b"model-a.")
     recovered = tier.recovered
     assert tier.stats().faults == {}
     assert len(recovered.names) > 40

@@ -1,0 +1,118 @@
+"""The offline check of a disk tier, and its command line."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dynamo.kernels.checks import Rows
+from dynamo.kernels.digest import digest_rows
+from dynamo.kvcache.__main__ import main
+from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.errors import TierBusyError, TierUnavailableError
+from dynamo.tiers.journal import ROOT_NAME
+from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.verify import verify_directories
+
+NUM_SLOTS = 192
+
+
+def fill(places: list[Path], layout: BlockLayout, rows: Rows, fingerprint: bytes = b"model-a.") -> DiskTier:
+    """A tier with blocks in its first 30 slots, still open."""
+    tier = DiskTier.open(places, layout, NUM_SLOTS * layout.slot_bytes, fingerprint)
+    slots = np.arange(30)
+    assert tier.write(slots, rows, slots).all()
+    digests = digest_rows(rows, slots, np.arange(1, 31, dtype=np.uint64), layout.block_bytes)
+    names = [(slot + 1).to_bytes(8, "little") + b"the rest" for slot in range(30)]
+    assert tier.journal.put(names, [ROOT_NAME] * 30, slots, digests)
+    return tier
+
+
+def contents(place: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in place.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_whole_tier_is_good_and_stays_as_it_is(tmp_path: Path, layout: BlockLayout, rows: Rows, count: int) -> None:
+    places = [tmp_path / str(i) for i in range(count)]
+    fill(places, layout, rows).close()
+    fill(places, layout, rows, b"model-b.").close()
+    before = contents(tmp_path)
+    progress: list[tuple[int, int]] = []
+    reports = verify_directories(places, lambda done, total: progress.append((done, total)))
+    assert [(report.num_blocks, report.num_good, report.problems) for report in reports] == [(30, 30, ())] * 2
+    assert reports[0].read_bytes == 30 * layout.slot_bytes
+    assert progress[-1] == (30, 30)
+    assert contents(tmp_path) == before
+    assert main(["verify", *map(str, places)]) == 0
+
+
+def test_every_kind_of_damage_is_found(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tier = fill([tmp_path], layout, rows)
+    tier.close()
+    blocks, index = tier.folder / "blocks.dat", tier.folder / "journal.log"
+    data = bytearray(blocks.read_bytes())
+    data[5 * layout.slot_bytes + 9] ^= 1
+    data[6 * layout.slot_bytes + layout.block_bytes] ^= 1  # padding: nobody's bytes
+    blocks.write_bytes(data)
+    os.truncate(blocks, 28 * layout.slot_bytes + 10)
+    records = bytearray(index.read_bytes())
+    records[64 + 64 * 11 + 20] ^= 1
+    index.write_bytes(records)
+    (report,) = verify_directories([tmp_path])
+    assert (report.num_blocks, report.num_good) == (29, 26)
+    assert (report.num_corrupt, report.num_unreadable, report.num_damaged_records) == (1, 2, 1)
+    assert main(["verify", str(tier.folder)]) == 1
+    output = capsys.readouterr().out
+    assert "slot 5 does not match its digest" in output
+    assert "slot 29 cannot be read" in output
+    assert "1 of 30 records of the index are damaged" in output
+
+
+def test_a_tier_in_use_is_refused(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tier = fill([tmp_path], layout, rows)
+    with pytest.raises(TierBusyError, match=f"process {os.getpid()}"):
+        verify_directories([tmp_path])
+    assert main(["verify", str(tmp_path)]) == 2
+    assert f"error: {tier.folder / 'LOCK'} is held by process {os.getpid()}" in capsys.readouterr().err
+    tier.close()
+
+
+def test_wrong_paths_are_said_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TierUnavailableError, match="is no directory"):
+        verify_directories([tmp_path / "nowhere"])
+    (tmp_path / "0123456789abcdef").mkdir()
+    (tmp_path / "0123456789abcdef" / "thesis.txt").write_text("x")
+    assert verify_directories([tmp_path]) == []
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "holds no disk tier of this program" in capsys.readouterr().err
+
+
+def test_directories_that_do_not_belong_together_are_said_so(tmp_path: Path, layout: BlockLayout, rows: Rows) -> None:
+    places = [tmp_path / "a", tmp_path / "b"]
+    fill(places, layout, rows).close()
+    for given, sentence in (
+        (places[:1], "is the first of 2 directories"),
+        (places[1:], "is directory 2 of 2"),
+        ([places[0], tmp_path / "c"], "is not directory 2 of the tier"),
+    ):
+        (report,) = verify_directories(given)
+        assert sentence in report.problems[0]
+        assert report.num_blocks == 0
+
+
+@pytest.mark.parametrize("name", ["STRIPE", "journal.log"])
+def test_a_damaged_header_is_a_problem_and_no_error(tmp_path: Path, layout: BlockLayout, rows: Rows, name: str) -> None:
+    tier = fill([tmp_path], layout, rows)
+    tier.close()
+    path = tier.folder / name
+    data = bytearray(path.read_bytes())
+    data[30] ^= 1
+    path.write_bytes(data)
+    (report,) = verify_directories([tmp_path])
+    assert "damaged" in report.problems[0]

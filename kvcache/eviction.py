@@ -65,7 +65,7 @@ class OpenUse:
 
     Attributes:
         latest: what is known of the use so far.
-        num_refused: by tier, up to which position of the chain blocks that were not admitted have been counted.
+        admitted: by tier, how much of the chain was offered to it, and how many leading blocks it took or had.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class OpenUse:
     ) -> None:
         """Begins the use."""
         self._tracker = tracker
-        self.num_refused: dict[str, int] = {}
+        self.admitted: dict[str, tuple[int, int]] = {}
         self.latest = tracker.observe(
             keys, time.monotonic(), num_prompt_tokens=num_prompt_tokens, priority=priority, expires_s=expires_s
         )

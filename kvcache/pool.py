@@ -47,8 +47,7 @@ class BlockPlace:
         num_users: who hold it now; it can be evicted only without any.
         num_children: registered blocks that continue it; they are evicted before it.
         is_orphan: the block before it is not registered.
-        use: who used it last; None while somebody holds it.
-        num_before: entries that give up blocks before its own does; None while somebody holds it.
+        use: who used it last, and so with what it is ranked; None while somebody holds it.
     """
 
     slot: int
@@ -56,7 +55,6 @@ class BlockPlace:
     num_children: int
     is_orphan: bool
     use: Use | None
-    num_before: int | None
 
 
 class BlockPool:
@@ -166,20 +164,18 @@ class BlockPool:
         return list(self._index)
 
     def explain(self, key: BlockKey) -> BlockPlace | Removal | None:
-        """Where a block lies, or why it does not any more; None: not seen as far back as the memory of removals reaches.
-
-        Cost: proportional to the number of entries.
-        """
+        """Where a block lies, or why it does not any more; None: not seen as far back as the memory of removals reaches."""
         slot = self._index.get(key)
         if slot is None:
             return self.removals.find(key)
-        use, num_before = None, None
-        if number := self._entries.entry_of(slot):
-            use = self._entries.use(number)
-            order = self._entries.candidates(time.monotonic())
-            num_before = next(position for position, candidate in enumerate(order) if candidate == number)
-        is_orphan = self._lineage.lacks(slot) is not None
-        return BlockPlace(slot, int(self._refs[slot]), self._lineage.num_children(slot), is_orphan, use, num_before)
+        number = self._entries.entry_of(slot)
+        return BlockPlace(
+            slot=slot,
+            num_users=int(self._refs[slot]),
+            num_children=self._lineage.num_children(slot),
+            is_orphan=self._lineage.lacks(slot) is not None,
+            use=self._entries.use(number) if number else None,
+        )
 
     def acquire(self, slots: SlotIds) -> None:
         """Adds one reference to each of the distinct, registered or used `slots`."""

@@ -38,6 +38,7 @@ class TierStats:
         read: blocks read out of the tier.
         write: blocks written into the tier.
         faults: number of faults by kind, such as {"truncated": 1}; kinds that never happened are absent.
+        page_bytes: size of the memory pages that hold most of the tier; None where it is no host memory, or not known.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TierStats:
     read: MovedBlocks
     write: MovedBlocks
     faults: Mapping[str, int]
+    page_bytes: int | None = None
 
 
 class TierRecorder:

@@ -7,9 +7,18 @@ an entry whose tail still has descendants in the pool, so that no block outlives
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
-__all__ = ["EvictionOrder", "LeafFirstLRU", "Use"]
+__all__ = ["EvictionOrder", "LeafFirstLRU", "Part", "Use"]
+
+
+class Part(IntEnum):
+    """Which part of its chain a use speaks for. The parts of one chain come back with different chances."""
+
+    PROMPT = 0  # or the whole chain, where it is not told apart
+    ANSWER = 1  # blocks behind the prompt's last full one: lost where a template drops reasoning from the history
+    SHARED = 2  # leading blocks that many chains have in common, such as a system prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +33,11 @@ class Use:
         num_output_tokens: length of the answer; 0 while it is not known.
         priority: entries of a higher priority outlive all those of a lower one.
         expires_s: from this time on the entry goes before all others; None: never.
+        num_new_tokens: prompt tokens that the use it continues did not have; all of them in turn 0.
+        part: what of the chain this is about; `reuse.parts` takes a use apart.
+        num_shared_blocks: leading blocks that other chains have too.
+        num_sharers: how many chains have been seen to go on from those blocks.
+        num_prompt_blocks: blocks of the chain before the answer; None: not known, all of them.
     """
 
     number: int
@@ -33,6 +47,11 @@ class Use:
     num_output_tokens: int = 0
     priority: int = 0
     expires_s: float | None = None
+    num_new_tokens: int = 0
+    part: Part = Part.PROMPT
+    num_shared_blocks: int = 0
+    num_sharers: int = 0
+    num_prompt_blocks: int | None = None
 
 
 class EvictionOrder(Protocol):

@@ -79,8 +79,8 @@ class Shelf:
         self.changed = threading.Condition()
         self.counters = counters
         self._policies = policies or Policies()
-        self.host = BlockPool(num_host_slots, self._policies.new_order())
-        self.disk = BlockPool(disk.num_slots if disk else 0, self._policies.new_order())
+        self.host = BlockPool(num_host_slots, self._policies.new_order("host"))
+        self.disk = BlockPool(disk.num_slots if disk else 0, self._policies.new_order("disk"))
         self.staging = BlockPool(arena.num_staging)
         self.disk_digests: Digests = np.zeros(self.disk.num_slots, dtype=np.uint64)
         self.events = events

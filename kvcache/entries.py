@@ -35,7 +35,9 @@ class Entries:
 
     def __init__(self, num_slots: int, order: EvictionOrder) -> None:
         self._order = order
-        self._stamp = np.zeros(num_slots, dtype=np.int64)  # number of the entry an idle slot is in; 0: not idle
+        self._stamp: npt.NDArray[np.int64] = np.zeros(
+            num_slots, dtype=np.int64
+        )  # number of the entry an idle slot is in; 0: not idle
         self._entries: dict[int, _Entry] = {}
         self._last_number = 0
         self._num_places = 0
@@ -49,7 +51,8 @@ class Entries:
 
     def idle(self, slots: SlotIds) -> SlotIds:
         """Those of `slots` that lie in entries."""
-        return slots[self._stamp[slots] != 0]
+        idle: SlotIds = slots[self._stamp[slots] != 0]
+        return idle
 
     def all_idle(self) -> SlotIds:
         """All slots that lie in entries, ascending."""

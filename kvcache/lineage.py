@@ -125,7 +125,7 @@ class Lineage:
         parents = parents[parents != NO_PARENT]
         np.subtract.at(self._num_children, parents, 1)
         self._num_children[slots] = -1
-        opened = parents[self._num_children[parents] == 0].astype(np.int64)
+        opened: SlotIds = parents[self._num_children[parents] == 0].astype(np.int64)
         self._num_children[slots] = 0
         self._parent[slots] = NO_PARENT
         return opened

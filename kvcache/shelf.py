@@ -129,7 +129,7 @@ class Shelf:
         """Files a sequence's blocks under its use, or, without one, under a use now."""
         with self.changed:
             for pool in (self.host, self.disk):
-                pool.touch(pool.find_any(chain), use and use.latest)
+                pool.touch(pool.find_any(chain), use.latest if use else None)
 
     def admitted(self, tier: str, chain: Sequence[BlockKey], use: OpenUse | None) -> int:
         """How many leading blocks of a sequence's `chain` so far may lie in "host" or "disk", as the policy of admission says.

@@ -46,9 +46,10 @@ class Lineage:
 
     def append(self, slots: SlotIds, parent: int) -> None:
         """Adds childless blocks that follow one another, the first one after `parent`."""
-        self._parent[slots[1:]] = slots[:-1]
-        self._num_children[slots[:-1]] = 1
         first = slots[0]
+        if len(slots) > 1:
+            self._parent[slots[1:]] = slots[:-1]
+            self._num_children[slots[:-1]] = 1
         self._parent[first] = parent
         if parent != NO_PARENT:
             self._num_children[parent] += 1
@@ -124,7 +125,7 @@ class Lineage:
         parents = parents[parents != NO_PARENT]
         np.subtract.at(self._num_children, parents, 1)
         self._num_children[slots] = -1
-        opened = parents[self._num_children[parents] == 0].astype(np.int64)
+        opened: SlotIds = parents[self._num_children[parents] == 0].astype(np.int64)
         self._num_children[slots] = 0
         self._parent[slots] = NO_PARENT
         return opened

@@ -15,6 +15,7 @@ from dynamo.kvcache.eviction import EvictionOrder, LeafFirstLRU, Use, anonymous_
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.lineage import NO_PARENT, Lineage
 from dynamo.kvcache.removals import Removal, RemovalLog
+from dynamo.kvcache.reuse import parts
 from dynamo.tiers.tier import SlotIds
 
 __all__ = ["Allocation", "BlockPlace", "BlockPool", "Registration"]
@@ -47,8 +48,7 @@ class BlockPlace:
         num_users: who hold it now; it can be evicted only without any.
         num_children: registered blocks that continue it; they are evicted before it.
         is_orphan: the block before it is not registered.
-        use: who used it last; None while somebody holds it.
-        num_before: entries that give up blocks before its own does; None while somebody holds it.
+        use: who used it last, and so with what it is ranked; None while somebody holds it.
     """
 
     slot: int
@@ -56,7 +56,6 @@ class BlockPlace:
     num_children: int
     is_orphan: bool
     use: Use | None
-    num_before: int | None
 
 
 class BlockPool:
@@ -94,7 +93,7 @@ class BlockPool:
         self._registered = np.zeros(num_slots, dtype=np.bool_)
         self._keys: list[BlockKey | None] = [None] * num_slots  # of slots that are not registered: anything
         self._index: dict[BlockKey, int] = {}
-        self._entries = Entries(num_slots, order or LeafFirstLRU())
+        self._entries = Entries(num_slots, LeafFirstLRU() if order is None else order)
         self._lineage = Lineage(num_slots)
 
     def __len__(self) -> int:
@@ -140,15 +139,11 @@ class BlockPool:
 
     def find_prefix(self, keys: Sequence[BlockKey]) -> SlotIds:
         """Slots of the longest run of registered blocks from the first key on. They are not pinned."""
-        get = self._index.get
-        slots: list[int] = []
-        append = slots.append
-        for key in keys:
-            slot = get(key)
-            if slot is None:
-                break
-            append(slot)
-        return np.array(slots, dtype=np.int64)
+        if not keys or keys[0] not in self._index:
+            return _NO_SLOTS
+        slots = self.locate(keys)
+        is_missing = slots < 0
+        return slots[: is_missing.argmax()] if is_missing.any() else slots
 
     def find_any(self, keys: Sequence[BlockKey]) -> SlotIds:
         """Slots of those of the distinct `keys` that are registered, in their order. They are not pinned."""
@@ -166,20 +161,18 @@ class BlockPool:
         return list(self._index)
 
     def explain(self, key: BlockKey) -> BlockPlace | Removal | None:
-        """Where a block lies, or why it does not any more; None: not seen as far back as the memory of removals reaches.
-
-        Cost: proportional to the number of entries.
-        """
+        """Where a block lies, or why it does not any more; None: not seen as far back as the memory of removals reaches."""
         slot = self._index.get(key)
         if slot is None:
             return self.removals.find(key)
-        use, num_before = None, None
-        if number := self._entries.entry_of(slot):
-            use = self._entries.use(number)
-            order = self._entries.candidates(time.monotonic())
-            num_before = next(position for position, candidate in enumerate(order) if candidate == number)
-        is_orphan = self._lineage.lacks(slot) is not None
-        return BlockPlace(slot, int(self._refs[slot]), self._lineage.num_children(slot), is_orphan, use, num_before)
+        number = self._entries.entry_of(slot)
+        return BlockPlace(
+            slot=slot,
+            num_users=int(self._refs[slot]),
+            num_children=self._lineage.num_children(slot),
+            is_orphan=self._lineage.lacks(slot) is not None,
+            use=self._entries.use(number) if number else None,
+        )
 
     def acquire(self, slots: SlotIds) -> None:
         """Adds one reference to each of the distinct, registered or used `slots`."""
@@ -192,7 +185,7 @@ class BlockPool:
         A slot without references left becomes idle if it is registered, else free.
 
         Args:
-            use: what the slots were held for; None: an anonymous use now.
+            use: what the slots were held for, which are then a chain's from its first block on; None: an anonymous use now.
         """
         refs = self._refs[slots] - 1
         self._refs[slots] = refs
@@ -201,14 +194,28 @@ class BlockPool:
         idle = unused[registered]
         if len(idle) < len(unused):
             self._push_free(unused[~registered])
-        if len(idle):
-            self._entries.file(idle, use or anonymous_use())
+        if len(idle) == len(slots):
+            for start, end, part in _parts(use, len(slots)):
+                self._entries.file(slots[start:end], part)
+        elif len(idle):
+            is_idle = (refs == 0) & self._registered[slots]
+            for start, end, part in _parts(use, len(slots)):
+                piece = slots[start:end][is_idle[start:end]]
+                if len(piece):
+                    self._entries.file(piece, part)
 
     def touch(self, slots: SlotIds, use: Use | None = None) -> None:
-        """Files the idle ones of the distinct `slots`, given in chain order, anew, but for those that a later use filed."""
-        idle = self._entries.idle(slots)
-        if len(idle):
-            self._entries.file_again(idle, use or anonymous_use())
+        """Files the idle ones of the distinct `slots` anew, but for those that a later use filed.
+
+        Args:
+            slots: in chain order.
+            use: as for `release`.
+        """
+        if self._entries.num_slots:
+            for start, end, part in _parts(use, len(slots)):
+                piece = self._entries.idle(slots[start:end])
+                if len(piece):
+                    self._entries.file_again(piece, part)
 
     def allocate(self, count: int) -> Allocation | None:
         """Takes `count` slots, each with one reference, evicting idle blocks as needed: all of them or, as None, none."""
@@ -326,9 +333,11 @@ class BlockPool:
         if not len(slots):
             return Registration(slots, ())
         if index.keys().isdisjoint(keys):
-            numbers = slots.tolist()
+            numbers: list[int] = slots.tolist()
             index.update(zip(keys, numbers, strict=True))
-            if numbers[-1] - numbers[0] == len(numbers) - 1 and (slots[1:] > slots[:-1]).all():
+            if len(numbers) == 1:
+                names[numbers[0]] = keys[0]
+            elif numbers[-1] - numbers[0] == len(numbers) - 1 and (slots[1:] > slots[:-1]).all():
                 names[numbers[0] : numbers[-1] + 1] = keys
             else:
                 for key, slot in zip(keys, numbers, strict=True):
@@ -343,7 +352,8 @@ class BlockPool:
                 return registered
         else:
             registered = self._register_unknown(keys, slots)
-        self._add_to_lineage(keys, registered, [parent, *keys[:-1]] if parents is None else parents)
+        if registered.new:
+            self._add_to_lineage(keys, registered, [parent, *keys[:-1]] if parents is None else parents)
         return registered
 
     def forget(self, keys: Sequence[BlockKey]) -> tuple[list[BlockKey], SlotIds]:
@@ -512,3 +522,10 @@ class BlockPool:
         """Keys of registered slots."""
         names = self._keys
         return cast("list[BlockKey]", [names[slot] for slot in slots.tolist()])
+
+
+def _parts(use: Use | None, num_blocks: int) -> list[tuple[int, int, Use]]:
+    """What to file of a chain of that length, as (first block, end, use): last part first, as leaves go first."""
+    if use is None:
+        return [(0, num_blocks, anonymous_use())] if num_blocks else []
+    return list(parts(use, num_blocks))[::-1]

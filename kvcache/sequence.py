@@ -206,7 +206,7 @@ class Sequence:
                 first=first,
                 device_slots=held[first:],
                 fences=fences,
-                release=lambda: self._pool.unpin(held, self._use and self._use.latest),
+                release=lambda: self._pool.unpin(held, self._use.latest if self._use else None),
                 use=self._use,
             )
             self._store.save(request, _OFFER_WAIT_S)
@@ -224,7 +224,7 @@ class Sequence:
                 if self._store is not None and self._num_shared_blocks:
                     self._store.touch(self._chain.keys[: self._num_shared_blocks], self._use)
         finally:
-            self._pool.release(self.block_table.astype(np.int64), self._use and self._use.latest)
+            self._pool.release(self.block_table.astype(np.int64), self._use.latest if self._use else None)
 
     def when_ready(self, callback: Callable[[], None]) -> None:
         """Calls `callback` once, on some thread, when the loads have ended; at once if there are none."""

@@ -79,8 +79,8 @@ class Shelf:
         self.changed = threading.Condition()
         self.counters = counters
         self._policies = policies or Policies()
-        self.host = BlockPool(num_host_slots, self._policies.new_order())
-        self.disk = BlockPool(disk.num_slots if disk else 0, self._policies.new_order())
+        self.host = BlockPool(num_host_slots, self._policies.new_order("host"))
+        self.disk = BlockPool(disk.num_slots if disk else 0, self._policies.new_order("disk"))
         self.staging = BlockPool(arena.num_staging)
         self.disk_digests: Digests = np.zeros(self.disk.num_slots, dtype=np.uint64)
         self.events = events
@@ -129,29 +129,29 @@ class Shelf:
         """Files a sequence's blocks under its use, or, without one, under a use now."""
         with self.changed:
             for pool in (self.host, self.disk):
-                pool.touch(pool.find_any(chain), use and use.latest)
+                pool.touch(pool.find_any(chain), use.latest if use else None)
 
     def admitted(self, tier: str, chain: Sequence[BlockKey], use: OpenUse | None) -> int:
-        """How many leading blocks of `chain` the policy of admission lets into "host" or "disk", or has there already.
+        """How many leading blocks of a sequence's `chain` so far may lie in "host" or "disk", as the policy of admission says.
 
-        Counts the others as dropped, once for a use.
+        Counts the others as dropped, once for each use. Called by one thread for each use.
         """
         admission = self._policies.admission
         if admission is None or use is None:
             return len(chain)
         pool = self.host if tier == "host" else self.disk
+        seen, end = use.admitted.get(tier, (0, 0)), len(chain)
         with self.changed:
-            (lacking,) = np.nonzero(pool.locate(chain) < 0)
-        num_admitted = admission.admit(tier, chain, use.latest, len(lacking)) if len(lacking) else 0
-        if num_admitted >= len(lacking):
-            return len(chain)
-        refused = lacking[num_admitted:]
-        new = [chain[place] for place in refused[refused >= use.num_refused.get(tier, 0)].tolist()]
-        use.num_refused[tier] = len(chain)
-        self.counters.count_dropped("not_admitted", len(new))
-        with self.changed:
-            pool.removals.add(new, "not_admitted")
-        return int(refused[0])
+            is_lacking = pool.locate(chain) < 0
+            # What was admitted before is on its way: it is not asked for twice.
+            first = max(seen[1], int(is_lacking.argmax()) if is_lacking.any() else end)
+            if first < end:
+                end = first + admission.admit(tier, chain, use.latest, end - first)
+            refused = [chain[i] for i in range(max(end, seen[0]), len(chain)) if is_lacking[i]]
+            pool.removals.add(refused, "not_admitted")
+        use.admitted[tier] = (len(chain), end)
+        self.counters.count_dropped("not_admitted", len(refused))
+        return end
 
     def hold(self, chains: Sequence[Sequence[BlockKey]], uses: Sequence[OpenUse | None] = ()) -> "Hold":
         """Pins what host and disk have of `chains`, so that none of it is evicted while more of them is moved.

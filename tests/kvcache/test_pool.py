@@ -228,10 +228,10 @@ def test_a_pool_explains_where_a_block_is_and_why_not():
     slots = use_chain(pool, [1, 2], use=7)
     use_chain(pool, [11, 12], use=8)
     place = pool.explain(key(11))
-    assert (place.num_users, place.num_children, place.is_orphan, place.num_before) == (0, 1, False, 1)
+    assert (place.num_users, place.num_children, place.is_orphan, place.use.number) == (0, 1, False, 8)
     pool.acquire(slots)
     held = pool.explain(key(1))
-    assert (held.slot, held.num_users, held.use, held.num_before) == (slots[0], 1, None, None)
+    assert (held.slot, held.num_users, held.use) == (slots[0], 1, None)
     pool.allocate(1)
     pool.forget([key(11)])
     assert pool.explain(key(12)).reason == "evicted"
@@ -291,6 +291,7 @@ class Shuffled:
         self.entries: set[int] = set()
 
     def add(self, entry: int, use: Use, num_blocks: int) -> None:
+        assert entry not in self.entries
         self.entries.add(entry)
 
     def remove(self, entry: int) -> None:

@@ -106,11 +106,17 @@ def copy_row_numbers(src: Voids, src_ids: SlotIds, dst: Voids, dst_ids: SlotIds)
 
 
 def _copy_runs(src: Voids, src_ids: SlotIds, dst: Voids, dst_ids: SlotIds, borders: SlotIds) -> None:
+    src_bytes, dst_bytes, width = (
+        src.view(np.uint8),
+        dst.view(np.uint8),
+        src.itemsize,
+    )  # numpy keeps the GIL for few items
+
     def copy_part(first: int, last: int) -> None:
         cuts = _within(borders, first, last)
         starts, lengths = cuts[:-1], np.diff(cuts).tolist()
         for s, d, length in zip(src_ids[starts].tolist(), dst_ids[starts].tolist(), lengths, strict=True):
-            dst[d : d + length] = src[s : s + length]
+            dst_bytes[d * width : (d + length) * width] = src_bytes[s * width : (s + length) * width]
 
     copy_in_parts(src_ids.size, src.itemsize, copy_part)
 

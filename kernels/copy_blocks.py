@@ -14,10 +14,11 @@ import numpy.typing as npt
 import torch
 
 from dynamo.kernels.checks import KernelArgumentError, SlotIds
-from dynamo.kernels.copy_plan import Axis, CopyPlan, Range, plan_copy
+from dynamo.kernels.copy_plan import Axis, CopyPlan, plan_copy
 from dynamo.kernels.driver import CudaDriver, Memory, cuda_driver
 from dynamo.kernels.host_blocks import copy_on_host
 from dynamo.kernels.layouts import from_paged, stored
+from dynamo.kernels.pairing import Range
 from dynamo.kernels.view import View
 
 if TYPE_CHECKING:

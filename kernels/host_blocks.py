@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from dynamo.kernels.copy_plan import Axis, CopyPlan
 from dynamo.kernels.host_rows import Side, copy_by_number, dense_runs, gather_or_scatter, is_on_grid, voids_at
-from dynamo.kernels.host_threads import copy_in_parts
+from dynamo.kernels.host_threads import copy_in_parts, num_threads_for
 
 __all__ = ["copy_on_host"]
 
@@ -32,6 +32,7 @@ Int64s = npt.NDArray[np.int64]
 Voids = npt.NDArray[np.void]
 
 CALL_BYTES = 256 << 10
+KEEPS_GIL_ROWS = 500  # numpy assigns so few items without releasing the GIL: helpers would only wait
 SHARE_BYTES = 4 << 20  # of one call, so that threads can share what is larger
 PASS_BYTES = 4096  # of one pair
 MEMMOVE_BYTES = 128 << 10
@@ -92,8 +93,8 @@ def _passes(plan: CopyPlan) -> Iterator[CopyPlan]:
 def _dense_side(plan: CopyPlan) -> Side | None:
     """The side to go along when rows are moved by number, if there is one.
 
-    Of two, that from which fewer streams run through the other's blocks: with 8 heads and 16 tokens, the one with the
-    heads innermost.
+    Of two, that of the destination where helpers come, who can take but not assign by number; else that from which fewer
+    streams run through the other's blocks: with 8 heads and 16 tokens, the one with the heads innermost.
     """
     if not is_on_grid(plan):
         return None
@@ -101,6 +102,8 @@ def _dense_side(plan: CopyPlan) -> Side | None:
     sides: tuple[Side, Side] = ("src", "dst")
     runs = {side: dense_runs(plan, side) for side in sides}
     dense = [side for side, n in runs.items() if n is not None and bytes_per_base >= n * CALL_BYTES]
+    if "dst" in dense and num_threads_for(plan.num_bytes) > 1:
+        return "dst"
     return min(dense, key=lambda side: _streams(plan, side), default=None)
 
 
@@ -168,7 +171,11 @@ def _assign_pairs(plan: CopyPlan, src_offsets: Int64s, dst_offsets: Int64s) -> N
                 for i, j in zip(src_numbers[first:last], dst_numbers[first:last], strict=True):
                     dst[j] = src[i]
 
-            copy_in_parts(len(src_numbers), pair_bytes // len(parts), assign)
+            num_pairs = len(src_numbers)
+            if plan.rows_per_pair > KEEPS_GIL_ROWS * len(parts):
+                copy_in_parts(num_pairs, pair_bytes // len(parts), assign)
+            else:
+                assign(0, num_pairs)
 
 
 def _numbered(offsets: Int64s) -> tuple[int, list[int]]:

@@ -20,8 +20,8 @@ Voids = npt.NDArray[np.void]
 Side = Literal["src", "dst"]
 
 ROWS_AT_A_TIME = 1 << 16
-CALL_BYTES = {"dst": 4 << 20, "src": 1 << 20}
-"""Moved by one call: enough to hide what it costs; from "src" little, since assignment by number keeps the GIL."""
+CALL_BYTES = 4 << 20
+"""Moved by one call at most: enough to hide what it costs, and little where numpy keeps the GIL, as it does from "src"."""
 
 
 class _Memory:
@@ -101,7 +101,7 @@ def gather_or_scatter(plan: CopyPlan, side: Side) -> None:
     far_inner, low, high = _inner(plan, "dst" if side == "src" else "src"), int(far.min()), int(far.max())
     num_far = (high - low) // row_bytes + int(far_inner.max()) + 1
     breaks = np.flatnonzero(np.diff(near) != rows * row_bytes) + 1
-    pairs_at_a_time = max(1, min(ROWS_AT_A_TIME, CALL_BYTES[side] // row_bytes) // rows)
+    pairs_at_a_time = max(1, min(ROWS_AT_A_TIME, CALL_BYTES // row_bytes) // rows)
     slices = np.union1d(np.append(breaks, near.size), np.arange(0, near.size, pairs_at_a_time))
     num_slices, bases = slices.size - 1, list(zip(near_bases.tolist(), far_bases.tolist(), strict=True))
 

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-__all__ = ["HostThreads", "copy_in_parts", "num_copy_threads"]
+__all__ = ["HostThreads", "copy_in_parts", "num_threads_for"]
 
 CopyPart = Callable[[int, int], None]
 """Copies the items in [start, stop). Called from several threads at a time, for disjoint ranges."""
@@ -180,6 +180,10 @@ def copy_in_parts(num_items: int, item_bytes: int, copy_part: CopyPart) -> None:
     _THREADS.copy(num_items, item_bytes, copy_part)
 
 
-def num_copy_threads() -> int:
-    """Threads, the caller among them, that `copy_in_parts` has at most."""
-    return _THREADS.num_lanes
+def num_threads_for(num_bytes: int) -> int:
+    """Threads, the caller among them, that `copy_in_parts` has at most for so many bytes.
+
+    >>> num_threads_for(4096)
+    1
+    """
+    return _THREADS.num_lanes if num_bytes >= MIN_SHARED_BYTES else 1

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dynamo.kernels.copy_blocks import copy_blocks
-from dynamo.kernels.host_threads import num_copy_threads
+from dynamo.kernels.host_threads import num_threads_for
 from dynamo.perf.kernels_layouts import LayoutCase, Peer, conversions, host_bytes_new, rows
 from dynamo.perf.kernels_measure import busy_core, paired_cpu, speed_results
 from dynamo.perf.kernels_workload import Findings, Workload
@@ -34,9 +34,10 @@ def cpu_copies(workload: Workload) -> Findings:
     finally:
         torch.set_num_threads(threads)
     yield (
-        f"CPU copies: payload by elapsed time, copy_blocks with up to {num_copy_threads()} threads, memmove and the others "
-        "with one; threads at work is processor time by elapsed time. Each repeat is paired with a memmove of as many bytes, "
-        "and shares are medians of the repeats' ratios. All memory is mapped alike, with huge pages where the system has them"
+        f"CPU copies: payload by elapsed time, copy_blocks with up to {num_threads_for(workload.num_bytes)} threads, "
+        "memmove and the others with one; threads at work is processor time by elapsed time. Each repeat is paired with a "
+        "memmove of as many bytes, and shares are medians of the repeats' ratios. All memory is mapped alike, with huge pages "
+        "where the system has them"
     )
 
 

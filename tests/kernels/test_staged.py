@@ -127,7 +127,7 @@ def test_buffers_that_are_too_small_are_refused() -> None:
     one, stream = np.array([1]), driver.stream_new(0)
     with Staging(driver, num_bytes=BLOCK_BYTES - 2) as staging:
         assert not staging.can_hold(slots)
-        with pytest.raises(KernelArgumentError, match="512 bytes must fit one buffer of 511; give the staging 1024"):
+        with pytest.raises(KernelArgumentError, match="512 bytes of a block's layer must fit one buffer of 511"):
             staging.offload(pool, one, slots, one, stream)
     with pytest.raises(KernelArgumentError, match="staging of 1 bytes holds nothing"):
         Staging(driver, num_bytes=1)

@@ -173,10 +173,10 @@ def _expand(table: Int64s, count: int, stride: int) -> Int64s:
 
 
 def _check_places_distinct(dst: View) -> None:
-    """No two blocks of a view that is written may lie at the same place, as those of an expanded tensor do."""
+    """No two blocks of a view that is written may lie at the same place. Layouts make no such views; callers can."""
     offsets = dst.block_offsets
     if not (offsets[1:] > offsets[:-1]).all() and np.unique(offsets).size != offsets.size:
-        raise KernelArgumentError("blocks of the destination share their memory; give it a tensor that is not expanded")
+        raise KernelArgumentError("blocks of the destination lie at the same place; give each an offset of its own")
 
 
 def _check_blocks_apart(

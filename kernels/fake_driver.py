@@ -126,9 +126,16 @@ class FakeDriver:
         self._note("launch", stream, device)
         self._queue(stream, call)
 
-    def memory_of(self, address: int) -> Memory:
-        """See CudaDriver."""
-        return next((kind for start, stop, kind, _ in self._ranges if start <= address < stop), Memory.PAGEABLE)
+    def memory_of(self, address: int, num_bytes: int = 1) -> Memory:
+        """See CudaDriver. Ranges that were registered or marked one behind the other count as one."""
+        kinds, end = set(), address + num_bytes
+        while address < end:
+            found = next((r for r in self._ranges if r[0] <= address < r[1]), None)
+            kinds.add(Memory.PAGEABLE if found is None else found[2])
+            if found is None or len(kinds) > 1:
+                return Memory.PAGEABLE
+            address = found[1]
+        return kinds.pop()
 
     def host_device_pointer(self, address: int) -> int:
         """See CudaDriver."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from dynamo.kernels.copy import copy_row_numbers
 from dynamo.kernels.copy_plan import CopyPlan
+from dynamo.kernels.host_memory import array_at
 from dynamo.kernels.host_threads import copy_in_parts
 
 __all__ = ["Side", "copy_by_number", "dense_runs", "gather_or_scatter", "is_on_grid", "voids_at"]
@@ -24,19 +25,6 @@ CALL_BYTES = 4 << 20
 """Moved by one call at most: enough to hide what it costs, and little where numpy keeps the GIL, as it does from "src"."""
 
 
-class _Memory:
-    """Memory at an address, for numpy to look at. The plan's views have checked the range and keep it alive."""
-
-    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], row_bytes: int) -> None:
-        self.__array_interface__ = {
-            "data": (address, False),
-            "shape": shape,
-            "strides": strides,
-            "typestr": f"|V{row_bytes}",
-            "version": 3,
-        }
-
-
 def voids_at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], row_bytes: int) -> Voids:
     """Rows of memory as an array of void scalars. The caller answers for address and extent.
 
@@ -45,7 +33,7 @@ def voids_at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], row
     >>> voids_at(numbers.ctypes.data, (3,), (16,), 8).view(np.int64).tolist()
     [0, 2, 4]
     """
-    return np.asarray(_Memory(address, shape, strides, row_bytes))
+    return array_at(address, f"V{row_bytes}", shape, strides)
 
 
 def is_on_grid(plan: CopyPlan) -> bool:

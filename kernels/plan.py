@@ -27,6 +27,7 @@ from dynamo.kernels.copy_engine import copy_runs
 from dynamo.kernels.copy_plan import plan_copy
 from dynamo.kernels.driver import CudaDriver, Memory, cuda_driver, wait_for_event
 from dynamo.kernels.pairing import Range, cut_views
+from dynamo.kernels.pinned import memory_of_view
 from dynamo.kernels.runs import Runs, in_host_order, runs_of
 from dynamo.kernels.staged import Staging
 from dynamo.kernels.view import View
@@ -291,10 +292,7 @@ def _memory(view: View, driver: CudaDriver | None) -> Memory:
         return Memory.DEVICE
     if driver is None:
         return Memory.PAGEABLE
-    kinds = {driver.memory_of(start) for start in set(view.limits[..., 0].reshape(-1).tolist())}
-    if len(kinds) > 1:
-        raise KernelArgumentError(f"a view's tensors must be alike, got {', '.join(sorted(kinds))} memory")
-    return kinds.pop()
+    return memory_of_view(view, driver)
 
 
 def _possible(src: View, dst: View, direction: Direction, staging: Staging | None) -> tuple[Route, ...]:

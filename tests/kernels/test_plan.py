@@ -2,6 +2,8 @@
 
 import gc
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from dynamo.kernels.checks import KernelArgumentError, SlotIds
 from dynamo.kernels.driver import CudaError, Memory
 from dynamo.kernels.fake_driver import FakeDriver
 from dynamo.kernels.layouts import from_paged, stored
+from dynamo.kernels.pinned import seen_from_device
 from dynamo.kernels.plan import plan, run
 from dynamo.kernels.staged import Staging
 from dynamo.kernels.view import View
@@ -138,6 +141,46 @@ def test_host_memory_is_read_early_only_where_it_is_said_to_be_stable() -> None:
     run(back, driver.stream_new(0))
     orders.append(next(call[4] for call in reversed(driver.calls) if call[0] == "memcpy_batch_async"))
     assert [order.name for order in orders] == ["STREAM", "ANY", "STREAM"]  # type: ignore[attr-defined]
+
+
+def test_staging_and_streams_of_another_gpu_are_refused() -> None:
+    driver = FakeDriver()
+    gpu, host = pools(driver)
+    with (
+        Staging(driver, device=1, num_bytes=1 << 20) as staging,
+        pytest.raises(KernelArgumentError, match="the staging is on GPU 1, the copy on GPU 0"),
+    ):
+        plan(gpu, ids(0), host, ids(1), driver=driver, staging=staging)
+    copy = plan(gpu, ids(0), host, ids(1), driver=driver)
+    elsewhere = SimpleNamespace(device=torch.device("cuda", 1), cuda_stream=driver.stream_new(1))
+    before = len(driver.calls)
+    with pytest.raises(KernelArgumentError, match="the stream is on cuda:1, the copy on GPU 0"):
+        run(copy, elsewhere)  # type: ignore[arg-type]
+    assert len(driver.calls) == before
+
+
+def test_host_memory_that_is_pinned_at_its_ends_only_is_refused() -> None:
+    driver = FakeDriver()
+    gpu, _ = pools(driver)
+    memory = torch.zeros(8, 8192, dtype=torch.uint8)
+    slots = stored(memory, num_layers=1, num_tokens=16, num_heads=4, row_bytes=64)
+    for first in (0, 6):
+        driver.host_register(memory[first].data_ptr(), 2 * 8192)
+    with pytest.raises(KernelArgumentError, match="dst is pageable host memory"):
+        plan(gpu, ids(0), slots, ids(1), driver=driver)
+    with pytest.raises(KernelArgumentError, match=r"not all of the 65536 bytes of host memory at .* are pinned"):
+        seen_from_device(slots, driver)
+    driver.host_register(memory[2].data_ptr(), 4 * 8192)
+    assert plan(gpu, ids(0), slots, ids(1), driver=driver).direction == Direction.OFFLOAD
+    assert np.array_equal(seen_from_device(slots, driver).base, slots.base)
+
+
+def test_destinations_that_are_one_place_are_refused() -> None:
+    src, other = (from_paged(torch.zeros(4, 16, 2, 8), "BTHD") for _ in range(2))
+    aliased = replace(other, block_offsets=other.block_offsets[[0, 1, 2, 1]])
+    with pytest.raises(KernelArgumentError, match="blocks of the destination lie at the same place"):
+        plan(src, ids(0, 1), aliased, ids(2, 3))
+    run(plan(aliased, ids(1, 3), src, ids(0, 1)))
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_submitted() -> None:

@@ -25,7 +25,7 @@ from dynamo.kernels.calibration import (
 )
 from dynamo.kernels.checks import SlotIds
 from dynamo.kernels.copy_blocks import copy_blocks
-from dynamo.kernels.copy_engine import copy_pieces
+from dynamo.kernels.copy_engine import copy_runs
 from dynamo.kernels.driver import CudaDriver
 from dynamo.kernels.layouts import from_paged
 from dynamo.kernels.runs import find_runs
@@ -155,7 +155,7 @@ def _by_engine(
     driver: CudaDriver, src: View, src_ids: SlotIds, dst: View, dst_ids: SlotIds, from_host: bool, stream: int
 ) -> None:
     runs = find_runs(src, src_ids, dst, dst_ids, order_by="src" if from_host else "dst")
-    copy_pieces(runs.expand(), driver, stream, stable_source=from_host)
+    copy_runs(runs, driver, stream, stable_source=from_host)
 
 
 def _by_kernel(

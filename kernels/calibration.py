@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 
 import msgspec
@@ -71,7 +72,7 @@ class Measurement(msgspec.Struct, frozen=True):
         return self.run_bytes * self.count / self.seconds / 1e9
 
 
-class Calibration(msgspec.Struct, frozen=True):
+class Calibration(msgspec.Struct, frozen=True, cache_hash=True):
     """Measurements of one GPU and driver; `device` is the GPU's name, `driver_version` its CUDA version.
 
     >>> from dynamo.kernels.calibration import Calibration, Direction, Measurement, Route
@@ -245,6 +246,7 @@ Curves = list[tuple[int, list[tuple[int, float]]]]
 """By ascending bytes of a piece: (number of pieces, seconds) by ascending number."""
 
 
+@lru_cache(maxsize=64)  # sorting costs as much as planning a small copy
 def _curves(calibration: Calibration, route: Route, direction: Direction) -> Curves:
     by_size: dict[int, list[tuple[int, float]]] = {}
     for m in calibration.measurements:

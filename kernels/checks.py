@@ -12,6 +12,9 @@ Rows = npt.NDArray[np.uint8]
 """Host memory [num_rows, row_bytes], uint8, C-contiguous."""
 
 
+MARK_BYTES_PER_ID = 64  # what sorting an id takes, marking so many rows takes too
+
+
 class KernelArgumentError(ValueError):
     """Rows or ids handed to a kernel or a tier do not fit together. Nothing was moved; fix the caller."""
 
@@ -70,9 +73,16 @@ def check_distinct(ids: SlotIds, name: str, num_rows: int) -> None:
     Raises:
         KernelArgumentError: a number is repeated.
     """
-    if ids.size > 1:
-        is_named = np.zeros(num_rows, dtype=np.bool_)
-        is_named[ids] = True
-        if int(np.count_nonzero(is_named)) != ids.size:
-            numbers, counts = np.unique(ids, return_counts=True)
-            raise KernelArgumentError(f"{name} holds {numbers[counts > 1][0]} more than once")
+    if (ids[1:] > ids[:-1]).all():
+        return
+    if ids.size * MARK_BYTES_PER_ID < num_rows:
+        ordered = np.sort(ids)
+        repeated = ordered[1:] == ordered[:-1]
+        if repeated.any():
+            raise KernelArgumentError(f"{name} holds {ordered[1:][repeated][0]} more than once")
+        return
+    is_named = np.zeros(num_rows, dtype=np.bool_)
+    is_named[ids] = True
+    if int(np.count_nonzero(is_named)) != ids.size:
+        numbers, counts = np.unique(ids, return_counts=True)
+        raise KernelArgumentError(f"{name} holds {numbers[counts > 1][0]} more than once")

@@ -1,13 +1,13 @@
 """Copies rows between host arrays at memmove speed without allocating row-sized memory.
 
-Bytes moved: `len(ids) * row_bytes` read and as many written. Rows are handled as numpy void scalars, so one numpy call
-moves a whole list of rows and releases the GIL while it does.
-
-The pairs of ids may be taken in any order, so the order with the fewest runs is used:
+Bytes moved: `len(ids) * row_bytes` read and as many written. Rows are handled as numpy void scalars, so that one numpy call
+moves a whole list of rows. The pairs of ids may be taken in any order; the one with the longest runs is used:
 
     one slice copy   per run in which both sides step by one together, in the order given
     np.take          per run of destination rows, pairs sorted by destination (mode="clip": no bounce buffer)
-    fancy assignment per run of source rows, pairs sorted by source
+    fancy assignment per run of source rows, pairs sorted by source: only for scattered short runs, as it keeps the GIL
+
+Large copies of the first two kinds are shared with the helpers of `host_threads`.
 """
 
 from itertools import pairwise
@@ -15,11 +15,15 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
+from dynamo.kernels.checks import Rows, SlotIds, check_distinct, check_ids, check_rows
+from dynamo.kernels.host_threads import copy_in_parts
 
 __all__ = ["copy_row_numbers", "copy_rows", "shared_runs"]
 
 Voids = npt.NDArray[np.void]
+
+RUN_BYTES = 64 << 10  # shorter runs cost more in calls, and in taking the GIL again after each, than in bytes
+GIL_BYTES = 1 << 20  # moved before other threads get a turn, where the GIL is kept: a tenth of a millisecond
 
 
 def shared_runs(src_ids: SlotIds, dst_ids: SlotIds) -> SlotIds:
@@ -39,18 +43,16 @@ def shared_runs(src_ids: SlotIds, dst_ids: SlotIds) -> SlotIds:
     return _borders((np.diff(src_ids) != 1) | (np.diff(dst_ids) != 1), src_ids.size)
 
 
-def copy_rows(src: Rows, src_ids: SlotIds, dst: Rows, dst_ids: SlotIds, num_bytes: int | None = None) -> None:
+def copy_rows(src: Rows, src_ids: SlotIds, dst: Rows, dst_ids: SlotIds) -> None:
     """Copies `src[src_ids[i]]` to `dst[dst_ids[i]]` for every i. Blocks until done; callable from any thread.
 
-    Destination ids must be distinct, and when `src` and `dst` share memory no row may be both read and written.
-    Bytes past `num_bytes` in a destination row are undefined afterwards: they are copied where that is faster.
+    Several copies may run at a time. When `src` and `dst` share memory, no row may be both read and written.
 
     Args:
         src: uint8 [num_src_rows, row_bytes], C-contiguous.
         src_ids: int64 [n].
         dst: uint8 [num_dst_rows, row_bytes], C-contiguous, writable.
-        dst_ids: int64 [n].
-        num_bytes: payload at the start of every row; None means the whole row.
+        dst_ids: int64 [n], distinct.
 
     Raises:
         KernelArgumentError: shapes, dtypes or ids do not fit; nothing was copied.
@@ -66,12 +68,9 @@ def copy_rows(src: Rows, src_ids: SlotIds, dst: Rows, dst_ids: SlotIds, num_byte
     check_rows(dst, "dst", src.shape[1], writable=True)
     check_ids(src_ids, "src_ids", src.shape[0])
     check_ids(dst_ids, "dst_ids", dst.shape[0], src_ids.size)
-    row_bytes = src.shape[1]
-    if num_bytes is not None and not 0 <= num_bytes <= row_bytes:
-        raise KernelArgumentError(f"num_bytes is {num_bytes}, outside [0, {row_bytes}]")
-    if src_ids.size == 0 or row_bytes == 0 or num_bytes == 0:
-        return
-    copy_row_numbers(_as_void(src), src_ids, _as_void(dst), dst_ids)
+    check_distinct(dst_ids, "dst_ids", dst.shape[0])
+    if src_ids.size and src.shape[1]:
+        copy_row_numbers(_as_void(src), src_ids, _as_void(dst), dst_ids)
 
 
 def copy_row_numbers(src: Voids, src_ids: SlotIds, dst: Voids, dst_ids: SlotIds) -> None:
@@ -93,33 +92,58 @@ def copy_row_numbers(src: Voids, src_ids: SlotIds, dst: Voids, dst_ids: SlotIds)
     if borders.size > 2:
         by_dst = _ascending(dst_ids)
         dst_borders = _runs(dst_ids[by_dst])
-        if dst_borders.size == 2:
+        fewest = min(dst_borders.size, borders.size)
+        if dst_borders.size > 2 and src_ids.size * src.itemsize < (fewest - 1) * RUN_BYTES:
+            by_src = _ascending(src_ids)
+            src_borders = _runs(src_ids[by_src])
+            if src_borders.size < fewest:
+                _scatter_runs(src, src_ids[by_src], dst, dst_ids[by_src], src_borders)
+                return
+        if dst_borders.size < borders.size:
             _take_runs(src, src_ids[by_dst], dst, dst_ids[by_dst], dst_borders)
             return
-        by_src = _ascending(src_ids)
-        src_borders = _runs(src_ids[by_src])
-        if dst_borders.size < borders.size and dst_borders.size <= src_borders.size:
-            _take_runs(src, src_ids[by_dst], dst, dst_ids[by_dst], dst_borders)
-            return
-        if src_borders.size < borders.size:
-            _scatter_runs(src, src_ids[by_src], dst, dst_ids[by_src], src_borders)
-            return
-    starts = borders[:-1]
-    lengths = np.diff(borders).tolist()
-    for s, d, length in zip(src_ids[starts].tolist(), dst_ids[starts].tolist(), lengths, strict=True):
-        dst[d : d + length] = src[s : s + length]
+    _copy_runs(src, src_ids, dst, dst_ids, borders)
+
+
+def _copy_runs(src: Voids, src_ids: SlotIds, dst: Voids, dst_ids: SlotIds, borders: SlotIds) -> None:
+    src_bytes, dst_bytes, width = (
+        src.view(np.uint8),
+        dst.view(np.uint8),
+        src.itemsize,
+    )  # numpy keeps the GIL for few items
+
+    def copy_part(first: int, last: int) -> None:
+        cuts = _within(borders, first, last)
+        starts, lengths = cuts[:-1], np.diff(cuts).tolist()
+        for s, d, length in zip(src_ids[starts].tolist(), dst_ids[starts].tolist(), lengths, strict=True):
+            dst_bytes[d * width : (d + length) * width] = src_bytes[s * width : (s + length) * width]
+
+    copy_in_parts(src_ids.size, src.itemsize, copy_part)
 
 
 def _take_runs(src: Voids, src_ids: SlotIds, dst: Voids, dst_ids: SlotIds, dst_borders: SlotIds) -> None:
-    for start, stop in pairwise(dst_borders.tolist()):
-        first = int(dst_ids[start])
-        np.take(src, src_ids[start:stop], out=dst[first : first + stop - start], mode="clip")
+    def copy_part(first: int, last: int) -> None:
+        cuts = _within(dst_borders, first, last)
+        for (start, stop), d in zip(pairwise(cuts.tolist()), dst_ids[cuts[:-1]].tolist(), strict=True):
+            np.take(src, src_ids[start:stop], out=dst[d : d + stop - start], mode="clip")
+
+    copy_in_parts(src_ids.size, src.itemsize, copy_part)
 
 
 def _scatter_runs(src: Voids, src_ids: SlotIds, dst: Voids, dst_ids: SlotIds, src_borders: SlotIds) -> None:
+    """On the calling thread: numpy keeps the GIL during fancy assignment, so that helpers would only wait."""
+    at_once = max(1, GIL_BYTES // src.itemsize)
     for start, stop in pairwise(src_borders.tolist()):
         first = int(src_ids[start])
-        dst[dst_ids[start:stop]] = src[first : first + stop - start]
+        for low in range(start, stop, at_once):
+            high = min(low + at_once, stop)
+            dst[dst_ids[low:high]] = src[first + low - start : first + high - start]
+
+
+def _within(borders: SlotIds, first: int, last: int) -> SlotIds:
+    """The borders between `first` and `last`, and these two: the runs of [first, last)."""
+    low, high = np.searchsorted(borders, first, side="right"), np.searchsorted(borders, last, side="left")
+    return np.concatenate(([first], borders[low:high], [last]))
 
 
 def _ascending(ids: SlotIds) -> "SlotIds | slice":

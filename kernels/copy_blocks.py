@@ -6,7 +6,7 @@ but numbers: `copy_plan` reduces them to tables, axes and rows, and here those b
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +14,13 @@ import numpy.typing as npt
 import torch
 
 from dynamo.kernels.checks import KernelArgumentError, SlotIds
-from dynamo.kernels.copy_plan import Axis, CopyPlan, Range, plan_copy
-from dynamo.kernels.driver import CudaDriver, Memory, cuda_driver
+from dynamo.kernels.copy_plan import Axis, CopyPlan, plan_copy
+from dynamo.kernels.driver import cuda_driver
 from dynamo.kernels.host_blocks import copy_on_host
+from dynamo.kernels.kernel_call import Occupancy, Target
 from dynamo.kernels.layouts import from_paged, stored
+from dynamo.kernels.pairing import Range
+from dynamo.kernels.pinned import seen_from_device
 from dynamo.kernels.view import View
 
 if TYPE_CHECKING:
@@ -30,8 +33,7 @@ WARP_THREADS = 32
 ACCESSES_PER_THREAD = 8  # of 16 bytes: a tile of 32 KiB and 64 registers; twice as many spill once pipelined
 IN_FLIGHT_BYTES = 64 << 10  # per program; two of them cover the round trip over PCIe Gen5
 MAX_STAGES = 8
-HOST_PROGRAMS = 4  # when one side is host memory: 256 KiB in flight
-PROGRAMS_PER_SM = 2  # when both sides are on the GPU
+OCCUPANCY = Occupancy(per_sm=2, over_bus=4)  # over the bus 256 KiB in flight
 MAX_TILES = MAX_PIECE_BYTES = 2**31 - 1
 MAX_REGISTERS = 112
 
@@ -72,9 +74,9 @@ def copy_blocks(
     Both views hold as many planes and rows as wide. Blocks may differ in tokens: the two lists then name the same tokens
     in the same order, so n blocks of 32 tokens pair up with 2 n blocks of 16. Sources may repeat.
 
-    On the CPU this blocks until done and runs on the calling thread, without the GIL for most of it. With a CUDA side it
-    only submits: views and their memory must stay until the stream has passed this copy, and nothing waits for the GPU.
-    A CPU side must then be pinned or registered.
+    On the CPU this blocks until done, on the calling thread and, when large, with the helpers of `host_threads`. With a
+    CUDA side it only submits: views and their memory must stay until the stream has passed this copy, and nothing waits for
+    the GPU. A CPU side must then be pinned or registered.
 
     Args:
         src: view read.
@@ -101,24 +103,18 @@ def copy_blocks(
     >>> bool((block[1, 2, 0] == paged[2][0, 1, :, 2:]).all())
     True
     """
-    if sm_budget is not None and sm_budget < 1:
-        raise KernelArgumentError(f"sm_budget is {sm_budget}, at least 1 is needed")
-    device = _common_device(src, dst)
-    if device.type == "cpu":
+    target = Target.of(src, dst, sm_budget=sm_budget, stream=stream, occupancy=OCCUPANCY)
+    if not target.is_gpu:
         copy_on_host(plan_copy(src, src_ids, dst, dst_ids, layers=layers, heads=heads))
         return
-    driver = cuda_driver()
     host_side = "src" if src.device.type == "cpu" else "dst"
-    crosses_bus = src.device != dst.device
-    src, dst = (view if view.device == device else _seen_from_device(view, driver) for view in (src, dst))
+    src, dst = (view if view.device == target.device else seen_from_device(view, cuda_driver()) for view in (src, dst))
     plan = plan_copy(src, src_ids, dst, dst_ids, layers=layers, heads=heads)
     if plan.num_bytes == 0:
         return
-    if sm_budget is None:
-        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        sm_budget = HOST_PROGRAMS if crosses_bus else PROGRAMS_PER_SM * num_sms
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        _submit(kernel_launch(plan, host_side), device, sm_budget)
+    launch = kernel_launch(plan, host_side)
+    with target.active():
+        _submit(launch, target.device, target.max_programs)
 
 
 def kernel_launch(plan: CopyPlan, ordered_by: str) -> KernelLaunch:
@@ -203,27 +199,6 @@ def specializations() -> "Iterator[Specialization]":
             stored_bytes=tile_bytes,
             narrow_loads=8 * stages,  # four table entries, prefetched for every stage of tiles and once ahead of them
         )
-
-
-def _common_device(src: View, dst: View) -> torch.device:
-    devices = {view.device for view in (src, dst) if view.device.type != "cpu"}
-    if any(device.type != "cuda" for device in devices) or len(devices) > 1:
-        raise KernelArgumentError(f"cannot copy from {src.device} to {dst.device}: one CUDA device, the CPU, or both")
-    return devices.pop() if devices else torch.device("cpu")
-
-
-def _seen_from_device(view: View, driver: CudaDriver) -> View:
-    """The view with the addresses under which the GPU reaches the same host memory, which must be pinned throughout."""
-    storages = np.unique(view.limits.reshape(-1, 2), axis=0)
-    shift = np.zeros_like(view.base)
-    for first, end in storages.tolist():
-        if driver.memory_of(first) is not Memory.PINNED or driver.memory_of(end - 1) is not Memory.PINNED:
-            raise KernelArgumentError(f"{end - first} bytes of host memory at {first:#x} are not pinned; register them")
-        moved = driver.host_device_pointer(first) - first
-        if driver.host_device_pointer(end - 1) - (end - 1) != moved:
-            raise KernelArgumentError(f"the host memory at {first:#x} is registered in parts that lie apart on the GPU")
-        shift[view.limits[..., 0] == first] = moved
-    return replace(view, base=view.base + shift, limits=view.limits + shift[..., None])
 
 
 def _submit(launch: KernelLaunch, device: torch.device, max_programs: int) -> None:

@@ -6,14 +6,18 @@ of equal pieces at equal distances become one 2-D copy each. Where batches do no
 copied piece by piece.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
 from dynamo.kernels.checks import KernelArgumentError
 from dynamo.kernels.driver import LEGACY_STREAMS, AccessOrder, CudaDriver, CudaError
 from dynamo.kernels.pieces import Pieces
+from dynamo.kernels.runs import Runs
 
-__all__ = ["MAX_BATCH", "copy_pieces"]
+__all__ = ["MAX_BATCH", "copy_pieces", "copy_runs"]
 
 Int64s = npt.NDArray[np.int64]
 
@@ -52,24 +56,57 @@ def copy_pieces(pieces: Pieces, driver: CudaDriver, stream: int, *, stable_sourc
         CudaError: a call failed; pieces before it are queued.
     """
     pieces.check()
+    windows = (pieces.part(slice(start, start + WINDOW)) for start in range(0, pieces.num_pieces, WINDOW))
+    _copy_windows(windows, driver, stream, stable_source)
+
+
+def copy_runs(runs: Runs, driver: CudaDriver, stream: int, *, stable_source: bool = False) -> None:
+    """Queues all pieces of `runs` as `copy_pieces` does, writing them down as it goes.
+
+    >>> import numpy as np
+    >>> from dynamo.kernels.fake_driver import FakeDriver
+    >>> from dynamo.kernels.layouts import from_paged
+    >>> from dynamo.kernels.runs import find_runs
+    >>> driver = FakeDriver()
+    >>> host, gpu = (from_paged(buffer.view(8, 512), "BD") for buffer in (
+    ...     driver.pinned_buffer_new(4096), driver.device_buffer_new(4096, 0)))
+    >>> copy_runs(find_runs(host, np.array([5, 1]), gpu, np.array([2, 7])), driver, driver.stream_new(0))
+    >>> driver.count("memcpy_batch_async")
+    1
+
+    Args:
+        runs: of views on this GPU or in pinned host memory.
+        driver: the CUDA driver.
+        stream: handle of a stream that is not the legacy default stream. Must not be capturing a graph.
+        stable_source: see `copy_pieces`.
+
+    Raises:
+        KernelArgumentError: the stream is the legacy default stream; nothing was queued.
+        CudaError: a call failed; pieces before it are queued.
+    """
+    _copy_windows(runs.parts(WINDOW), driver, stream, stable_source)
+
+
+def _copy_windows(windows: Iterator[Pieces], driver: CudaDriver, stream: int, stable_source: bool) -> None:
     if stream in LEGACY_STREAMS:
         raise KernelArgumentError("batched copies refuse the legacy default stream; pass a stream of your own")
     order = AccessOrder.ANY if stable_source else AccessOrder.STREAM
     borders = driver.registration_borders()
     has_batches = True
-    for start in range(0, pieces.num_pieces, WINDOW):
-        part = Pieces(pieces.table[:, start : start + WINDOW])
+    for part in windows:
+        if borders.size:
+            part = replace(part, storages=np.union1d(part.storages, borders))
         part = part.merged(part.num_pieces // JOINS_WORTH_A_COPY)
         if borders.size:
             part = part.split_at(borders, "src").split_at(borders, "dst")
-        has_batches = has_batches and _copy_batches(part, driver, stream, order, may_stretch=not borders.size)
+        has_batches = has_batches and _copy_batches(part, driver, stream, order)
         if not has_batches:
-            _copy_singly(part, driver, stream, may_stretch=not borders.size)
+            _copy_singly(part, driver, stream)
 
 
-def _copy_batches(pieces: Pieces, driver: CudaDriver, stream: int, order: AccessOrder, *, may_stretch: bool) -> bool:
+def _copy_batches(pieces: Pieces, driver: CudaDriver, stream: int, order: AccessOrder) -> bool:
     """Queues all pieces, most of them in batches; or none, and returns False, where batches are not supported."""
-    stretches = _stretches(pieces, MIN_ROWS_BESIDE_BATCH) if may_stretch else None
+    stretches = _stretches(pieces, MIN_ROWS_BESIDE_BATCH)
     rest = pieces if stretches is None else _without(pieces, *stretches)
     dst, src, sizes = rest.dst, rest.src, rest.sizes
     for start in range(0, rest.num_pieces, MAX_BATCH):
@@ -85,8 +122,8 @@ def _copy_batches(pieces: Pieces, driver: CudaDriver, stream: int, order: Access
     return True
 
 
-def _copy_singly(pieces: Pieces, driver: CudaDriver, stream: int, *, may_stretch: bool) -> None:
-    stretches = _stretches(pieces, MIN_ROWS_WITHOUT_BATCH) if may_stretch else None
+def _copy_singly(pieces: Pieces, driver: CudaDriver, stream: int) -> None:
+    stretches = _stretches(pieces, MIN_ROWS_WITHOUT_BATCH)
     rest = pieces
     if stretches is not None:
         _copy_stretches(pieces, *stretches, driver, stream)
@@ -107,7 +144,7 @@ def _without(pieces: Pieces, starts: Int64s, lengths: Int64s) -> Pieces:
     is_left = np.ones(pieces.num_pieces, dtype=np.bool_)
     for first, rows in zip(starts.tolist(), lengths.tolist(), strict=True):
         is_left[first : first + rows] = False
-    return Pieces(np.ascontiguousarray(pieces.table[:, is_left]))
+    return pieces.part(is_left)
 
 
 def _stretches(pieces: Pieces, min_rows: int) -> tuple[Int64s, Int64s] | None:
@@ -128,4 +165,7 @@ def _stretches(pieces: Pieces, min_rows: int) -> tuple[Int64s, Int64s] | None:
     starts, lengths = starts + shared, lengths - shared
     pitches = steps[:, starts]
     fits = (pitches >= sizes[starts]).all(axis=0) & (pitches <= MAX_PITCH).all(axis=0) & (lengths >= min_rows)
+    for column in pieces.table[:2] if pieces.storages.size > 1 else ():
+        first, last = column[starts], column[starts + lengths - 1]
+        fits &= np.searchsorted(pieces.storages, first, "right") == np.searchsorted(pieces.storages, last, "right")
     return (starts[fits], lengths[fits]) if fits.any() else None

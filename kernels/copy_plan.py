@@ -12,19 +12,18 @@ array holds more than one number per id or per base.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_distinct, check_ids
+from dynamo.kernels.pairing import Range, check_alike, check_tokens, cut_views
 from dynamo.kernels.view import View, common_alignment
 
-__all__ = ["Axis", "CopyPlan", "Range", "check_apart", "plan_copy"]
+__all__ = ["Axis", "CopyPlan", "check_apart", "plan_copy"]
 
 Int64s = npt.NDArray[np.int64]
-Range = tuple[int, int]
-"""First and one past the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +46,7 @@ class CopyPlan:
         dst_offsets: int64 [num_pairs].
         axes: outermost first, none of length 1, at most five.
         row_bytes: contiguous on both sides.
+        storages: int64, ascending, where each storage of either side begins: copies of one must not reach into the next.
     """
 
     src_bases: Int64s
@@ -55,6 +55,7 @@ class CopyPlan:
     dst_offsets: Int64s
     axes: tuple[Axis, ...]
     row_bytes: int
+    storages: Int64s = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     @property
     def num_pairs(self) -> int:
@@ -87,7 +88,7 @@ class CopyPlan:
     def ordered_by(self, side: str) -> "CopyPlan":
         """The same copy with the axes in the memory order of one side, "src" or "dst"."""
         axes = sorted(self.axes, key=lambda axis: axis.src_stride if side == "src" else axis.dst_stride, reverse=True)
-        return CopyPlan(self.src_bases, self.dst_bases, self.src_offsets, self.dst_offsets, tuple(axes), self.row_bytes)
+        return replace(self, axes=tuple(axes))
 
     def with_axes(self, num_axes: int) -> "CopyPlan":
         """The same copy with only the innermost `num_axes` axes; the outer ones become entries of the base tables."""
@@ -95,7 +96,7 @@ class CopyPlan:
         src, dst = self.src_bases, self.dst_bases
         for axis in outer:
             src, dst = _expand(src, axis.count, axis.src_stride), _expand(dst, axis.count, axis.dst_stride)
-        return CopyPlan(src, dst, self.src_offsets, self.dst_offsets, inner, self.row_bytes)
+        return replace(self, src_bases=src, dst_bases=dst, axes=inner)
 
 
 def plan_copy(
@@ -105,7 +106,8 @@ def plan_copy(
 
     Raises:
         KernelArgumentError: the views do not hold the same rows, an id is out of range or repeated among the
-            destinations, or bytes would be both read and written.
+            destinations, two destinations lie at the same place, or bytes would be both read and written. Destinations
+            that overlap in part are not looked for: no layout of `dynamo.kernels.layouts` has them.
 
     >>> import numpy as np, torch
     >>> from dynamo.kernels.layouts import from_paged
@@ -118,15 +120,15 @@ def plan_copy(
     >>> plan.row_bytes, plan.axes  # nothing changes places: a block is one row
     (65536, ())
     """
-    src, dst = _cut(src, dst, layers, heads)
+    src, dst = cut_views(src, dst, layers, heads)
+    check_alike(src, dst)
+    head_groups = math.lcm(src.head_groups, dst.head_groups)
+    src, dst = src.fold_heads(head_groups), dst.fold_heads(head_groups)
     check_ids(src_ids, "src_ids", src.num_blocks)
     check_ids(dst_ids, "dst_ids", dst.num_blocks)
     check_distinct(dst_ids, "dst_ids", dst.num_blocks)
-    if src_ids.size * src.num_tokens != dst_ids.size * dst.num_tokens:
-        raise KernelArgumentError(
-            f"{src_ids.size} blocks of {src.num_tokens} tokens and {dst_ids.size} blocks of {dst.num_tokens} tokens "
-            "are not the same tokens: the two sides must pair up"
-        )
+    _check_places_distinct(dst)
+    check_tokens(src, src_ids, dst, dst_ids)
     src_offsets, dst_offsets = src.block_offsets[src_ids], dst.block_offsets[dst_ids]
     _check_blocks_apart(src, src_ids, src_offsets, dst, dst_ids, dst_offsets)
     num_tokens = math.gcd(src.num_tokens, dst.num_tokens)
@@ -138,7 +140,8 @@ def plan_copy(
         Axis(src.num_heads, src.head_stride, dst.head_stride),
     ]
     axes, row_bytes = _widen([axis for axis in axes if axis.count > 1], src.row_bytes)
-    return CopyPlan(src_bases, dst_bases, src_offsets, dst_offsets, tuple(_join(axes)), row_bytes)
+    storages = np.unique(np.concatenate([view.limits[..., 0].reshape(-1) for view in (src, dst)]))
+    return CopyPlan(src_bases, dst_bases, src_offsets, dst_offsets, tuple(_join(axes)), row_bytes, storages)
 
 
 def check_apart(read: View, written: View) -> None:
@@ -169,27 +172,11 @@ def _expand(table: Int64s, count: int, stride: int) -> Int64s:
     return expanded.reshape(-1)
 
 
-def _cut(src: View, dst: View, layers: Range | None, heads: Range | None) -> tuple[View, View]:
-    """Both sides without what lies outside the ranges, folded into the same head groups; see `copy_blocks`."""
-    if layers is not None:
-        _check_range(layers, max(src.layers_per_group, dst.layers_per_group), "layers")
-        src, dst = (v if v.layers_per_group == layers[1] - layers[0] else v.slice_layers(*layers) for v in (src, dst))
-    if heads is not None:
-        _check_range(heads, max(src.total_heads, dst.total_heads), "heads")
-        src, dst = (v if v.total_heads == heads[1] - heads[0] else v.slice_heads(*heads) for v in (src, dst))
-    for name in ("layers_per_group", "num_planes", "total_heads", "row_bytes"):
-        ours, theirs = getattr(src, name), getattr(dst, name)
-        if ours != theirs:
-            raise KernelArgumentError(
-                f"the source has {name} {ours}, the destination {theirs}: cut or convert one side"
-            )
-    head_groups = math.lcm(src.head_groups, dst.head_groups)
-    return src.fold_heads(head_groups), dst.fold_heads(head_groups)
-
-
-def _check_range(wanted: Range, num: int, name: str) -> None:
-    if not 0 <= wanted[0] < wanted[1] <= num:
-        raise KernelArgumentError(f"{name} [{wanted[0]}, {wanted[1]}) is not a range within the wider side's {num}")
+def _check_places_distinct(dst: View) -> None:
+    """No two blocks of a view that is written may lie at the same place. Layouts make no such views; callers can."""
+    offsets = dst.block_offsets
+    if not (offsets[1:] > offsets[:-1]).all() and np.unique(offsets).size != offsets.size:
+        raise KernelArgumentError("blocks of the destination lie at the same place; give each an offset of its own")
 
 
 def _check_blocks_apart(

@@ -23,7 +23,7 @@ from torch import Tensor
 from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_ids
 from dynamo.kernels.copy_plan import plan_copy
 from dynamo.kernels.digest_host import Digests, add_row_sums, block_starts, mix
-from dynamo.kernels.kernel_call import Submission
+from dynamo.kernels.kernel_call import Target
 from dynamo.kernels.view import View
 
 __all__ = ["copy_blocks_digest", "digest_blocks", "digest_blocks_new"]
@@ -63,7 +63,7 @@ def digest_blocks(
     True
     """
     check_ids(ids, "ids", view.num_blocks)
-    _run(view, ids, None, ids, out, seeds, Submission.of(view, sm_budget=sm_budget, stream=stream))
+    _run(view, ids, None, ids, out, seeds, Target.of(view, sm_budget=sm_budget, stream=stream))
 
 
 def digest_blocks_new(view: View, ids: SlotIds, seeds: Digests | None = None) -> Tensor:
@@ -119,13 +119,13 @@ def copy_blocks_digest(
     >>> torch.equal(digest_blocks_new(view, np.arange(2), keys), digests)
     True
     """
-    found, wanted = _shape(dst), _shape(src)
+    found, wanted = dst.block_shape, src.block_shape
     if found != wanted:
         raise KernelArgumentError(f"(layers, planes, tokens, heads, row bytes) are {wanted} in src and {found} in dst")
     plan_copy(src, src_ids, dst, dst_ids)  # for its checks: ids, and that nothing is both read and written
     groups = math.lcm(src.head_groups, dst.head_groups)
-    submission = Submission.of(src, dst, sm_budget=sm_budget, stream=stream)
-    _run(src.fold_heads(groups), src_ids, dst.fold_heads(groups), dst_ids, out, seeds, submission)
+    target = Target.of(src, dst, sm_budget=sm_budget, stream=stream)
+    _run(src.fold_heads(groups), src_ids, dst.fold_heads(groups), dst_ids, out, seeds, target)
 
 
 def _run(
@@ -135,18 +135,18 @@ def _run(
     dst_ids: SlotIds,
     out: Tensor,
     seeds: Digests | None,
-    submission: Submission,
+    target: Target,
 ) -> None:
-    _check_numbers(out, seeds, src_ids, submission.device)
+    _check_numbers(out, seeds, src_ids, target.device)
     starts = block_starts(src, seeds, src_ids.size)
-    if submission.is_gpu:
+    if target.is_gpu:
         from dynamo.kernels.digest_blocks_kernel import build_calls
 
         add, finish = build_calls(src, src_ids, dst, dst_ids, starts, out)
-        with submission.active():
+        with target.active():
             out.view(torch.int64).zero_()
-        add.launch(submission)
-        finish.launch(submission)
+        add.launch(target)
+        finish.launch(target)
         return
     add_row_sums(src, src_ids, dst, dst_ids, starts)
     out.view(torch.int64).numpy()[:] = mix(starts).view(np.int64)
@@ -159,7 +159,3 @@ def _check_numbers(out: Tensor, seeds: Digests | None, ids: SlotIds, device: tor
         raise KernelArgumentError(f"out is on {out.device}, the digests are made on {device}")
     if seeds is not None and (seeds.dtype != np.uint64 or seeds.shape != ids.shape):
         raise KernelArgumentError(f"seeds must be uint64 {ids.shape}, got {seeds.dtype} {seeds.shape}")
-
-
-def _shape(view: View) -> tuple[int, ...]:
-    return (view.layers_per_group, view.num_planes, view.num_tokens, view.total_heads, view.row_bytes)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from dynamo.kernels.aot import Specialization
-from dynamo.kernels.checks import SlotIds
+from dynamo.kernels.checks import KernelArgumentError, SlotIds
 from dynamo.kernels.digest_host import GOLDEN, Digests, row_keys, row_positions
 from dynamo.kernels.kernel_call import KernelCall, addresses_on
 from dynamo.kernels.view import View, common_alignment
@@ -202,6 +202,12 @@ def specializations() -> list[Specialization]:
 
 
 def tile_rows(num_rows: int, row_bytes: int) -> int:
-    """Rows of a tile: about TILE_BYTES, a power of two."""
+    """Rows of a tile: about TILE_BYTES, a power of two.
+
+    Raises:
+        KernelArgumentError: not even one row fits.
+    """
     padded = 8 * triton.next_power_of_2(-(-row_bytes // 8))
-    return int(min(triton.next_power_of_2(num_rows), max(1, TILE_BYTES // padded)))
+    if padded > TILE_BYTES:
+        raise KernelArgumentError(f"rows of {row_bytes} bytes are wider than the {TILE_BYTES} of a GPU's tile")
+    return int(min(triton.next_power_of_2(num_rows), TILE_BYTES // padded))

@@ -34,6 +34,7 @@ __all__ = [
     "CudaRuntime",
     "Memory",
     "cuda_driver",
+    "has_gap",
     "wait_for_event",
 ]
 
@@ -49,6 +50,7 @@ ANY_DIRECTION = 4  # cudaMemcpyDefault: from the pointers
 PORTABLE_AND_MAPPED = 3
 EVENT_WITHOUT_TIMING = 2
 NON_BLOCKING = 1
+PROBES = 8
 ATTRIBUTE_BYTES = 128  # larger than any version of the structs written to or read from it
 
 
@@ -108,8 +110,8 @@ class CudaDriver(Protocol):
     def launch(self, call: Callable[[], None], stream: int, device: int) -> None:
         """Calls `call`, which launches kernels on torch's current stream, with `stream` as that stream."""
 
-    def memory_of(self, address: int) -> Memory:
-        """What `address` points to."""
+    def memory_of(self, address: int, num_bytes: int = 1) -> Memory:
+        """What all of [address, address + num_bytes) is made of; pageable where a part of it is found to be."""
 
     def host_device_pointer(self, address: int) -> int:
         """The GPU's address of registered host memory; differs from the host's on some systems."""
@@ -155,6 +157,23 @@ def touching(registered: dict[int, int]) -> Int64s:
     """Addresses where one registered range (address → bytes) ends and another begins, int64, ascending."""
     stops = {address + num_bytes for address, num_bytes in registered.items()}
     return np.array(sorted(stops & registered.keys()), dtype=np.int64)
+
+
+def has_gap(registered: dict[int, int], address: int, num_bytes: int) -> bool:
+    """Whether registered ranges (address → bytes) reach into [address, address + num_bytes), and leave a part of it out.
+
+    >>> has_gap({0: 100, 200: 100}, 50, 200), has_gap({0: 100, 100: 100}, 50, 150)
+    (True, False)
+    """
+    stop = address + num_bytes
+    inside = sorted(
+        (start, start + size) for start, size in registered.items() if start < stop and address < start + size
+    )
+    for start, end in inside:
+        if start > address:
+            return True
+        address = max(address, end)
+    return bool(inside) and address < stop
 
 
 def wait_for_event(driver: CudaDriver, event: int, timeout_s: float) -> bool:
@@ -284,8 +303,19 @@ class CudaRuntime:
         with torch.cuda.device(device), torch.cuda.stream(external):
             call()
 
-    def memory_of(self, address: int) -> Memory:
-        """See CudaDriver."""
+    def memory_of(self, address: int, num_bytes: int = 1) -> Memory:
+        """See CudaDriver. Of memory that others pinned, both ends and a few places in between are asked for."""
+        kinds = {self._memory_at(address), self._memory_at(address + num_bytes - 1)}
+        if kinds != {Memory.PINNED}:
+            return kinds.pop() if len(kinds) == 1 else Memory.PAGEABLE
+        with self._lock:
+            ours = dict(self._registered)
+        if has_gap(ours, address, num_bytes):
+            return Memory.PAGEABLE
+        between = [address + num_bytes * i // PROBES for i in range(1, PROBES)] if num_bytes > mmap.PAGESIZE else []
+        return Memory.PINNED if all(self._memory_at(a) is Memory.PINNED for a in between) else Memory.PAGEABLE
+
+    def _memory_at(self, address: int) -> Memory:
         found = (ctypes.c_int * (ATTRIBUTE_BYTES // 4))()
         self._check(self._attributes(ctypes.addressof(found), address), "cudaPointerGetAttributes")
         return {1: Memory.PINNED, 2: Memory.DEVICE, 3: Memory.DEVICE}.get(found[0], Memory.PAGEABLE)

@@ -1,9 +1,9 @@
 """A CUDA driver for machines without a GPU: CPU memory plays the GPU's, and streams are real queues.
 
-It performs every copy byte for byte, refuses what CUDA refuses, and records every call. With `deferred=True` nothing runs
-until somebody waits, and then the heads of the streams run in a random order that only events constrain: a missing event
-shows as wrong bytes. Copies of one batch run in random order as well, and a batch with AccessOrder.ANY reads its sources
-at once, as early as a GPU may.
+It performs every copy byte for byte, refuses what CUDA refuses, such as copies across two allocations, and records every
+call. With `deferred=True` nothing runs until somebody waits, and then the heads of the streams run in a random order that
+only events constrain: a missing event shows as wrong bytes. Copies of one batch run in random order as well, and a batch
+with AccessOrder.ANY reads its sources at once, as early as a GPU may.
 """
 
 import ctypes
@@ -53,7 +53,8 @@ class FakeDriver:
         """A driver with no memory yet.
 
         Args:
-            copies: whether to move bytes; without, calls are recorded only, which costs next to nothing.
+            copies: whether to move bytes; without, calls are recorded only, which costs next to nothing, and of batches only
+                the lengths.
             deferred: whether work waits in its stream until an event is asked for, or `run_all`.
             seed: of the order in which streams take turns.
             version: CUDA runtime and driver; batched copies exist from 12080.
@@ -93,12 +94,18 @@ class FakeDriver:
         self._note("memcpy_2d_async", dst, dst_pitch, src, src_pitch, width, height, stream)
         if not 0 < width <= min(dst_pitch, src_pitch) or max(dst_pitch, src_pitch) >= 1 << 31:
             raise CudaError(INVALID_VALUE, "cudaMemcpy2DAsync", f"pitches {dst_pitch}, {src_pitch}, width {width}")
+        if self._copies:
+            for start, pitch in ((dst, dst_pitch), (src, src_pitch)):
+                self._checked(start, (height - 1) * pitch + width)
         for row in range(height) if self._copies else ():
             self._queue_copy(stream, dst + row * dst_pitch, src + row * src_pitch, width)
 
     def memcpy_batch_async(self, dst: Int64s, src: Int64s, sizes: Int64s, order: AccessOrder, stream: int) -> None:
         """See CudaDriver."""
-        self._note("memcpy_batch_async", dst, src, sizes, order, stream)
+        if self._copies:
+            self._note("memcpy_batch_async", dst, src, sizes, order, stream)
+        else:  # keeping memory that a real driver reads during the call only would be paid for in page faults
+            self._note("memcpy_batch_async", dst.size, src.size, sizes.size, order, stream)
         if self.runtime_version < 12080:
             raise CudaError(NOT_SUPPORTED, "cudaMemcpyBatchAsync")
         if stream in LEGACY_STREAMS or not 0 < dst.size <= self._max_batch or not dst.size == src.size == sizes.size:
@@ -119,9 +126,16 @@ class FakeDriver:
         self._note("launch", stream, device)
         self._queue(stream, call)
 
-    def memory_of(self, address: int) -> Memory:
-        """See CudaDriver."""
-        return next((kind for start, stop, kind, _ in self._ranges if start <= address < stop), Memory.PAGEABLE)
+    def memory_of(self, address: int, num_bytes: int = 1) -> Memory:
+        """See CudaDriver. Ranges that were registered or marked one behind the other count as one."""
+        kinds, end = set(), address + num_bytes
+        while address < end:
+            found = next((r for r in self._ranges if r[0] <= address < r[1]), None)
+            kinds.add(Memory.PAGEABLE if found is None else found[2])
+            if found is None or len(kinds) > 1:
+                return Memory.PAGEABLE
+            address = found[1]
+        return kinds.pop()
 
     def host_device_pointer(self, address: int) -> int:
         """See CudaDriver."""

@@ -1,4 +1,4 @@
-"""The CPU side of `copy_blocks`: a plan carried out by numpy, on the calling thread, with no memory the size of the payload.
+"""The CPU side of `copy_blocks`: a plan carried out by numpy, with no memory the size of the payload.
 
 Bytes moved: every byte of the plan is read once and written once. The way is chosen by how much one call can move:
 
@@ -11,12 +11,12 @@ Bytes moved: every byte of the plan is read once and written once. The way is ch
     rows by number       all other contiguous pieces on a common grid
     one by one           the rest
 
-Numpy and memmove release the GIL. Threads of its own would gain nothing: one core saturates the memory bus.
+All but assignment by number releases the GIL; large copies of these ways are shared with the helpers of `host_threads`.
 """
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,12 +24,16 @@ import numpy.typing as npt
 
 from dynamo.kernels.copy_plan import Axis, CopyPlan
 from dynamo.kernels.host_rows import Side, copy_by_number, dense_runs, gather_or_scatter, is_on_grid, voids_at
+from dynamo.kernels.host_threads import copy_in_parts, num_threads_for
 
 __all__ = ["copy_on_host"]
 
 Int64s = npt.NDArray[np.int64]
+Voids = npt.NDArray[np.void]
 
 CALL_BYTES = 256 << 10
+KEEPS_GIL_ROWS = 500  # numpy assigns so few items without releasing the GIL: helpers would only wait
+SHARE_BYTES = 4 << 20  # of one call, so that threads can share what is larger
 PASS_BYTES = 4096  # of one pair
 MEMMOVE_BYTES = 128 << 10
 NARROW_BYTES, WIDE_BYTES = 512, 4096  # in between, memmove of one row runs at half speed (glibc 2.36, AVX-512)
@@ -89,8 +93,8 @@ def _passes(plan: CopyPlan) -> Iterator[CopyPlan]:
 def _dense_side(plan: CopyPlan) -> Side | None:
     """The side to go along when rows are moved by number, if there is one.
 
-    Of two, that from which fewer streams run through the other's blocks: with 8 heads and 16 tokens, the one with the
-    heads innermost.
+    Of two, that of the destination where helpers come, who can take but not assign by number; else that from which fewer
+    streams run through the other's blocks: with 8 heads and 16 tokens, the one with the heads innermost.
     """
     if not is_on_grid(plan):
         return None
@@ -98,6 +102,8 @@ def _dense_side(plan: CopyPlan) -> Side | None:
     sides: tuple[Side, Side] = ("src", "dst")
     runs = {side: dense_runs(plan, side) for side in sides}
     dense = [side for side, n in runs.items() if n is not None and bytes_per_base >= n * CALL_BYTES]
+    if "dst" in dense and num_threads_for(plan.num_bytes) > 1:
+        return "dst"
     return min(dense, key=lambda side: _streams(plan, side), default=None)
 
 
@@ -123,16 +129,25 @@ def _assign_runs(plan: CopyPlan, borders: Int64s) -> None:
     starts, lengths = borders[:-1], np.diff(borders)
     single = starts[lengths == 1]
     _assign_pairs(plan, plan.src_offsets[single], plan.dst_offsets[single])
+    bases = list(zip(plan.src_bases.tolist(), plan.dst_bases.tolist(), strict=True))
     for start, length in zip(starts[lengths > 1].tolist(), lengths[lengths > 1].tolist(), strict=True):
         (src_start, src_next), (dst_start, dst_next) = (
             table[start : start + 2].tolist() for table in (plan.src_offsets, plan.dst_offsets)
         )
         run = Axis(length, src_next - src_start, dst_next - dst_start)
-        for src_shift, dst_shift, axes in _parts((run, *plan.axes), plan.row_bytes):
-            for src_base, dst_base in zip(plan.src_bases.tolist(), plan.dst_bases.tolist(), strict=True):
-                src = _nest(src_base + src_start + src_shift, axes, "src", plan.row_bytes)
-                dst = _nest(dst_base + dst_start + dst_shift, axes, "dst", plan.row_bytes)
-                dst[...] = src
+        parts = _parts((run, *plan.axes), plan.row_bytes)
+        calls = [
+            (src_base + src_start + src_shift, dst_base + dst_start + dst_shift, axes)
+            for src_shift, dst_shift, axes in parts
+            for src_base, dst_base in bases
+        ]
+
+        def assign(first: int, last: int, calls: Sequence[tuple[int, int, tuple[Axis, ...]]] = calls) -> None:
+            for src_address, dst_address, axes in calls[first:last]:
+                src = _nest(src_address, axes, "src", plan.row_bytes)
+                _nest(dst_address, axes, "dst", plan.row_bytes)[...] = src
+
+        copy_in_parts(len(calls), length * plan.rows_per_pair * plan.row_bytes // len(parts), assign)
 
 
 def _assign_pairs(plan: CopyPlan, src_offsets: Int64s, dst_offsets: Int64s) -> None:
@@ -144,14 +159,23 @@ def _assign_pairs(plan: CopyPlan, src_offsets: Int64s, dst_offsets: Int64s) -> N
     src_step, src_numbers = _numbered(src_offsets - src_low)
     dst_step, dst_numbers = _numbered(dst_offsets - dst_low)
     src_count, dst_count = max(src_numbers) + 1, max(dst_numbers) + 1
+    pair_bytes = plan.rows_per_pair * plan.row_bytes
     parts = _parts(plan.axes, plan.row_bytes)
     for src_base, dst_base in zip(plan.src_bases.tolist(), plan.dst_bases.tolist(), strict=True):
         for src_shift, dst_shift, axes in parts:
             src_axes, dst_axes = (Axis(src_count, src_step, 0), *axes), (Axis(dst_count, 0, dst_step), *axes)
             src = _nest(src_base + src_low + src_shift, src_axes, "src", plan.row_bytes)
             dst = _nest(dst_base + dst_low + dst_shift, dst_axes, "dst", plan.row_bytes)
-            for i, j in zip(src_numbers, dst_numbers, strict=True):
-                dst[j] = src[i]
+
+            def assign(first: int, last: int, src: Voids = src, dst: Voids = dst) -> None:
+                for i, j in zip(src_numbers[first:last], dst_numbers[first:last], strict=True):
+                    dst[j] = src[i]
+
+            num_pairs = len(src_numbers)
+            if plan.rows_per_pair > KEEPS_GIL_ROWS * len(parts):
+                copy_in_parts(num_pairs, pair_bytes // len(parts), assign)
+            else:
+                assign(0, num_pairs)
 
 
 def _numbered(offsets: Int64s) -> tuple[int, list[int]]:
@@ -167,7 +191,8 @@ def _nest(address: int, axes: tuple[Axis, ...], side: Side, row_bytes: int) -> n
 
 
 def _parts(axes: tuple[Axis, ...], row_bytes: int) -> list[tuple[int, int, tuple[Axis, ...]]]:
-    """Cuts a nest so that what one call reads stays in the L2 cache although numpy goes through it in the order of writing.
+    """Cuts a nest so that threads can share it, and so that what one call reads stays in the L2 cache where numpy, which goes
+    through it in the order of writing, jumps back and forth in what is read.
 
     Returns:
         Shifts of source and destination, and the axes, of each part.
@@ -175,9 +200,10 @@ def _parts(axes: tuple[Axis, ...], row_bytes: int) -> list[tuple[int, int, tuple
     order = sorted((axis for axis in axes if axis.count > 1), key=lambda axis: -abs(axis.src_stride))
     written = sorted(order, key=lambda axis: -abs(axis.dst_stride))
     inner_bytes = row_bytes * math.prod(axis.count for axis in order[1:])
-    if not order or order[0] is written[0]:
+    if not order:
         return [(0, 0, axes)]
-    cut, size = order[0], max(1, CALL_BYTES // inner_bytes)
+    limit = SHARE_BYTES if order[0] is written[0] else CALL_BYTES
+    cut, size = order[0], max(1, limit // inner_bytes)
     return [
         (
             first * cut.src_stride,
@@ -199,13 +225,22 @@ def _joined_borders(plan: CopyPlan) -> Int64s:
 
 
 def _move_pieces(plan: CopyPlan) -> None:
-    """One memmove per base and run of joined rows."""
+    """One memmove per base and run of joined rows, or part of one: what threads share are the bytes, not the pieces."""
     borders = _joined_borders(plan)
     starts = borders[:-1]
-    sizes = (np.diff(borders) * plan.row_bytes).tolist()
-    src_offsets, dst_offsets = plan.src_offsets[starts], plan.dst_offsets[starts]
+    sizes = np.tile(np.diff(borders) * plan.row_bytes, plan.num_bases)
+    src = np.add.outer(plan.src_bases, plan.src_offsets[starts]).reshape(-1)
+    dst = np.add.outer(plan.dst_bases, plan.dst_offsets[starts]).reshape(-1)
+    ends = np.cumsum(sizes)
     memmove = ctypes.memmove
-    for src_base, dst_base in zip(plan.src_bases.tolist(), plan.dst_bases.tolist(), strict=True):
-        addresses = zip((dst_offsets + dst_base).tolist(), (src_offsets + src_base).tolist(), sizes, strict=True)
-        for dst, src, size in addresses:
-            memmove(dst, src, size)
+
+    def move(first: int, last: int) -> None:
+        pieces = slice(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last, side="left") + 1)
+        begins = ends[pieces] - sizes[pieces]
+        skipped = np.maximum(first - begins, 0)
+        wanted = np.minimum(ends[pieces], last) - begins - skipped
+        addresses = (dst[pieces] + skipped).tolist(), (src[pieces] + skipped).tolist()
+        for to, start, size in zip(*addresses, wanted.tolist(), strict=True):
+            memmove(to, start, size)
+
+    copy_in_parts(plan.num_bytes, 1, move)

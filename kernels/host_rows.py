@@ -4,7 +4,6 @@ Bytes moved: every byte of the plan is read once and written once, and 8 to 16 b
 for each row, in slices that stay small beside the payload. The idea of void scalars as rows is measured in `copy`.
 """
 
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -12,6 +11,8 @@ import numpy.typing as npt
 
 from dynamo.kernels.copy import copy_row_numbers
 from dynamo.kernels.copy_plan import CopyPlan
+from dynamo.kernels.host_memory import array_at
+from dynamo.kernels.host_threads import copy_in_parts
 
 __all__ = ["Side", "copy_by_number", "dense_runs", "gather_or_scatter", "is_on_grid", "voids_at"]
 
@@ -20,19 +21,8 @@ Voids = npt.NDArray[np.void]
 Side = Literal["src", "dst"]
 
 ROWS_AT_A_TIME = 1 << 16
-
-
-class _Memory:
-    """Memory at an address, for numpy to look at. The plan's views have checked the range and keep it alive."""
-
-    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], row_bytes: int) -> None:
-        self.__array_interface__ = {
-            "data": (address, False),
-            "shape": shape,
-            "strides": strides,
-            "typestr": f"|V{row_bytes}",
-            "version": 3,
-        }
+CALL_BYTES = 4 << 20
+"""Moved by one call at most: enough to hide what it costs, and little where numpy keeps the GIL, as it does from "src"."""
 
 
 def voids_at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], row_bytes: int) -> Voids:
@@ -43,7 +33,7 @@ def voids_at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], row
     >>> voids_at(numbers.ctypes.data, (3,), (16,), 8).view(np.int64).tolist()
     [0, 2, 4]
     """
-    return np.asarray(_Memory(address, shape, strides, row_bytes))
+    return array_at(address, f"V{row_bytes}", shape, strides)
 
 
 def is_on_grid(plan: CopyPlan) -> bool:
@@ -79,7 +69,8 @@ def dense_runs(plan: CopyPlan, side: Side) -> int | None:
 
 
 def gather_or_scatter(plan: CopyPlan, side: Side) -> None:
-    """Moves rows in the address order of the side on which they are dense: np.take into "dst", assignment from "src".
+    """Moves rows in the address order of the side on which they are dense: np.take into "dst", with the helpers of
+    `host_threads`; assignment from "src", alone.
 
     >>> import numpy as np
     >>> src, dst = np.arange(4), np.zeros(4, dtype=np.int64)
@@ -98,17 +89,27 @@ def gather_or_scatter(plan: CopyPlan, side: Side) -> None:
     far_inner, low, high = _inner(plan, "dst" if side == "src" else "src"), int(far.min()), int(far.max())
     num_far = (high - low) // row_bytes + int(far_inner.max()) + 1
     breaks = np.flatnonzero(np.diff(near) != rows * row_bytes) + 1
-    pairs_at_a_time = max(1, ROWS_AT_A_TIME // rows)
-    slices = np.union1d(np.append(breaks, near.size), np.arange(0, near.size, pairs_at_a_time)).tolist()
-    for near_base, far_base in zip(near_bases.tolist(), far_bases.tolist(), strict=True):
-        far_rows = voids_at(far_base + low, (num_far,), (row_bytes,), row_bytes)
-        for start, stop in pairwise(slices):
+    pairs_at_a_time = max(1, min(ROWS_AT_A_TIME, CALL_BYTES // row_bytes) // rows)
+    slices = np.union1d(np.append(breaks, near.size), np.arange(0, near.size, pairs_at_a_time))
+    num_slices, bases = slices.size - 1, list(zip(near_bases.tolist(), far_bases.tolist(), strict=True))
+
+    def move(first: int, last: int) -> None:
+        for index in range(first, last):
+            (near_base, far_base), at = bases[index // num_slices], index % num_slices
+            start, stop = int(slices[at]), int(slices[at + 1])
+            far_rows = voids_at(far_base + low, (num_far,), (row_bytes,), row_bytes)
             numbers = (((far[start:stop] - low) // row_bytes)[:, None] + far_inner).reshape(-1)
             near_rows = voids_at(near_base + int(near[start]), (numbers.size,), (row_bytes,), row_bytes)
             if side == "dst":
                 np.take(far_rows, numbers, out=near_rows, mode="clip")
             else:
                 far_rows[numbers] = near_rows
+
+    num_calls = len(bases) * num_slices
+    if side == "dst":
+        copy_in_parts(num_calls, plan.num_bytes // num_calls, move)
+    else:
+        move(0, num_calls)
 
 
 def copy_by_number(plan: CopyPlan) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamo.kernels.checks import SlotIds
+from dynamo.kernels.host_memory import array_at
 from dynamo.kernels.view import View
 
 __all__ = ["HostWindow"]
@@ -25,35 +26,18 @@ class HostWindow:
     def __init__(self, view: View, row: int, plane: int, dtype: npt.DTypeLike, *, writable: bool = False) -> None:
         words = np.dtype(dtype)
         self._low, self._step, count = _grid(view.block_offsets)
-        self._words: npt.NDArray[Any] = np.asarray(
-            _Memory(
-                address=int(view.base[row, plane]) + self._low,
-                typestr=words.str,
-                shape=(count, view.num_tokens, view.num_heads, view.row_bytes // words.itemsize),
-                strides=(self._step, view.token_stride, view.head_stride, words.itemsize),
-                read_only=not writable,
-            )
+        self._words: npt.NDArray[Any] = array_at(
+            int(view.base[row, plane]) + self._low,
+            words,
+            (count, view.num_tokens, view.num_heads, view.row_bytes // words.itemsize),
+            (self._step, view.token_stride, view.head_stride, words.itemsize),
+            read_only=not writable,
         )
         self._offsets = view.block_offsets
 
     def tiles(self, ids: SlotIds) -> list[npt.NDArray[Any]]:
         """The tile [tokens, heads, words] of each block. Ids are trusted: check them first."""
         return [self._words[slot] for slot in ((self._offsets[ids] - self._low) // self._step).tolist()]
-
-
-class _Memory:
-    """Bytes at an address as numpy's array interface."""
-
-    def __init__(
-        self, *, address: int, typestr: str, shape: tuple[int, ...], strides: tuple[int, ...], read_only: bool
-    ) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (address, read_only),
-            "typestr": typestr,
-            "shape": shape,
-            "strides": strides,
-        }
 
 
 def _grid(offsets: npt.NDArray[np.int64]) -> tuple[int, int, int]:

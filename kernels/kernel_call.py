@@ -14,15 +14,32 @@ import numpy.typing as npt
 import torch
 
 from dynamo.kernels.checks import KernelArgumentError
+from dynamo.kernels.driver import cuda_driver
+from dynamo.kernels.pinned import seen_from_device
 from dynamo.kernels.view import View
 
-__all__ = ["KernelCall", "Submission", "addresses_on"]
+__all__ = ["KernelCall", "Occupancy", "Target", "addresses_on"]
 
 Int64s = npt.NDArray[np.int64]
 
 MAX_ITEMS = 2**31 - 1
-PROGRAMS_PER_SM = 4
-HOST_PROGRAMS = 8  # when one side is host memory: enough tiles of 16 KiB in flight for the round trip over PCIe Gen5
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """Programs of a kernel that are useful at a time.
+
+    Attributes:
+        per_sm: when all views are on the GPU.
+        over_bus: in all, when one side is host memory: enough bytes in flight for the round trip over PCIe Gen5.
+    """
+
+    per_sm: int
+    over_bus: int
+
+
+SMALL_TILES = Occupancy(per_sm=4, over_bus=8)
+"""For kernels whose tiles have 16 KiB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -35,6 +52,9 @@ class KernelCall:
         arguments: the other run-time arguments, in order.
         constexprs: constant arguments by name.
         num_items: pieces of work; more programs than these are never started.
+
+    Raises:
+        KernelArgumentError: more items than the kernels count.
     """
 
     kernel: Any
@@ -44,22 +64,20 @@ class KernelCall:
     num_items: int
     num_warps: int
 
-    def launch(self, submission: "Submission") -> None:
-        """Queues the kernel. Does not wait, except for room in the queue.
-
-        Raises:
-            KernelArgumentError: more items than the kernels count.
-        """
-        if self.num_items == 0:
-            return
+    def __post_init__(self) -> None:
         if self.num_items > MAX_ITEMS:
             raise KernelArgumentError(
                 f"{self.num_items} tiles are more than one launch takes; give fewer blocks at a time"
             )
-        grid = (min(self.num_items, submission.max_programs),)
-        with submission.active():
+
+    def launch(self, target: "Target") -> None:
+        """Queues the kernel. Does not wait, except for room in the queue."""
+        if self.num_items == 0:
+            return
+        grid = (min(self.num_items, target.max_programs),)
+        with target.active():
             # Both buffers come from torch's caching allocators, which keep them until the stream has passed.
-            table = torch.from_numpy(self.table).pin_memory().to(submission.device, non_blocking=True)
+            table = torch.from_numpy(self.table).pin_memory().to(target.device, non_blocking=True)
             # A fused multiply-add would differ from the CPU's result in the last bit.
             self.kernel[grid](
                 table, *self.arguments, **self.constexprs, num_warps=self.num_warps, enable_fp_fusion=False
@@ -67,7 +85,7 @@ class KernelCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Submission:
+class Target:
     """Where launches go, and how many programs each may have.
 
     Attributes:
@@ -80,29 +98,39 @@ class Submission:
     stream: torch.cuda.Stream | None
 
     @classmethod
-    def of(cls, *views: View, sm_budget: int | None, stream: torch.cuda.Stream | None) -> "Submission":
+    def of(
+        cls,
+        *views: View,
+        sm_budget: int | None,
+        stream: torch.cuda.Stream | None,
+        occupancy: Occupancy = SMALL_TILES,
+    ) -> "Target":
         """For a kernel over these views: on the GPU that one of them is on, else on the CPU.
 
         Args:
             views: what is read and written.
             sm_budget: most programs to run at a time; None for as many as are useful.
             stream: stream to submit to.
+            occupancy: of the kernel.
 
         Raises:
-            KernelArgumentError: views on two GPUs, or a budget below 1.
+            KernelArgumentError: views on two GPUs, a budget below 1, or a stream of another GPU.
         """
         if sm_budget is not None and sm_budget < 1:
             raise KernelArgumentError(f"sm_budget is {sm_budget}, at least 1 is needed")
         devices = {view.device for view in views if view.device.type != "cpu"}
         if any(device.type != "cuda" for device in devices) or len(devices) > 1:
-            raise KernelArgumentError(f"views on {[str(v.device) for v in views]}: one CUDA device, the CPU, or both")
+            places = ", ".join(str(view.device) for view in views)
+            raise KernelArgumentError(f"the views are on {places}: one CUDA device, the CPU, or both")
         if not devices:
             return cls(torch.device("cpu"), 1, None)
         device = devices.pop()
+        if stream is not None and stream.device != device:
+            raise KernelArgumentError(f"the stream is on {stream.device}, the views on {device}; give one of that GPU")
         if sm_budget is None:
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
             is_local = all(view.device == device for view in views)
-            sm_budget = PROGRAMS_PER_SM * num_sms if is_local else HOST_PROGRAMS
+            sm_budget = occupancy.per_sm * num_sms if is_local else occupancy.over_bus
         return cls(device, sm_budget, stream)
 
     @property
@@ -129,15 +157,4 @@ def addresses_on(view: View, device: torch.device) -> Int64s:
     """
     if device.type == "cpu" or view.device.type != "cpu":
         return view.base
-    from dynamo.kernels.driver import Memory, cuda_driver
-
-    driver = cuda_driver()
-    base = view.base.copy()
-    for first, end in np.unique(view.limits.reshape(-1, 2), axis=0).tolist():
-        if driver.memory_of(first) is not Memory.PINNED or driver.memory_of(end - 1) is not Memory.PINNED:
-            raise KernelArgumentError(f"{end - first} bytes of host memory at {first:#x} are not pinned; register them")
-        shift = driver.host_device_pointer(first) - first
-        if driver.host_device_pointer(end - 1) - (end - 1) != shift:
-            raise KernelArgumentError(f"the host memory at {first:#x} is registered in parts that lie apart on the GPU")
-        base[view.limits[..., 0] == first] += shift
-    return base
+    return seen_from_device(view, cuda_driver()).base

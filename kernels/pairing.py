@@ -5,10 +5,12 @@ import math
 import numpy as np
 
 from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_ids
-from dynamo.kernels.copy_plan import Range
 from dynamo.kernels.view import View
 
-__all__ = ["cut_views", "match_views"]
+__all__ = ["Range", "check_alike", "check_tokens", "cut_views", "match_views"]
+
+Range = tuple[int, int]
+"""First and one past the last."""
 
 
 def cut_views(src: View, dst: View, layers: Range | None, heads: Range | None) -> tuple[View, View]:
@@ -32,9 +34,25 @@ def cut_views(src: View, dst: View, layers: Range | None, heads: Range | None) -
     return src, dst
 
 
-def match_views(
-    src: View, src_ids: SlotIds, dst: View, dst_ids: SlotIds, *, same_row_bytes: bool = True
-) -> tuple[View, SlotIds, View, SlotIds]:
+def check_alike(src: View, dst: View) -> None:
+    """Checks that blocks of both views hold the same rows, but for the number of tokens.
+
+    Raises:
+        KernelArgumentError: layers, planes, heads or row bytes differ.
+
+    >>> import torch
+    >>> from dynamo.kernels.layouts import from_paged
+    >>> check_alike(*(from_paged(torch.zeros(4, tokens, 2, 8), "BTHD") for tokens in (16, 32)))
+    """
+    for name in ("layers_per_group", "num_planes", "total_heads", "row_bytes"):
+        ours, theirs = getattr(src, name), getattr(dst, name)
+        if ours != theirs:
+            raise KernelArgumentError(
+                f"the source has {name} {ours}, the destination {theirs}: cut or convert one side"
+            )
+
+
+def match_views(src: View, src_ids: SlotIds, dst: View, dst_ids: SlotIds) -> tuple[View, SlotIds, View, SlotIds]:
     """The same copy between views of equal head groups and block size: heads folded, blocks cut to the common divisor.
 
     >>> import numpy as np, torch
@@ -49,23 +67,14 @@ def match_views(
         src_ids: int64 [n], blocks of `src`.
         dst: view written.
         dst_ids: int64 [m], blocks of `dst`; together they hold as many tokens as those of `src`.
-        same_row_bytes: whether rows must be equally wide, as they must unless something changes them on the way.
 
     Raises:
         KernelArgumentError: layers, planes, heads, row bytes or numbers of tokens differ, or an id is out of range.
     """
-    wanted = ["layers_per_group", "num_planes", "total_heads"] + ["row_bytes"] * same_row_bytes
-    for name in wanted:
-        ours, theirs = getattr(src, name), getattr(dst, name)
-        if ours != theirs:
-            raise KernelArgumentError(f"src has {name} {ours}, dst has {theirs}; slice the larger view")
+    check_alike(src, dst)
     check_ids(src_ids, "src_ids", src.num_blocks)
     check_ids(dst_ids, "dst_ids", dst.num_blocks)
-    if src_ids.size * src.num_tokens != dst_ids.size * dst.num_tokens:
-        raise KernelArgumentError(
-            f"{src_ids.size} blocks of {src.num_tokens} tokens do not pair up with "
-            f"{dst_ids.size} blocks of {dst.num_tokens} tokens"
-        )
+    check_tokens(src, src_ids, dst, dst_ids)
     groups = math.lcm(src.head_groups, dst.head_groups)
     src, dst = src.fold_heads(groups), dst.fold_heads(groups)
     if src.num_tokens == dst.num_tokens:
@@ -75,6 +84,24 @@ def match_views(
     src_ids = np.add.outer(src_ids * src_parts.size, src_parts).reshape(-1)
     dst_ids = np.add.outer(dst_ids * dst_parts.size, dst_parts).reshape(-1)
     return src.regroup(num_tokens), src_ids, dst.regroup(num_tokens), dst_ids
+
+
+def check_tokens(src: View, src_ids: SlotIds, dst: View, dst_ids: SlotIds) -> None:
+    """Checks that the blocks of both lists hold as many tokens.
+
+    Raises:
+        KernelArgumentError: they do not.
+
+    >>> import numpy as np, torch
+    >>> from dynamo.kernels.layouts import from_paged
+    >>> small, large = (from_paged(torch.zeros(4, tokens, 2, 8), "BTHD") for tokens in (16, 32))
+    >>> check_tokens(small, np.array([3, 1]), large, np.array([2]))
+    """
+    if src_ids.size * src.num_tokens != dst_ids.size * dst.num_tokens:
+        raise KernelArgumentError(
+            f"{src_ids.size} blocks of {src.num_tokens} tokens and {dst_ids.size} blocks of {dst.num_tokens} tokens "
+            "are not the same tokens: the two sides must pair up"
+        )
 
 
 def _check_range(wanted: Range, num: int, name: str) -> None:

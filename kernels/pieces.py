@@ -1,6 +1,6 @@
 """Plain copies as a table: where from, where to, how many bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,15 @@ class Pieces:
     [128, 64]
     >>> pieces.split_at(np.array([32]), "src").src.tolist()
     [0, 32, 64, 256]
+
+    Attributes:
+        table: int64 [3, num_pieces], C-contiguous.
+        storages: int64, ascending, where each allocation begins that pieces lie in: the engine takes no copy across two,
+            so that nothing may be joined there even where they touch.
     """
 
     table: Int64s
+    storages: Int64s = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     @classmethod
     def of(cls, src: npt.ArrayLike, dst: npt.ArrayLike, sizes: npt.ArrayLike) -> "Pieces":
@@ -83,7 +89,10 @@ class Pieces:
             raise KernelArgumentError(f"address {int(table[:2].min())} is negative")
 
     def merged(self, min_joins: int = 1) -> "Pieces":
-        """The same copies with neighbours joined that are contiguous on both sides; itself with fewer than `min_joins`."""
+        """The same copies with neighbours joined that are contiguous on both sides; itself with fewer than `min_joins`.
+
+        Where a storage begins nothing is joined.
+        """
         src, dst, sizes = self.table
         if src.size < 2:
             return self
@@ -91,13 +100,22 @@ class Pieces:
         joins &= dst[1:] - dst[:-1] == sizes[:-1]
         if np.count_nonzero(joins) < max(1, min_joins):
             return self
+        if self.storages.size > 1:
+            at = np.flatnonzero(joins)
+            for column in (src, dst):
+                joins[at[np.isin(column[1:][at], self.storages)]] = False
         is_first, is_last = np.ones(src.size, dtype=np.bool_), np.ones(src.size, dtype=np.bool_)
         is_first[1:] = is_last[:-1] = ~joins
         merged = np.empty((3, np.count_nonzero(is_first)), dtype=np.int64)
         for row, column in enumerate((src, dst)):
             np.compress(is_first, column, out=merged[row])
         merged[2] = (dst + sizes)[is_last] - merged[1]
-        return Pieces(merged)
+        return replace(self, table=merged)
+
+    def part(self, pieces: slice | npt.NDArray[np.bool_]) -> "Pieces":
+        """Some of these copies; of a slice, without copying the table."""
+        table = self.table[:, pieces]
+        return replace(self, table=table if isinstance(pieces, slice) else np.ascontiguousarray(table))
 
     def split_at(self, borders: Int64s, side: str) -> "Pieces":
         """The same copies, cut so that none crosses one of `borders`: one DMA must not span two host registrations.
@@ -118,4 +136,4 @@ class Pieces:
         start = np.where(nth == 0, addresses[owner], padded[np.maximum(first[owner] + nth - 1, 0)])
         stop = np.where(nth == cuts[owner], (addresses + self.sizes)[owner], padded[first[owner] + nth])
         shift = start - addresses[owner]
-        return Pieces(np.stack((self.src[owner] + shift, self.dst[owner] + shift, stop - start)))
+        return replace(self, table=np.stack((self.src[owner] + shift, self.dst[owner] + shift, stop - start)))

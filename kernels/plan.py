@@ -21,15 +21,15 @@ import numpy as np
 import torch
 
 from dynamo.kernels.calibration import Calibration, Direction, Route, default_calibration
-from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_distinct
+from dynamo.kernels.checks import KernelArgumentError, SlotIds
 from dynamo.kernels.copy_blocks import copy_blocks
-from dynamo.kernels.copy_engine import copy_pieces
-from dynamo.kernels.copy_plan import Range
+from dynamo.kernels.copy_engine import copy_runs
+from dynamo.kernels.copy_plan import plan_copy
 from dynamo.kernels.driver import CudaDriver, Memory, cuda_driver, wait_for_event
-from dynamo.kernels.pairing import cut_views, match_views
-from dynamo.kernels.pieces import Pieces
-from dynamo.kernels.runs import Runs, ascending_order, find_runs
-from dynamo.kernels.staged import Staging, Transform
+from dynamo.kernels.pairing import Range, cut_views
+from dynamo.kernels.pinned import memory_of_view
+from dynamo.kernels.runs import Runs, in_host_order, runs_of
+from dynamo.kernels.staged import Staging
 from dynamo.kernels.view import View
 
 __all__ = ["Plan", "Submission", "plan", "run"]
@@ -50,10 +50,9 @@ class Plan:
     Attributes:
         route: the way of copying.
         direction: where the bytes go.
-        src, src_ids, dst, dst_ids: what is copied; the views are cut to the layers and heads that were asked for.
-        runs: contiguous runs common to both sides; None with a transform, which decides about rows itself.
-        pieces: what the copy engine is given, as one table; None on other routes.
-        transform: what copies instead of `copy_blocks`, or None.
+        src, src_ids, dst, dst_ids: what is copied, in the order of the host side's blocks; the views are cut to the layers
+            and heads that were asked for, and to blocks of one size.
+        runs: contiguous runs common to both sides.
         sm_budget: SMs that a kernel may use at a time, or None for as many as are useful.
         stable_source: nothing queued still writes the source.
         device: index of the GPU, or None when none takes part.
@@ -67,9 +66,7 @@ class Plan:
     src_ids: SlotIds
     dst: View
     dst_ids: SlotIds
-    runs: Runs | None
-    pieces: Pieces | None
-    transform: Transform | None
+    runs: Runs
     sm_budget: int | None
     stable_source: bool
     device: int | None
@@ -81,20 +78,16 @@ class Plan:
     @property
     def num_bytes(self) -> int:
         """Bytes written."""
-        return self.runs.num_bytes if self.runs is not None else self.dst_ids.size * self.dst.block_bytes
+        return self.runs.num_bytes
 
     @property
     def histogram(self) -> Mapping[int, int]:
-        """Bytes of a run that is contiguous on both sides, to the number of such runs; empty with a transform."""
-        return {} if self.runs is None else self.runs.sizes()
+        """Bytes of a run that is contiguous on both sides, to the number of such runs."""
+        return self.runs.sizes()
 
     def __str__(self) -> str:
-        sizes = (
-            ", ".join(f"{count} of {size} B" for size, count in self.histogram.items()) or "rows are changed on the way"
-        )
+        sizes = ", ".join(f"{count} of {size} B" for size, count in self.histogram.items()) or "none"
         lines = [f"{self.direction}: {self.num_bytes} B by {self.route}", f"  runs      {sizes}"]
-        if self.transform is not None:
-            lines.append(f"  transform {self.transform.name}")
         if self.expected_s is not None and self.expected_s > 0:
             rate = self.num_bytes / self.expected_s / 1e9
             lines.append(f"  expected  {self.expected_s * 1e3:.3g} ms, {rate:.3g} GB/s")
@@ -142,7 +135,6 @@ def plan(
     *,
     layers: Range | None = None,
     heads: Range | None = None,
-    transforms: Sequence[Transform] = (),
     sm_budget: int | None = None,
     calibration: Calibration | None = None,
     staging: Staging | None = None,
@@ -173,7 +165,6 @@ def plan(
         dst_ids: int64 [m], distinct, together as many tokens as those of `src`.
         layers: half-open range of layers, as for `copy_blocks`.
         heads: half-open range of heads, as for `copy_blocks`.
-        transforms: at most one kernel that changes rows on the way; excludes the copy engine.
         sm_budget: SMs that a kernel may use at a time, at least 1.
         calibration: of this GPU; by default constants that hold for a GPU on PCIe Gen5.
         staging: makes the staged route possible.
@@ -185,21 +176,22 @@ def plan(
         KernelArgumentError: views, ids, memory or routes do not fit; the message says which.
         CudaError: a view is on a GPU, and CUDA cannot be used.
     """
-    if len(transforms) > 1:
-        raise KernelArgumentError(f"{len(transforms)} transforms were given; join them in one kernel")
     if sm_budget is not None and sm_budget < 1:
         raise KernelArgumentError(f"sm_budget is {sm_budget}, at least 1 is needed")
-    transform = transforms[0] if transforms else None
     src, dst = cut_views(src, dst, layers, heads)
     if driver is None and "cuda" in (src.device.type, dst.device.type):
         driver = cuda_driver()
     direction, device = _place(src, dst, driver)
-    runs = _common_runs(src, src_ids, dst, dst_ids, direction, transform)
-    possible = _possible(src, dst, direction, transform, staging)
+    if staging is not None and device is not None and staging.device != device:
+        raise KernelArgumentError(
+            f"the staging is on GPU {staging.device}, the copy on GPU {device}; use that GPU's own"
+        )
+    order_by = "src" if direction == Direction.ONBOARD else "dst"
+    src, src_ids, dst, dst_ids = in_host_order(src, src_ids, dst, dst_ids, order_by)
+    runs = runs_of(plan_copy(src, src_ids, dst, dst_ids), order_by=order_by)
+    possible = _possible(src, dst, direction, staging)
     if route is not None and route not in possible:
-        raise KernelArgumentError(f"{route} is not possible here; possible: {', '.join(possible) or 'nothing'}")
-    if not possible:
-        raise KernelArgumentError("nothing can change rows on their way between two GPUs; copy first")
+        raise KernelArgumentError(f"{route} is not possible here; possible: {', '.join(possible)}")
     considered = _expect(possible, direction, runs, (src, src_ids), (dst, dst_ids), calibration or _defaults())
     chosen = route or min(possible, key=lambda r: considered.get(r, float("inf")))
     return Plan(
@@ -210,8 +202,6 @@ def plan(
         dst=dst,
         dst_ids=dst_ids,
         runs=runs,
-        pieces=runs.expand() if runs is not None and chosen == Route.COPY_ENGINE else None,
-        transform=transform,
         sm_budget=sm_budget,
         stable_source=stable_source and direction == Direction.ONBOARD,
         device=device,
@@ -238,42 +228,35 @@ def run(plan: Plan, stream: "int | torch.cuda.Stream | None" = None) -> Submissi
 
     Args:
         plan: from `plan`; may be run again.
-        stream: of the plan's GPU, a torch stream or a handle; only the kernel route takes the legacy default stream.
-            None only for plans without a GPU.
+        stream: of the plan's GPU, a torch stream, or a handle, which is trusted; only the kernel route takes the legacy
+            default stream. None only for plans without a GPU.
 
     Returns:
         What becomes done when the bytes have arrived. Keep it, or the views' memory, until then.
 
     Raises:
-        KernelArgumentError: no stream, or the legacy default stream on another route; nothing was queued.
+        KernelArgumentError: no stream, one of another GPU, or the legacy default stream on another route; nothing was queued.
         CudaError: a call failed; parts before it are queued.
     """
-    positions = np.arange(plan.src_ids.size, dtype=np.int64)
-    copy = partial(copy_blocks if plan.transform is None else partial(plan.transform, positions=positions))
-    copy = partial(copy, plan.src, plan.src_ids, plan.dst, plan.dst_ids, sm_budget=plan.sm_budget)
+    sides = plan.src, plan.src_ids, plan.dst, plan.dst_ids
+    copy = partial(copy_blocks, *sides, sm_budget=plan.sm_budget)
     driver, device = plan.driver, plan.device
     if plan.route == Route.HOST or driver is None or device is None:
         copy()
         return Submission(plan, None, None)
     if stream is None:
         raise KernelArgumentError(f"a copy {plan.direction} needs a stream")
+    if not isinstance(stream, int) and (stream.device.index or 0) != device:
+        raise KernelArgumentError(f"the stream is on {stream.device}, the copy on GPU {device}; give one of that GPU")
     handle = _handle(stream)
     submission = Submission(plan, driver, driver.event_new(device))
-    if plan.pieces is not None:
-        copy_pieces(plan.pieces, driver, handle, stable_source=plan.stable_source)
+    if plan.route == Route.COPY_ENGINE:
+        copy_runs(plan.runs, driver, handle, stable_source=plan.stable_source)
     elif plan.route == Route.STAGED and plan.staging is not None:
         carry = plan.staging.offload
         if plan.direction == Direction.ONBOARD:
             carry = partial(plan.staging.onboard, stable_source=plan.stable_source)
-        carry(
-            plan.src,
-            plan.src_ids,
-            plan.dst,
-            plan.dst_ids,
-            handle,
-            transform=plan.transform,
-            sm_budget=plan.sm_budget,
-        )
+        carry(*sides, handle, sm_budget=plan.sm_budget)
     else:
         driver.launch(copy, handle, device)
     driver.event_record(submission.event or 0, handle)
@@ -309,55 +292,29 @@ def _memory(view: View, driver: CudaDriver | None) -> Memory:
         return Memory.DEVICE
     if driver is None:
         return Memory.PAGEABLE
-    kinds = {driver.memory_of(start) for start in set(view.limits[..., 0].reshape(-1).tolist())}
-    if len(kinds) > 1:
-        raise KernelArgumentError(f"a view's tensors must be alike, got {', '.join(sorted(kinds))} memory")
-    return kinds.pop()
+    return memory_of_view(view, driver)
 
 
-def _possible(
-    src: View, dst: View, direction: Direction, transform: Transform | None, staging: Staging | None
-) -> tuple[Route, ...]:
+def _possible(src: View, dst: View, direction: Direction, staging: Staging | None) -> tuple[Route, ...]:
     host = src if direction == Direction.ONBOARD else dst
     routes = list(ROUTES[direction])
-    if staging is None or not staging.can_hold(host, whole_blocks=transform is not None):
+    if staging is None or not staging.can_hold(host):
         routes = [route for route in routes if route != Route.STAGED]
-    if transform is not None:
-        routes = [route for route in routes if route != Route.COPY_ENGINE]
     if direction == Direction.ON_DEVICE and src.device != dst.device:
         routes = [route for route in routes if route == Route.COPY_ENGINE]
     return tuple(routes)
 
 
-def _common_runs(
-    src: View, src_ids: SlotIds, dst: View, dst_ids: SlotIds, direction: Direction, transform: Transform | None
-) -> Runs | None:
-    """Runs in the order of the host side; with a transform none, but the same checks."""
-    if transform is None:
-        return find_runs(src, src_ids, dst, dst_ids, order_by="src" if direction == Direction.ONBOARD else "dst")
-    match_views(src, src_ids, dst, dst_ids, same_row_bytes=False)
-    check_distinct(dst_ids, "dst_ids", dst.num_blocks)
-    return None
-
-
-def _amount(runs: Runs | None, dst: View, dst_ids: SlotIds) -> tuple[int, int]:
-    """Bytes and contiguous runs of a copy; with a transform, runs of the destination."""
-    if runs is not None:
-        return runs.num_bytes, runs.num_pieces
-    num_bytes = dst_ids.size * dst.block_bytes
-    return num_bytes, num_bytes // dst.run_bytes
-
-
 def _expect(
     possible: Sequence[Route],
     direction: Direction,
-    runs: Runs | None,
+    runs: Runs,
     src: tuple[View, SlotIds],
     dst: tuple[View, SlotIds],
     calibration: Calibration,
 ) -> dict[Route, float]:
     """Expected seconds of each route that the calibration knows."""
-    num_bytes, num_runs = _amount(runs, *dst)
+    num_bytes, num_runs = runs.num_bytes, runs.num_pieces
     expected: dict[Route, float] = {}
     if num_bytes == 0:
         return expected
@@ -378,5 +335,7 @@ def _host_runs(view: View, ids: SlotIds) -> int:
     runs_per_block = view.block_bytes // view.run_bytes
     if runs_per_block > starts.size or (np.diff(starts) != view.run_bytes).any():
         return runs_per_block * ids.size
-    offsets = view.block_offsets[ids[ascending_order(ids, view.num_blocks)]]
-    return 1 + int(np.count_nonzero(offsets[1:] - offsets[:-1] != view.block_bytes))
+    is_taken = np.zeros(view.num_blocks + 1, dtype=np.bool_)
+    is_taken[ids] = True
+    follows = np.diff(view.block_offsets) == view.block_bytes  # [i]: block i + 1 lies right behind block i
+    return int(np.count_nonzero(is_taken)) - int(np.count_nonzero(is_taken[:-2] & is_taken[1:-1] & follows))

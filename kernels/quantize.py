@@ -16,8 +16,9 @@ each times 1 + 2**-20 for the fp32 arithmetic. Infinities saturate at amax; NaN 
 where amax is below LARGEST × 2**-126 the bound is that of amax = LARGEST × 2**-126.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_distinct, 
 from dynamo.kernels.copy_blocks import copy_blocks
 from dynamo.kernels.copy_plan import check_apart
 from dynamo.kernels.host_tiles import HostWindow
-from dynamo.kernels.kernel_call import Submission
+from dynamo.kernels.kernel_call import Target
 from dynamo.kernels.quantize_host import QuantizeWork
 from dynamo.kernels.quantized_layout import QuantizedLayout, QuantizedView
 from dynamo.kernels.view import View
@@ -70,11 +71,12 @@ def quantize_blocks(
     >>> bool((restored[3] - pool[3]).float().norm() < 0.03 * pool[3].float().norm())
     True
     """
-    submission = Submission.of(src, *dst.planes, sm_budget=sm_budget, stream=stream)
+    target = Target.of(src, *dst.planes, sm_budget=sm_budget, stream=stream)
     _check(src, src_ids, dst, dst_ids, dst_ids)
+    work = _prepare(src, src_ids, dst, dst_ids, target, to_codes=True)
     for plain, plane in _plain_planes(src, dst):
         copy_blocks(plain, src_ids, plane, dst_ids, sm_budget=sm_budget, stream=stream)
-    _run(src, src_ids, dst, dst_ids, submission, to_codes=True)
+    work()
 
 
 def dequantize_blocks(
@@ -112,24 +114,28 @@ def dequantize_blocks(
     >>> bool(torch.equal(v, values)), bool((k - keys).abs().max() <= keys.abs().max() / 253)
     (True, True)
     """
-    submission = Submission.of(dst, *src.planes, sm_budget=sm_budget, stream=stream)
+    target = Target.of(dst, *src.planes, sm_budget=sm_budget, stream=stream)
     _check(dst, dst_ids, src, src_ids, dst_ids)
+    work = _prepare(dst, dst_ids, src, src_ids, target, to_codes=False)
     for plain, plane in _plain_planes(dst, src):
         copy_blocks(plane, src_ids, plain, dst_ids, sm_budget=sm_budget, stream=stream)
-    _run(dst, dst_ids, src, src_ids, submission, to_codes=False)
+    work()
 
 
-def _run(
-    rows: View, row_ids: SlotIds, pool: QuantizedView, pool_ids: SlotIds, submission: Submission, *, to_codes: bool
-) -> None:
-    """Quantises or restores the quantised planes; everything is checked."""
+def _prepare(
+    rows: View, row_ids: SlotIds, pool: QuantizedView, pool_ids: SlotIds, target: Target, *, to_codes: bool
+) -> Callable[[], None]:
+    """What quantises or restores the quantised planes. A launch is built, and refused, before any plane is copied."""
     pool, rows = pool.fold_with(rows)
-    if submission.is_gpu:
+    if target.is_gpu:
         from dynamo.kernels import quantize_kernel
 
-        call = quantize_kernel.build_call(rows, row_ids, pool, pool_ids, submission.device, to_codes=to_codes)
-        call.launch(submission)
-        return
+        call = quantize_kernel.build_call(rows, row_ids, pool, pool_ids, target.device, to_codes=to_codes)
+        return partial(call.launch, target)
+    return partial(_run_on_host, rows, row_ids, pool, pool_ids, to_codes)
+
+
+def _run_on_host(rows: View, row_ids: SlotIds, pool: QuantizedView, pool_ids: SlotIds, to_codes: bool) -> None:
     work = QuantizeWork(pool.layout, rows.num_tokens, rows.num_heads)
     for plane, scales in enumerate(pool.scales):
         if scales is None:
@@ -153,12 +159,11 @@ def _plain_planes(rows: View, pool: QuantizedView) -> Iterator[tuple[View, View]
 
 def _check(rows: View, row_ids: SlotIds, pool: QuantizedView, pool_ids: SlotIds, written: SlotIds) -> None:
     layout = pool.layout
-    found = (rows.layers_per_group, rows.num_planes, rows.num_tokens, rows.total_heads, rows.row_bytes)
     row_bytes = layout.head_dim * layout.elements.itemsize
     wanted = (layout.num_layers, layout.num_planes, layout.num_tokens, layout.num_heads, row_bytes)
-    if found != wanted:
+    if rows.block_shape != wanted:
         raise KernelArgumentError(
-            f"(layers, planes, tokens, heads, row bytes) are {found} in the view and {wanted} in the quantised layout"
+            f"(layers, planes, tokens, heads, row bytes) are {rows.block_shape} in the view and {wanted} in the slots"
         )
     check_ids(row_ids, "ids of the view", rows.num_blocks)
     check_ids(pool_ids, "ids of the quantised view", pool.num_blocks, row_ids.size)

@@ -33,7 +33,7 @@ import triton.language as tl
 
 from dynamo.kernels.aot import Specialization
 from dynamo.kernels.casts_kernel import fp8_code, fp8_value, int_code, narrow, widen
-from dynamo.kernels.checks import SlotIds
+from dynamo.kernels.checks import KernelArgumentError, SlotIds
 from dynamo.kernels.kernel_call import KernelCall, addresses_on
 from dynamo.kernels.quantized_layout import FORMATS, SCALE_BYTES, QuantizedView
 from dynamo.kernels.view import View
@@ -287,9 +287,17 @@ def constants(
     code_align_bytes: int,
     hardware_cast: bool,
 ) -> dict[str, Any]:
-    """Constant arguments of both kernels; a tile holds about TILE_ELEMENTS, whole tokens first, then heads."""
+    """Constant arguments of both kernels; a tile holds about TILE_ELEMENTS, whole tokens first, then heads.
+
+    Raises:
+        KernelArgumentError: not even one row fits a tile.
+    """
+    if head_dim > TILE_ELEMENTS:
+        raise KernelArgumentError(
+            f"rows of {head_dim} elements are wider than the {TILE_ELEMENTS} that a GPU quantises at a time"
+        )
     padded = triton.next_power_of_2(head_dim // 2 if dtype == "int4" else head_dim)
-    budget = max(1, TILE_ELEMENTS // triton.next_power_of_2(head_dim))
+    budget = TILE_ELEMENTS // triton.next_power_of_2(head_dim)
     tokens = min(triton.next_power_of_2(num_tokens), budget)
     return {
         "NUM_TOKENS": num_tokens,

@@ -23,7 +23,7 @@ from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_distinct, 
 from dynamo.kernels.copy_blocks import copy_blocks
 from dynamo.kernels.copy_plan import plan_copy
 from dynamo.kernels.host_tiles import HostWindow
-from dynamo.kernels.kernel_call import Submission
+from dynamo.kernels.kernel_call import Target
 from dynamo.kernels.rope_shift_host import Rope, RopeWork, rotations
 from dynamo.kernels.view import View
 
@@ -78,20 +78,23 @@ def rope_shift(
     (True, True)
     """
     _check(src, src_ids, dst, dst_ids, deltas, rope, elements)
-    submission = Submission.of(src, dst, sm_budget=sm_budget, stream=stream)
-    is_in_place = _is_same(src, src_ids, dst, dst_ids)
-    if not is_in_place:
+    target = Target.of(src, dst, sm_budget=sm_budget, stream=stream)
+    if _is_same(src, src_ids, dst, dst_ids):
+        values = False
+    else:
         plan_copy(src, src_ids, dst, dst_ids)  # for its check that nothing is both read and written
-        if values and src.num_planes == 2:
-            copy_blocks(_plane(src, 1), src_ids, _plane(dst, 1), dst_ids, sm_budget=sm_budget, stream=stream)
     groups = math.lcm(src.head_groups, dst.head_groups)
     keys, turned = _plane(src, 0).fold_heads(groups), _plane(dst, 0).fold_heads(groups)
     trig, rotation_ids = rotations(rope, deltas)
-    if submission.is_gpu:
+    call = None
+    if target.is_gpu:  # built, and refused, before any value is copied
         from dynamo.kernels.rope_shift_kernel import build_call
 
-        device = submission.device
-        build_call(keys, src_ids, turned, dst_ids, rope, trig, rotation_ids, elements, device).launch(submission)
+        call = build_call(keys, src_ids, turned, dst_ids, rope, trig, rotation_ids, elements, target.device)
+    if values and src.num_planes == 2:
+        copy_blocks(_plane(src, 1), src_ids, _plane(dst, 1), dst_ids, sm_budget=sm_budget, stream=stream)
+    if call is not None:
+        call.launch(target)
         return
     work = RopeWork(rope, elements, keys.num_tokens, keys.num_heads, keys.row_bytes // elements.itemsize)
     for row in range(keys.num_layers):
@@ -126,7 +129,7 @@ def _check(
     rope: Rope,
     elements: torch.dtype,
 ) -> None:
-    found, wanted = _shape(dst), _shape(src)
+    found, wanted = dst.block_shape, src.block_shape
     if found != wanted:
         raise KernelArgumentError(f"(layers, planes, tokens, heads, row bytes) are {wanted} in src and {found} in dst")
     check_ids(src_ids, "src_ids", src.num_blocks)
@@ -145,7 +148,3 @@ def _check(
         raise KernelArgumentError(
             f"rows are aligned to {min(src.alignment, dst.alignment)} bytes, {elements} needs more"
         )
-
-
-def _shape(view: View) -> tuple[int, ...]:
-    return (view.layers_per_group, view.num_planes, view.num_tokens, view.total_heads, view.row_bytes)

@@ -7,6 +7,7 @@ proportion to the number of pieces is writing them down.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,10 +20,11 @@ from dynamo.kernels.pairing import match_views
 from dynamo.kernels.pieces import Pieces
 from dynamo.kernels.view import View
 
-__all__ = ["Runs", "find_runs"]
+__all__ = ["Runs", "ascending_pairs", "find_runs"]
 
 Int64s = npt.NDArray[np.int64]
 
+NOBODY = np.iinfo(np.int64).min  # no number of a block
 FEW_INNER = 16  # below this many inner offsets, one strided pass per offset beats numpy's broadcasting
 
 
@@ -46,11 +48,13 @@ class Runs:
         axes: from the widest to the narrowest step of the side that gives the order.
         block_axis: which of `axes` the blocks are; its entries differ in size where consecutive blocks were joined.
         block_sizes: int64, bytes of a piece of each entry of the block axis.
+        storages: int64, ascending, where each storage of either side begins.
     """
 
     axes: tuple[Offsets, ...]
     block_axis: int
     block_sizes: Int64s
+    storages: Int64s
 
     @property
     def num_pieces(self) -> int:
@@ -64,6 +68,8 @@ class Runs:
 
     def sizes(self) -> dict[int, int]:
         """Histogram: piece size in bytes to the number of such pieces, ascending."""
+        if self.block_sizes.size and self.block_sizes.strides == (0,):  # one number for all
+            return {int(self.block_sizes[0]): self.num_pieces}
         sizes, counts = np.unique(self.block_sizes, return_counts=True)
         return dict(zip(sizes.tolist(), (counts * self._pieces_per_entry).tolist(), strict=True))
 
@@ -71,13 +77,31 @@ class Runs:
         """Writes the pieces down."""
         table = np.empty((3, self.num_pieces), dtype=np.int64)
         if table.size == 0:
-            return Pieces(table)
+            return Pieces(table, self.storages)
         shape = [axis.src.size for axis in self.axes]
         lifted = self.block_sizes.reshape([-1 if i == self.block_axis else 1 for i in range(len(shape))])
         table[2].reshape(shape)[...] = lifted
         for side in (0, 1):
             _outer_sum([axis[side] for axis in self.axes], table[side])
-        return Pieces(table)
+        return Pieces(table, self.storages)
+
+    def parts(self, num_pieces: int) -> Iterator[Pieces]:
+        """The pieces in lists of at most so many. Lone blocks are written down list by list, in memory that stays small:
+        fresh large arrays cost more in page faults than the work."""
+        if self.num_pieces > self.axes[self.block_axis].src.size:
+            pieces = self.expand()
+            for start in range(0, pieces.num_pieces, num_pieces):
+                yield pieces.part(slice(start, start + num_pieces))
+            return
+        blocks, others = self.axes[self.block_axis], [a for i, a in enumerate(self.axes) if i != self.block_axis]
+        shifts = [sum(int(axis[side][0]) for axis in others) for side in (0, 1)]
+        for start in range(0, self.num_pieces, num_pieces):
+            part = slice(start, start + num_pieces)
+            table = np.empty((3, blocks.src[part].size), dtype=np.int64)
+            for side, shift in enumerate(shifts):
+                np.add(blocks[side][part], shift, out=table[side])
+            table[2] = self.block_sizes[part]
+            yield Pieces(table, self.storages)
 
     @property
     def _pieces_per_entry(self) -> int:
@@ -115,14 +139,24 @@ def find_runs(
     Raises:
         KernelArgumentError: shapes or ids do not fit.
     """
+    return runs_of(plan_copy(*in_host_order(src, src_ids, dst, dst_ids, order_by)), order_by=order_by)
+
+
+def in_host_order(
+    src: View, src_ids: SlotIds, dst: View, dst_ids: SlotIds, order_by: str
+) -> tuple[View, SlotIds, View, SlotIds]:
+    """The same copy, block by block of one size, in the order of the ids of one side, "src" or "dst".
+
+    Raises:
+        KernelArgumentError: blocks of different sizes do not pair up, or an id of that side is out of range.
+    """
     if src.num_tokens != dst.num_tokens:
         src, src_ids, dst, dst_ids = match_views(src, src_ids, dst, dst_ids)
     host, host_ids = (src, src_ids) if order_by == "src" else (dst, dst_ids)
     check_ids(host_ids, f"{order_by}_ids", host.num_blocks)
-    if src_ids.shape == dst_ids.shape:
-        order = ascending_order(host_ids, host.num_blocks)
-        src_ids, dst_ids = src_ids[order], dst_ids[order]
-    return runs_of(plan_copy(src, src_ids, dst, dst_ids), order_by=order_by)
+    if src_ids.shape == dst_ids.shape and src_ids.dtype == dst_ids.dtype:
+        src_ids, dst_ids = ascending_pairs(src_ids, dst_ids, order_by, host.num_blocks)
+    return src, src_ids, dst, dst_ids
 
 
 def runs_of(copy: CopyPlan, *, order_by: str) -> Runs:
@@ -140,37 +174,50 @@ def runs_of(copy: CopyPlan, *, order_by: str) -> Runs:
     even = [Offsets(step * axis.src_stride, step * axis.dst_stride) for step, axis in zip(steps, axes, strict=True)]
     bases = _ascending(Offsets(copy.src_bases, copy.dst_bases), side)
     ordered = sorted([bases, blocks, *even], key=lambda axis: -axis.spacing(side))
-    return Runs(tuple(ordered), next(i for i, axis in enumerate(ordered) if axis is blocks), sizes)
+    return Runs(tuple(ordered), next(i for i, axis in enumerate(ordered) if axis is blocks), sizes, copy.storages)
 
 
-def ascending_order(ids: SlotIds, num_ids: int) -> SlotIds | slice:
-    """An index that puts `ids` in ascending order: `slice(None)` where they already are.
+def ascending_pairs(src_ids: SlotIds, dst_ids: SlotIds, order_by: str, num_ids: int) -> tuple[SlotIds, SlotIds]:
+    """Both lists in the ascending order of one; themselves where they already are.
 
-    Counting beats comparing by ten times for long lists of distinct ids, which is what a transfer has.
+    Writing each number's partner where the number belongs beats comparing by ten times for long lists of distinct numbers,
+    which is what a transfer has.
+
+    >>> import numpy as np
+    >>> [side.tolist() for side in ascending_pairs(np.array([7, 8, 9]), np.array([4, 0, 2]), "dst", 5)]
+    [[8, 9, 7], [0, 2, 4]]
 
     Args:
-        ids: int64 [n], each in [0, num_ids).
-        num_ids: exclusive upper bound.
+        src_ids: int64 [n].
+        dst_ids: int64 [n].
+        order_by: "src" or "dst", the list that gives the order; its numbers lie in [0, num_ids).
+        num_ids: exclusive upper bound of that list.
     """
-    if ids.size < 2 or (ids[1:] >= ids[:-1]).all():
-        return slice(None)
+    ids, others = (src_ids, dst_ids) if order_by == "src" else (dst_ids, src_ids)
+    if (ids[1:] >= ids[:-1]).all():
+        return src_ids, dst_ids
     if num_ids <= 16 * ids.size:
-        position = np.full(num_ids, -1, dtype=np.int64)
-        position[ids] = np.arange(ids.size)
-        order = position[position >= 0]
-        if order.size == ids.size:
-            return order
-    return np.argsort(ids, kind="stable")
+        partners = np.full(num_ids, NOBODY, dtype=np.int64)
+        partners[ids] = others
+        is_named = partners != NOBODY
+        if np.count_nonzero(is_named) == ids.size:
+            ordered = np.flatnonzero(is_named)
+            others = partners if num_ids == ids.size else partners[ordered]
+            return (ordered, others) if order_by == "src" else (others, ordered)
+    order = np.argsort(ids, kind="stable")
+    return src_ids[order], dst_ids[order]
 
 
 def _join_blocks(src: Int64s, dst: Int64s, run_bytes: int) -> tuple[Offsets, Int64s]:
     """The offsets of blocks with consecutive ones joined, and the bytes of a piece of each."""
     if src.size == 0:
         return Offsets(src, dst), src
-    breaks = src[1:] - src[:-1] != run_bytes
-    breaks |= dst[1:] - dst[:-1] != run_bytes
+    steps = src[1:] - src[:-1]
+    breaks = steps != run_bytes
+    np.subtract(dst[1:], dst[:-1], out=steps)
+    breaks |= steps != run_bytes
     if breaks.all():
-        return Offsets(src, dst), np.full(src.size, run_bytes, dtype=np.int64)
+        return Offsets(src, dst), np.broadcast_to(np.int64(run_bytes), src.size)
     starts = np.concatenate((np.zeros(1, dtype=np.int64), np.flatnonzero(breaks) + 1))
     return Offsets(src[starts], dst[starts]), np.diff(starts, append=src.size) * run_bytes
 
@@ -187,6 +234,9 @@ def _outer_sum(offsets: list[Int64s], out: Int64s) -> None:
     outer, inner = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
     while offsets and inner.size * offsets[-1].size <= max(FEW_INNER, math.isqrt(out.size)):
         inner = np.add.outer(offsets.pop(), inner).reshape(-1)
+    if len(offsets) == 1 and inner.size == 1:
+        np.add(offsets[0], inner, out=out)
+        return
     if inner.size == 1 and offsets:
         inner = offsets.pop() + inner
     for column in offsets:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,40 +24,18 @@ import torch
 
 from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_distinct
 from dynamo.kernels.copy_blocks import copy_blocks
-from dynamo.kernels.copy_engine import copy_pieces
+from dynamo.kernels.copy_engine import copy_runs
 from dynamo.kernels.copy_plan import CopyPlan, plan_copy
-from dynamo.kernels.driver import LEGACY_STREAMS, CudaDriver, CudaError, wait_for_event
+from dynamo.kernels.driver import LEGACY_STREAMS, CudaDriver, wait_for_event
 from dynamo.kernels.pairing import cut_views, match_views
-from dynamo.kernels.runs import ascending_order, runs_of
+from dynamo.kernels.runs import ascending_pairs, runs_of
 from dynamo.kernels.view import View
 
-__all__ = ["Staging", "Transform", "packed_like"]
+__all__ = ["Staging", "packed_like"]
 
 NUM_BUFFERS = 2
 MIN_CHUNK_BYTES = 2 << 20  # below this, a DMA no longer reaches the bus's full speed
 MIN_CHUNKS = 4  # of a transfer, so that packing and DMA overlap in most of it
-
-
-class Transform(Protocol):
-    """A kernel that copies blocks and changes their rows, or notes something about them, on the way."""
-
-    @property
-    def name(self) -> str:
-        """What plans call it."""
-
-    def __call__(
-        self, src: View, src_ids: SlotIds, dst: View, dst_ids: SlotIds, positions: SlotIds, *, sm_budget: int | None
-    ) -> None:
-        """Queues the copy on torch's current stream; on CPU views, does it.
-
-        Args:
-            src: view read.
-            src_ids: int64 [n].
-            dst: view written, laid out like the destination of the plan; may be a staging buffer.
-            dst_ids: int64 [n].
-            positions: int64 [n], where these blocks stand in the plan's lists, for arguments or results per block.
-            sm_budget: SMs to use at most, or None.
-        """
 
 
 class Chunk(NamedTuple):
@@ -96,9 +74,9 @@ def packed_like(view: View, memory: torch.Tensor, num_blocks: int) -> View:
             f"{num_blocks} packed blocks need {num_bytes} contiguous bytes, got {memory.dtype} {tuple(memory.shape)}"
         )
     shape = (view.head_groups, view.layers_per_group, view.num_planes)
-    base, offsets = view.base.reshape(shape), np.sort(view.block_offsets)
+    base, offsets = view.base.reshape(shape), view.block_offsets
     steps = [_mean_step(base[1:] - base[:-1]) for base in (base, base.swapaxes(0, 1), base.swapaxes(0, 2))]
-    block_step = _mean_step(offsets[1:] - offsets[:-1])
+    block_step = float(np.ptp(offsets)) / max(1, offsets.size - 1) if offsets.size else 0.0
     counts = [*shape, num_blocks, view.num_tokens, view.num_heads]
     widths = [*steps, block_step, float(view.token_stride), float(view.head_stride)]
     strides, end = [0] * len(counts), view.row_bytes
@@ -177,10 +155,9 @@ class Staging:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def can_hold(self, view: View, *, whole_blocks: bool = False) -> bool:
-        """Whether a block of `view`, or at least one layer of it, fits into a buffer."""
-        needed = view.block_bytes if whole_blocks else view.block_bytes // view.layers_per_group
-        return needed <= self.buffer_bytes
+    def can_hold(self, view: View) -> bool:
+        """Whether at least one layer of a block of `view` fits into a buffer."""
+        return view.block_bytes // view.layers_per_group <= self.buffer_bytes
 
     def offload(
         self,
@@ -190,7 +167,6 @@ class Staging:
         dst_ids: SlotIds,
         stream: int,
         *,
-        transform: Transform | None = None,
         sm_budget: int | None = None,
     ) -> None:
         """Queues a copy from GPU memory to pinned host memory as one step of `stream`: later work there comes after it.
@@ -201,14 +177,13 @@ class Staging:
             dst: view in pinned host memory, of the same layers, planes and heads.
             dst_ids: int64 [m], distinct.
             stream: handle of a stream that is not the legacy default stream.
-            transform: what packs instead of `copy_blocks`.
             sm_budget: SMs that packing may use at a time.
 
         Raises:
             KernelArgumentError: views, ids or stream do not fit; nothing was queued.
             CudaError: a call failed; chunks before it are queued.
         """
-        self._transfer(src, src_ids, dst, dst_ids, stream, transform, sm_budget, to_host=True, stable_source=False)
+        self._transfer(src, src_ids, dst, dst_ids, stream, sm_budget, to_host=True, stable_source=False)
 
     def onboard(
         self,
@@ -218,7 +193,6 @@ class Staging:
         dst_ids: SlotIds,
         stream: int,
         *,
-        transform: Transform | None = None,
         sm_budget: int | None = None,
         stable_source: bool = False,
     ) -> None:
@@ -230,13 +204,10 @@ class Staging:
             dst: view in GPU memory.
             dst_ids: int64 [m], distinct.
             stream: handle of a stream that is not the legacy default stream.
-            transform: what unpacks instead of `copy_blocks`.
             sm_budget: SMs that unpacking may use at a time.
             stable_source: see `copy_pieces`.
         """
-        self._transfer(
-            src, src_ids, dst, dst_ids, stream, transform, sm_budget, to_host=False, stable_source=stable_source
-        )
+        self._transfer(src, src_ids, dst, dst_ids, stream, sm_budget, to_host=False, stable_source=stable_source)
 
     def close(self) -> None:
         """Waits until no DMA uses the buffers, and gives everything back. Idempotent.
@@ -263,7 +234,6 @@ class Staging:
         dst: View,
         dst_ids: SlotIds,
         stream: int,
-        transform: Transform | None,
         sm_budget: int | None,
         *,
         to_host: bool,
@@ -271,15 +241,12 @@ class Staging:
     ) -> None:
         if stream in LEGACY_STREAMS:
             raise KernelArgumentError("staged copies refuse the legacy default stream; pass a stream of your own")
-        if transform is not None and (src.num_tokens, src.head_groups) != (dst.num_tokens, dst.head_groups):
-            raise KernelArgumentError(f"{transform.name} needs equal block sizes and head groups on both sides")
-        src, src_ids, dst, dst_ids = match_views(src, src_ids, dst, dst_ids, same_row_bytes=transform is None)
+        src, src_ids, dst, dst_ids = match_views(src, src_ids, dst, dst_ids)
         check_distinct(dst_ids, "dst_ids", dst.num_blocks)
-        host, host_ids = (dst, dst_ids) if to_host else (src, src_ids)
-        chunks = list(self._chunks(host, host_ids.size, may_split=transform is None))
-        positions = np.arange(host_ids.size, dtype=np.int64)[ascending_order(host_ids, host.num_blocks)]
-        src_ids, dst_ids = src_ids[positions], dst_ids[positions]
-        job = _Job(src, src_ids, dst, dst_ids, positions, transform, sm_budget, to_host, stable_source)
+        host, num_blocks = dst if to_host else src, dst_ids.size
+        chunks = list(self._chunks(host, num_blocks))
+        src_ids, dst_ids = ascending_pairs(src_ids, dst_ids, "dst" if to_host else "src", host.num_blocks)
+        job = _Job(src, src_ids, dst, dst_ids, sm_budget, to_host, stable_source)
         with self._lock:
             if self._closed:
                 raise KernelArgumentError("this staging is closed; make a new one")
@@ -293,24 +260,34 @@ class Staging:
                 if key not in layouts:
                     layouts[key] = _lay_out(job, chunk, self._buffers[self._turn].memory)
                 buffer = self._buffers[self._turn]
+                is_queued = False
                 try:
                     self._submit(job, layouts[key], chunk, buffer, stream)
-                except CudaError:  # a part of the DMA may be under way: nobody may reuse or free the buffer before
-                    self._driver.event_record(buffer.emptied, self._stream)
-                    raise
+                    is_queued = True
+                finally:
+                    if not is_queued:
+                        self._seal(buffer, stream)
             if to_host and chunks:
                 self._driver.stream_wait(stream, self._buffers[self._turn].emptied)
 
-    def _chunks(self, host: View, num_blocks: int, *, may_split: bool) -> Iterator[Chunk]:
+    def _seal(self, buffer: Buffer, stream: int) -> None:
+        """After a failure half-way: whoever uses the buffer next waits for all that was queued on it, on either stream."""
+        try:
+            self._driver.event_record(buffer.filled, stream)
+            self._driver.stream_wait(self._stream, buffer.filled)
+        finally:
+            self._driver.event_record(buffer.emptied, self._stream)
+
+    def _chunks(self, host: View, num_blocks: int) -> Iterator[Chunk]:
         """Cuts a transfer so that every part fits a buffer; blocks larger than that are cut between layers."""
         num_layers, layer_bytes = host.layers_per_group, host.block_bytes // host.layers_per_group
         wanted = min(self.buffer_bytes, max(MIN_CHUNK_BYTES, num_blocks * host.block_bytes // MIN_CHUNKS))
         at_once = max(1, wanted // host.block_bytes)
         layers = min(num_layers, self.buffer_bytes // layer_bytes)
-        if layers == 0 or (layers < num_layers and not may_split):
-            needed = host.block_bytes if layers else layer_bytes
+        if layers == 0:
             raise KernelArgumentError(
-                f"{needed} bytes must fit one buffer of {self.buffer_bytes}; give the staging {NUM_BUFFERS * needed} bytes"
+                f"{layer_bytes} bytes of a block's layer must fit one buffer of {self.buffer_bytes}; "
+                f"give the staging {NUM_BUFFERS * layer_bytes} bytes"
             )
         for start in range(0, num_blocks, at_once):
             for low in range(0, num_layers, layers):
@@ -319,25 +296,27 @@ class Staging:
     def _submit(self, job: "_Job", layout: "_Layout", chunk: Chunk, buffer: Buffer, stream: int) -> None:
         driver, ours = self._driver, self._stream
         part = slice(chunk.start, chunk.stop)
-        src_ids, dst_ids, positions = job.src_ids[part], job.dst_ids[part], job.positions[part]
+        src_ids, dst_ids = job.src_ids[part], job.dst_ids[part]
         if job.to_host:
             copy = replace(layout.dma, dst_offsets=layout.dst.block_offsets[dst_ids])
-            pieces = runs_of(copy, order_by="dst").expand()
             driver.stream_wait(stream, buffer.emptied)
-            kernel = partial(_copy, job, layout.src, src_ids, layout.packed, layout.packed_ids, positions)
+            kernel = partial(
+                copy_blocks, layout.src, src_ids, layout.packed, layout.packed_ids, sm_budget=job.sm_budget
+            )
             driver.launch(kernel, stream, self.device)
             driver.event_record(buffer.filled, stream)
             driver.stream_wait(ours, buffer.filled)
-            copy_pieces(pieces, driver, ours)
+            copy_runs(runs_of(copy, order_by="dst"), driver, ours)
             driver.event_record(buffer.emptied, ours)
         else:
             copy = replace(layout.dma, src_offsets=layout.src.block_offsets[src_ids])
-            pieces = runs_of(copy, order_by="src").expand()
             driver.stream_wait(ours, buffer.emptied)
-            copy_pieces(pieces, driver, ours, stable_source=job.stable_source)
+            copy_runs(runs_of(copy, order_by="src"), driver, ours, stable_source=job.stable_source)
             driver.event_record(buffer.filled, ours)
             driver.stream_wait(stream, buffer.filled)
-            kernel = partial(_copy, job, layout.packed, layout.packed_ids, layout.dst, dst_ids, positions)
+            kernel = partial(
+                copy_blocks, layout.packed, layout.packed_ids, layout.dst, dst_ids, sm_budget=job.sm_budget
+            )
             driver.launch(kernel, stream, self.device)
             driver.event_record(buffer.emptied, stream)
 
@@ -349,8 +328,6 @@ class _Job(NamedTuple):
     src_ids: SlotIds
     dst: View
     dst_ids: SlotIds
-    positions: SlotIds
-    transform: Transform | None
     sm_budget: int | None
     to_host: bool
     stable_source: bool
@@ -375,13 +352,6 @@ def _lay_out(job: _Job, chunk: Chunk, memory: torch.Tensor) -> _Layout:
         return _Layout(src, dst, packed, ids, plan_copy(packed, ids, dst, job.dst_ids[part]))
     packed = packed_like(src, memory, ids.size)
     return _Layout(src, dst, packed, ids, plan_copy(src, job.src_ids[part], packed, ids))
-
-
-def _copy(job: _Job, src: View, src_ids: SlotIds, dst: View, dst_ids: SlotIds, positions: SlotIds) -> None:
-    if job.transform is None:
-        copy_blocks(src, src_ids, dst, dst_ids, sm_budget=job.sm_budget)
-    else:
-        job.transform(src, src_ids, dst, dst_ids, positions, sm_budget=job.sm_budget)
 
 
 def _mean_step(steps: npt.NDArray[np.int64]) -> float:

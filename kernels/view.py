@@ -125,6 +125,11 @@ class View:
         return self.num_layers * self.num_planes * self.num_tokens * self.num_heads * self.row_bytes
 
     @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        """Layers, planes, tokens, heads and row bytes of a block: what two views must share to hold the same rows."""
+        return self.layers_per_group, self.num_planes, self.num_tokens, self.total_heads, self.row_bytes
+
+    @property
     def span_bytes(self) -> int:
         """From the first to one past the last byte below one base and block."""
         tail = (self.num_tokens - 1) * self.token_stride + (self.num_heads - 1) * self.head_stride

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from dynamo.kernels.copy_blocks import copy_blocks
-from dynamo.perf.kernels_layouts import LayoutCase, Peer, conversions, rows
+from dynamo.kernels.host_threads import num_threads_for
+from dynamo.perf.kernels_layouts import LayoutCase, Peer, conversions, host_bytes_new, rows
 from dynamo.perf.kernels_measure import busy_core, paired_cpu, speed_results
 from dynamo.perf.kernels_workload import Findings, Workload
+from dynamo.perf.report import Result
 
 __all__ = ["ROW_SIZES", "cpu_copies"]
 
@@ -32,8 +34,10 @@ def cpu_copies(workload: Workload) -> Findings:
     finally:
         torch.set_num_threads(threads)
     yield (
-        "CPU copies: payload by processor time of all threads, wall by elapsed time; each repeat is paired with a memmove of "
-        "as many bytes, and shares are medians of the repeats' ratios"
+        f"CPU copies: payload by elapsed time, copy_blocks with up to {num_threads_for(workload.num_bytes)} threads, "
+        "memmove and the others with one; threads at work is processor time by elapsed time. Each repeat is paired with a "
+        "memmove of as many bytes, and shares are medians of the repeats' ratios. All memory is mapped alike, with huge pages "
+        "where the system has them"
     )
 
 
@@ -45,10 +49,11 @@ def _cases(workload: Workload) -> Iterator[LayoutCase]:
 
 
 def _measure(case: LayoutCase, workload: Workload, neighbour: str) -> Findings:
-    source, target = (np.full(case.num_bytes, fill, dtype=np.uint8) for fill in (1, 2))
+    source, target = host_bytes_new(case.num_bytes), host_bytes_new(case.num_bytes)
     ours = Peer("dynamo-kv copy_blocks", partial(copy_blocks, case.src, case.src_ids, case.dst, case.dst_ids))
-    where = f"{case.name}, {neighbour}"
+    where, repeats = f"{case.name}, {neighbour}", workload.repeats
     for way in (ours, *case.others):
-        cpu, wall = paired_cpu(way.run, lambda: np.copyto(target, source), case.num_bytes, workload.repeats)
-        yield from speed_results(where, way.name, cpu, workload.repeats)
-        yield from speed_results(where, way.name, wall, workload.repeats, "wall")
+        wall, cpu = paired_cpu(way.run, lambda: np.copyto(target, source), case.num_bytes, repeats)
+        yield from speed_results(where, way.name, wall, repeats)
+        at_work = wall.gb_s / cpu.gb_s
+        yield Result(case=where, subject=way.name, metric="threads at work", value=at_work, unit="", samples=repeats)

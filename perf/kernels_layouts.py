@@ -1,5 +1,8 @@
 """The layout changes the kernel benchmark measures: pools of tensors, views of them, and how torch users do the same."""
 
+import contextlib
+import math
+import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +15,7 @@ from dynamo.kernels.layouts import from_paged, stored
 from dynamo.kernels.view import View
 from dynamo.perf.kernels_peers import UniversalPack
 
-__all__ = ["LayoutCase", "Peer", "conversions", "rows", "shuffled", "universal_pack"]
+__all__ = ["LayoutCase", "Peer", "conversions", "host_bytes_new", "rows", "shuffled", "universal_pack"]
 
 _LAYERS, _TOKENS, _HEADS = 4, 16, 8
 _SEED = 7
@@ -137,15 +140,20 @@ def universal_pack(row_bytes: int, num_bytes: int, device: torch.device) -> Layo
     )  # fmt: skip
 
 
-def _bytes(*shape: int, device: torch.device) -> Tensor:
-    """Memory of ones: written, so that it is really there.
+def host_bytes_new(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Host memory of ones as the tiers map it: its own mapping, with huge pages where the system has them."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    ones = np.frombuffer(memory, dtype=np.uint8)
+    ones[:] = 1
+    return ones
 
-    On the CPU numpy allocates it, which asks for huge pages.
-    """
+
+def _bytes(*shape: int, device: torch.device) -> Tensor:
+    """Memory of ones: written, so that it is really there."""
     if device.type == "cpu":
-        memory = np.empty(shape, dtype=np.uint8)
-        memory.reshape(-1)[:] = 1
-        return torch.from_numpy(memory)
+        return torch.from_numpy(host_bytes_new(math.prod(shape))).view(shape)
     return torch.ones(shape, dtype=torch.uint8, device=device)
 
 

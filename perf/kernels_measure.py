@@ -116,8 +116,7 @@ def paired_cpu(
     """As `paired`, for work on the CPU.
 
     Returns:
-        By processor time of all threads of this process, and by elapsed time. The first ignores neighbours, the second
-        is what a caller waits.
+        By elapsed time, which is what a caller waits, and by processor time of all threads of this process.
     """
     for warm_up in (ceiling, action):
         warm_up()
@@ -131,7 +130,7 @@ def paired_cpu(
             share=100 * median([limit / ours for limit, ours in times]),
         )
 
-    return middle(cpu), middle(wall)
+    return middle(wall), middle(cpu)
 
 
 def speed_results(case: str, subject: str, speed: Paired, repeats: int, metric: str = "payload") -> Iterator[Result]:

@@ -177,9 +177,9 @@ class DeviceTier:
         elif own_rows is None:
             self._move_cuda(storage, slots, rows, row_ids, after, to_device)
         elif to_device:
-            copy_rows(rows, row_ids, own_rows, slots, self.layout.block_bytes)
+            copy_rows(rows, row_ids, own_rows, slots)
         else:
-            copy_rows(own_rows, slots, rows, row_ids, self.layout.block_bytes)
+            copy_rows(own_rows, slots, rows, row_ids)
         count = self._recorder.add_write if to_device else self._recorder.add_read
         count(slots.size, 0, time.perf_counter() - started)
         return np.ones(slots.size, dtype=np.bool_)

@@ -172,7 +172,7 @@ class HostTier:
         own_rows = self.rows
         check_ids(slots, "slots", self.num_slots)
         started = time.perf_counter()
-        copy_rows(own_rows, slots, rows, row_ids, self.layout.block_bytes)
+        copy_rows(own_rows, slots, rows, row_ids)
         self._recorder.add_read(slots.size, 0, time.perf_counter() - started)
         return np.ones(slots.size, dtype=np.bool_)
 
@@ -181,7 +181,7 @@ class HostTier:
         own_rows = self.rows
         check_ids(slots, "slots", self.num_slots)
         started = time.perf_counter()
-        copy_rows(rows, row_ids, own_rows, slots, self.layout.block_bytes)
+        copy_rows(rows, row_ids, own_rows, slots)
         self._recorder.add_write(slots.size, 0, time.perf_counter() - started)
         return np.ones(slots.size, dtype=np.bool_)
 

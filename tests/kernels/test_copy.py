@@ -20,13 +20,12 @@ def random_rows(num_rows: int, seed: int, row_bytes: int = ROW_BYTES) -> npt.NDA
     return np.random.default_rng(seed).integers(0, 256, (num_rows, row_bytes), dtype=np.uint8)
 
 
-def expect_copied(src_ids: npt.NDArray[np.int64], dst_ids: npt.NDArray[np.int64], num_bytes: int | None) -> None:
+def expect_copied(src_ids: npt.NDArray[np.int64], dst_ids: npt.NDArray[np.int64]) -> None:
     src, dst = random_rows(20, 1), random_rows(24, 2)
     before = dst.copy()
-    copy_rows(src, src_ids, dst, dst_ids, num_bytes)
-    payload = ROW_BYTES if num_bytes is None else num_bytes
+    copy_rows(src, src_ids, dst, dst_ids)
     for s, d in zip(src_ids.tolist(), dst_ids.tolist(), strict=True):
-        assert (dst[d, :payload] == src[s, :payload]).all()
+        assert (dst[d] == src[s]).all()
     untouched = np.setdiff1d(np.arange(24), dst_ids)
     assert (dst[untouched] == before[untouched]).all()
 
@@ -38,10 +37,9 @@ def expect_copied(src_ids: npt.NDArray[np.int64], dst_ids: npt.NDArray[np.int64]
             st.permutations(range(24)).map(lambda order: order[:n]),
         )
     ),
-    num_bytes=st.one_of(st.none(), st.integers(0, ROW_BYTES)),
 )
-def test_any_ids_are_copied_and_nothing_else(pairs: tuple[list[int], list[int]], num_bytes: int | None) -> None:
-    expect_copied(ids(*pairs[0]), ids(*pairs[1]), num_bytes)
+def test_any_ids_are_copied_and_nothing_else(pairs: tuple[list[int], list[int]]) -> None:
+    expect_copied(ids(*pairs[0]), ids(*pairs[1]))
 
 
 @pytest.mark.parametrize(
@@ -56,9 +54,8 @@ def test_any_ids_are_copied_and_nothing_else(pairs: tuple[list[int], list[int]],
         pytest.param([19], [23], id="last-rows"),
     ],
 )
-@pytest.mark.parametrize("num_bytes", [None, 90])
-def test_each_way_of_copying(src_ids: list[int], dst_ids: list[int], num_bytes: int | None) -> None:
-    expect_copied(ids(*src_ids), ids(*dst_ids), num_bytes)
+def test_each_way_of_copying(src_ids: list[int], dst_ids: list[int]) -> None:
+    expect_copied(ids(*src_ids), ids(*dst_ids))
 
 
 def test_shared_runs_are_where_both_sides_step_by_one() -> None:
@@ -100,5 +97,36 @@ def test_wrong_rows_are_refused() -> None:
         copy_rows(rows[:, ::2], ids(0), rows, ids(1))
     with pytest.raises(KernelArgumentError, match="read-only"):
         copy_rows(rows, ids(0), frozen, ids(0))
-    with pytest.raises(KernelArgumentError, match=r"num_bytes is 97, outside \[0, 96\]"):
-        copy_rows(rows, ids(0), rows, ids(1), 97)
+
+
+def test_a_row_written_twice_is_refused() -> None:
+    src, dst = random_rows(20, 1), random_rows(24, 2)
+    before = dst.copy()
+    with pytest.raises(KernelArgumentError, match="dst_ids holds 3 more than once"):
+        copy_rows(src, ids(0, 1, 2), dst, ids(3, 5, 3))
+    assert (dst == before).all()
+    with pytest.raises(KernelArgumentError, match="dst_ids holds 3 more than once"):
+        copy_rows(src[:, :0], ids(0, 1, 2), np.zeros((10_000, 0), dtype=np.uint8), ids(3, 5, 3))
+
+
+@pytest.mark.parametrize("row_bytes", [4 << 10, 96 << 10])
+@pytest.mark.parametrize("order", ["gather", "scatter", "sparse scatter", "runs", "runs to runs", "one run"])
+def test_copies_large_enough_to_share_with_other_threads(row_bytes: int, order: str) -> None:
+    count = (24 << 20) // row_bytes
+    numbers = np.arange(count, dtype=np.int64)
+    shuffled = np.random.default_rng(3).permutation(count).astype(np.int64)
+    runs = numbers.reshape(-1, 4)[::-1].reshape(-1)
+    src_ids, dst_ids = {
+        "gather": (shuffled, numbers),
+        "scatter": (numbers, shuffled),
+        "sparse scatter": (numbers, 2 * shuffled),
+        "runs": (runs, numbers),
+        "runs to runs": (runs, 2 * (runs // 4 * 4) + runs % 4),
+        "one run": (numbers, numbers + 7),
+    }[order]
+    src = random_rows(count, 1, row_bytes)
+    dst = np.zeros((2 * count + 8, row_bytes), dtype=np.uint8)
+    copy_rows(src, src_ids, dst, dst_ids)
+    assert (dst[dst_ids] == src[src_ids]).all()
+    untouched = np.setdiff1d(np.arange(dst.shape[0]), dst_ids)
+    assert not dst[untouched].any()

@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo.kernels.checks import KernelArgumentError
-from dynamo.kernels.copy_engine import MAX_BATCH, copy_pieces
-from dynamo.kernels.driver import CudaError
+from dynamo.kernels.copy_engine import MAX_BATCH, copy_pieces, copy_runs
+from dynamo.kernels.driver import CudaError, Memory
 from dynamo.kernels.fake_driver import FakeDriver
+from dynamo.kernels.layouts import from_paged
 from dynamo.kernels.pieces import Pieces
+from dynamo.kernels.runs import find_runs
 
 
 def buffers(driver: FakeDriver, num_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +186,38 @@ def test_splitting_keeps_every_byte_and_respects_the_borders(
     assert moved(split) == moved(pieces)
     assert not any(src < border < src + size for src, _, size in split.table.T.tolist() for border in border_set)
     assert moved(split.merged()) == moved(pieces)
+
+
+def adjacent_layers(driver: FakeDriver, memory: Memory, num_blocks: int) -> list[torch.Tensor]:
+    """Two layers [num_blocks, 64] in allocations of their own, the second right behind the first."""
+    both = np.full(2 * num_blocks * 64, 7, dtype=np.uint8)
+    halves = [torch.from_numpy(half).view(num_blocks, 64) for half in np.split(both, 2)]
+    for half in halves:
+        driver.mark(half, memory)
+    assert halves[0].data_ptr() + halves[0].nbytes == halves[1].data_ptr()
+    return halves
+
+
+@pytest.mark.parametrize("version", [12060, 13000])
+@pytest.mark.parametrize("step", [1, 2])
+def test_no_copy_reaches_from_one_allocation_into_the_next(version: int, step: int) -> None:
+    driver = FakeDriver(version=version)
+    host, gpu = (adjacent_layers(driver, kind, 800) for kind in (Memory.PINNED, Memory.DEVICE))
+    for layer in host:
+        layer.copy_(torch.randint(0, 256, layer.shape, dtype=torch.uint8))
+    chosen = np.arange(0, 800, step)  # one run of each layer, or pieces that step evenly through both
+    copy_runs(find_runs(from_paged(host, "BD"), chosen, from_paged(gpu, "BD"), chosen), driver, driver.stream_new(0))
+    for ours, theirs in zip(gpu, host, strict=True):
+        assert torch.equal(ours[::step], theirs[::step])
+        assert step == 1 or (ours[1::step] == 7).all()
+
+
+def test_the_stand_in_refuses_a_pitched_copy_across_two_allocations() -> None:
+    driver = FakeDriver()
+    host, gpu = (adjacent_layers(driver, kind, 4)[0].data_ptr() for kind in (Memory.PINNED, Memory.DEVICE))
+    driver.memcpy_2d_async(gpu, 64, host, 64, 32, 4, driver.stream_new(0))
+    with pytest.raises(CudaError, match="not within one known buffer"):
+        driver.memcpy_2d_async(gpu, 64, host, 64, 32, 5, driver.stream_new(0))
 
 
 @pytest.mark.gpu

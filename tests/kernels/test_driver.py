@@ -14,6 +14,7 @@ from dynamo.kernels.driver import (
     CudaRuntime,
     Memory,
     cuda_driver,
+    has_gap,
     wait_for_event,
 )
 from dynamo.kernels.fake_driver import FakeDriver
@@ -253,3 +254,19 @@ def test_the_real_driver_answers_on_a_gpu() -> None:
     assert wait_for_event(driver, event, timeout_s=10)
     driver.event_destroy(event)
     driver.stream_destroy(stream)
+
+
+@pytest.mark.parametrize(
+    ("registered", "expected"),
+    [
+        ({}, False),
+        ({1000: 100}, False),
+        ({900: 200, 1100: 50}, False),
+        ({900: 150}, True),
+        ({1000: 40, 1050: 50}, True),
+        ({1050: 50}, True),
+        ({0: 1000, 1100: 5}, False),
+    ],
+)
+def test_gaps_between_registrations_are_found(registered: dict[int, int], expected: bool) -> None:
+    assert has_gap(registered, 1000, 100) == expected

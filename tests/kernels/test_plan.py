@@ -2,9 +2,10 @@
 
 import gc
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from dynamo.kernels.checks import KernelArgumentError, SlotIds
 from dynamo.kernels.driver import CudaError, Memory
 from dynamo.kernels.fake_driver import FakeDriver
 from dynamo.kernels.layouts import from_paged, stored
+from dynamo.kernels.pinned import seen_from_device
 from dynamo.kernels.plan import plan, run
 from dynamo.kernels.staged import Staging
 from dynamo.kernels.view import View
@@ -141,53 +143,44 @@ def test_host_memory_is_read_early_only_where_it_is_said_to_be_stable() -> None:
     assert [order.name for order in orders] == ["STREAM", "ANY", "STREAM"]  # type: ignore[attr-defined]
 
 
-class Invert:
-    """A transform that flips every bit and notes which positions it saw."""
-
-    name = "invert"
-
-    def __init__(self) -> None:
-        self.seen: list[int] = []
-
-    def __call__(
-        self, src: View, src_ids: SlotIds, dst: View, dst_ids: SlotIds, positions: SlotIds, *, sm_budget: int | None
-    ) -> None:
-        from dynamo.kernels.copy_blocks import copy_blocks
-
-        copy_blocks(src, src_ids, dst, dst_ids, sm_budget=sm_budget)
-        self.seen += positions.tolist()
-        for offset in dst.block_offsets[dst_ids].tolist():
-            for base in dst.base.reshape(-1).tolist():
-                rows = _memory(base + offset, dst.num_tokens * dst.token_stride)
-                np.bitwise_not(rows, out=rows)
-
-
-def _memory(address: int, num_bytes: int) -> npt.NDArray[np.uint8]:
-    import ctypes
-
-    return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
-
-
-@pytest.mark.parametrize("route", [Route.KERNEL, Route.STAGED])
-def test_a_transform_replaces_the_kernel_and_is_told_where_blocks_stand(route: Route) -> None:
-    driver = FakeDriver(deferred=True)
+def test_staging_and_streams_of_another_gpu_are_refused() -> None:
+    driver = FakeDriver()
     gpu, host = pools(driver)
-    gpu.tensors[0].copy_(torch.arange(8, dtype=torch.uint8).view(1, 8, 1, 1, 1).expand(gpu.tensors[0].shape))
-    invert = Invert()
-    with Staging(driver, num_bytes=2 * 2 * 8192) as staging:
-        copy = plan(
-            gpu, ids(6, 1, 3), host, ids(7, 0, 2), transforms=[invert], driver=driver, staging=staging, route=route
-        )
-        assert "invert" in str(copy)
-        assert copy.num_bytes == 3 * 8192
-        assert run(copy, driver.stream_new(0)).wait(timeout_s=60)
-    slots = host.tensors[0].view(8, -1)
-    assert [int(slots[i, 5]) for i in (7, 0, 2)] == [255 - 6, 255 - 1, 255 - 3]
-    assert sorted(invert.seen) == [0, 1, 2]
-    with pytest.raises(KernelArgumentError, match="copy engine is not possible here; possible: kernel"):
-        plan(gpu, ids(1), host, ids(2), transforms=[invert], driver=driver, route=Route.COPY_ENGINE)
-    with pytest.raises(KernelArgumentError, match="2 transforms were given"):
-        plan(gpu, ids(1), host, ids(2), transforms=[invert, invert], driver=driver)
+    with (
+        Staging(driver, device=1, num_bytes=1 << 20) as staging,
+        pytest.raises(KernelArgumentError, match="the staging is on GPU 1, the copy on GPU 0"),
+    ):
+        plan(gpu, ids(0), host, ids(1), driver=driver, staging=staging)
+    copy = plan(gpu, ids(0), host, ids(1), driver=driver)
+    elsewhere = SimpleNamespace(device=torch.device("cuda", 1), cuda_stream=driver.stream_new(1))
+    before = len(driver.calls)
+    with pytest.raises(KernelArgumentError, match="the stream is on cuda:1, the copy on GPU 0"):
+        run(copy, elsewhere)  # type: ignore[arg-type]
+    assert len(driver.calls) == before
+
+
+def test_host_memory_that_is_pinned_at_its_ends_only_is_refused() -> None:
+    driver = FakeDriver()
+    gpu, _ = pools(driver)
+    memory = torch.zeros(8, 8192, dtype=torch.uint8)
+    slots = stored(memory, num_layers=1, num_tokens=16, num_heads=4, row_bytes=64)
+    for first in (0, 6):
+        driver.host_register(memory[first].data_ptr(), 2 * 8192)
+    with pytest.raises(KernelArgumentError, match="dst is pageable host memory"):
+        plan(gpu, ids(0), slots, ids(1), driver=driver)
+    with pytest.raises(KernelArgumentError, match=r"not all of the 65536 bytes of host memory at .* are pinned"):
+        seen_from_device(slots, driver)
+    driver.host_register(memory[2].data_ptr(), 4 * 8192)
+    assert plan(gpu, ids(0), slots, ids(1), driver=driver).direction == Direction.OFFLOAD
+    assert np.array_equal(seen_from_device(slots, driver).base, slots.base)
+
+
+def test_destinations_that_are_one_place_are_refused() -> None:
+    src, other = (from_paged(torch.zeros(4, 16, 2, 8), "BTHD") for _ in range(2))
+    aliased = replace(other, block_offsets=other.block_offsets[[0, 1, 2, 1]])
+    with pytest.raises(KernelArgumentError, match="blocks of the destination lie at the same place"):
+        plan(src, ids(0, 1), aliased, ids(2, 3))
+    run(plan(aliased, ids(1, 3), src, ids(0, 1)))
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_submitted() -> None:
@@ -271,7 +264,6 @@ def test_65536_pieces_cost_little_to_plan_and_submit(axes: str, num_blocks: int,
         copy = plan(pool, src_ids, slots, dst_ids, driver=driver, route=Route.COPY_ENGINE)
         run(copy, stream)
         best = min(best, time.thread_time() - started)
-    assert copy.pieces is not None
-    assert copy.pieces.num_pieces > 65000
+    assert copy.runs.num_pieces > 65000
     assert driver.count("memcpy_batch_async") == 16
     assert best < 4e-3

@@ -216,8 +216,8 @@ def test_slots_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(
     ("changes", "row_ids", "slot_ids", "message"),
     [
-        ({"num_tokens": 6}, [0], [0], "in the quantised layout"),
-        ({"elements": torch.float16}, [0], [0], "in the quantised layout"),
+        ({"num_tokens": 6}, [0], [0], "in the slots"),
+        ({"elements": torch.float16}, [0], [0], "in the slots"),
         ({}, [4], [0], "holds 4"),
         ({}, [0], [-1], "holds -1"),
         ({}, [0, 1], [0], "must pair up"),

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dynamo.kernels.checks import KernelArgumentError
 from dynamo.kernels.layouts import from_paged, stored
-from dynamo.kernels.runs import find_runs
+from dynamo.kernels.runs import ascending_pairs, find_runs
 
 SHAPE = {"B": 6, "L": 3, "P": 2, "T": 4, "H": 2, "D": 32}
 
@@ -90,3 +92,28 @@ def test_bad_ids_are_refused(src_ids: list[int], dst_ids: list[int], message: st
     src, dst = from_paged(tensor("BLPTHD"), "BLPTHD"), from_paged(tensor("BLPHTD"), "BLPHTD")
     with pytest.raises(KernelArgumentError, match=message):
         find_runs(src, np.array(src_ids), dst, np.array(dst_ids))
+
+
+@pytest.mark.parametrize("axes", ["BLPTHD", "LPBTHD", "TBHLPD"])
+@pytest.mark.parametrize("at_once", [1, 5, 1000])
+def test_pieces_in_parts_are_the_pieces_at_once(axes: str, at_once: int) -> None:
+    src, dst = from_paged(tensor("BLPTHD"), "BLPTHD"), from_paged(tensor(axes), axes)
+    runs = find_runs(src, np.array([5, 0, 3, 2]), dst, np.array([1, 4, 2, 5]))
+    parts = list(runs.parts(at_once))
+    assert max(part.num_pieces for part in parts) <= at_once
+    assert np.array_equal(np.concatenate([part.table for part in parts], axis=1), runs.expand().table)
+
+
+@given(st.integers(1, 300), st.integers(0, 40), st.booleans(), st.integers(0, 1000))
+def test_pairs_are_put_in_the_order_of_one_side(num_ids: int, count: int, may_repeat: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, num_ids, count) if may_repeat else rng.permutation(num_ids)[:count]
+    others = rng.integers(0, 1000, ids.size)
+    ordered, partners = ascending_pairs(ids, others, "src", num_ids)
+    assert (np.diff(ordered) >= 0).all()
+    assert sorted(zip(ordered.tolist(), partners.tolist(), strict=True)) == sorted(
+        zip(ids.tolist(), others.tolist(), strict=True)
+    )
+    swapped = ascending_pairs(others, ids, "dst", num_ids)
+    assert np.array_equal(swapped[0], partners)
+    assert np.array_equal(swapped[1], ordered)

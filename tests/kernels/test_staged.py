@@ -1,5 +1,6 @@
 """Staging keeps its two buffers apart under any order of streams, and asks the host side for one DMA per run."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_buffers_that_are_too_small_are_refused() -> None:
     one, stream = np.array([1]), driver.stream_new(0)
     with Staging(driver, num_bytes=BLOCK_BYTES - 2) as staging:
         assert not staging.can_hold(slots)
-        with pytest.raises(KernelArgumentError, match="512 bytes must fit one buffer of 511; give the staging 1024"):
+        with pytest.raises(KernelArgumentError, match="512 bytes of a block's layer must fit one buffer of 511"):
             staging.offload(pool, one, slots, one, stream)
     with pytest.raises(KernelArgumentError, match="staging of 1 bytes holds nothing"):
         Staging(driver, num_bytes=1)
@@ -180,6 +181,39 @@ def test_closing_gives_up_after_the_deadline_and_keeps_the_buffers() -> None:
         staging.close()
     driver.run_all()
     staging.close()
+
+
+@pytest.mark.parametrize("to_host", [True, False])
+def test_a_buffer_whose_kernel_could_not_be_queued_is_not_reused_before_its_copies_end(to_host: bool) -> None:
+    class Refusing(FakeDriver):
+        is_refusing = False
+
+        def launch(self, call: Callable[[], None], stream: int, device: int) -> None:
+            if self.is_refusing:
+                raise KernelArgumentError("no such kernel")
+            super().launch(call, stream, device)
+
+    driver = Refusing(deferred=True)
+    pool, slots, paged, blocks = sides(driver)
+    src, dst = (paged, blocks) if to_host else (blocks, paged)
+    stream, order = driver.stream_new(0), np.array([3, 5])
+    with Staging(driver, num_bytes=4 * BLOCK_BYTES) as staging:
+        move = partial(staging.offload, pool) if to_host else partial(staging.onboard, slots)
+        there = slots if to_host else pool
+        driver.is_refusing = True
+        with pytest.raises(KernelArgumentError, match="no such kernel"):
+            move(order, there, order, stream)
+        marks = [call for call in driver.calls if call[0] in ("event_record", "stream_wait")][-3:]
+        assert [call[0] for call in marks] == ["event_record", "stream_wait", "event_record"]
+        assert marks[0][2] == stream  # what is queued there, and on the staging's own stream, is waited for
+        driver.is_refusing = False
+        expected = dst.clone()
+        expected[[8, 9]] = src[order].clone()
+        if not to_host:
+            driver.run_all()
+        move(order, there, np.array([8, 9]), stream)
+    driver.run_all()
+    assert torch.equal(dst[[8, 9]], expected[[8, 9]])
 
 
 @pytest.mark.gpu

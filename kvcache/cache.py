@@ -22,6 +22,7 @@ from dynamo.kvcache.stats import CacheCounters, CacheStats
 from dynamo.kvcache.store import BlockStore
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.errors import TierClosedError, TierConfigError, TierMemoryError
+from dynamo.tiers.mover import Priority
 
 __all__ = ["KVCache", "Residency", "TierName"]
 
@@ -185,7 +186,7 @@ class KVCache:
             return done
         packed = array("I")
         packed.frombytes(pack_tokens(tokens)[: 4 * held])
-        sequence = self._open(packed, salt, lora, held // self.block_size, 0)
+        sequence = self._open(packed, salt, lora, held // self.block_size, 0, Priority.PREFETCH)
 
         def finish() -> None:
             with sequence:
@@ -253,7 +254,13 @@ class KVCache:
         self._device.close()
 
     def _open(
-        self, packed: "array[int]", salt: str, lora: str, num_cacheable_blocks: int, spare_blocks: int
+        self,
+        packed: "array[int]",
+        salt: str,
+        lora: str,
+        num_cacheable_blocks: int,
+        spare_blocks: int,
+        priority: Priority = Priority.LOAD,
     ) -> Sequence:
         self._check_open()
         chain = KeyChain(self._root(salt, lora), self.block_size)
@@ -268,6 +275,7 @@ class KVCache:
             num_cacheable_blocks=num_cacheable_blocks,
             spare_blocks=spare_blocks,
             load_timeout_s=self.load_timeout_s,
+            priority=priority,
         )
 
     def _root(self, salt: str, lora: str) -> ChainRoot:

@@ -1,6 +1,6 @@
-"""Copies committed blocks down: device to host rows on one thread, and from there to disk on `DiskWriter`'s.
+"""Copies committed blocks down: device to host rows here, and from there to disk in `DiskWriter`.
 
-    save ──► queue ──► offload thread: device ─► host rows ──► host pool
+    save ──► queue ──► lane "offload": device ─► host rows ──► host pool
                                                      └───────► disk writer
 
 Requests that queue up are copied together, since a decoding sequence commits one block at a time. A full queue holds `save`
@@ -9,19 +9,22 @@ counted.
 """
 
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
 
 from dynamo.kvcache.disk_writer import DiskWriter
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.reach import reachable
 from dynamo.kvcache.shelf import Hold, Shelf
 from dynamo.tiers.device import DeviceTier, Fence
+from dynamo.tiers.mover import Mover, Part, Priority
 from dynamo.tiers.tier import SlotIds
 
 __all__ = ["Offloader", "SaveRequest"]
@@ -51,13 +54,6 @@ class SaveRequest:
     release: Callable[[], None]
 
 
-class _Touch:
-    """In the queue: chains wait to be touched."""
-
-
-_TOUCH = _Touch()
-
-
 @dataclass(frozen=True, slots=True)
 class _Offer:
     """Blocks of one or several requests, not yet in the tier below; distinct keys, parents before children.
@@ -72,49 +68,52 @@ class _Offer:
     device_slots: SlotIds
     fences: list[Fence]
 
-    def cut(self, which: slice | npt.NDArray[np.bool_]) -> "_Offer":
+    def cut(self, which: npt.NDArray[np.bool_] | slice) -> "_Offer":
         """Some of the blocks."""
-        places = range(len(self.keys))[which] if isinstance(which, slice) else np.flatnonzero(which).tolist()
-        return _Offer(
-            self.chains,
-            [self.keys[place] for place in places],
-            [self.parents[place] for place in places],
-            self.device_slots[which],
-            self.fences,
-        )
+        if isinstance(which, slice):
+            keys, parents = self.keys[which], self.parents[which]
+        elif which.all():
+            return self
+        else:
+            selectors = which.tolist()
+            keys, parents = list(compress(self.keys, selectors)), list(compress(self.parents, selectors))
+        return _Offer(self.chains, keys, parents, self.device_slots[which], self.fences)
 
 
 class Offloader:
-    """Owns the offload thread and the disk writer. Thread-safe."""
+    """Copies offered blocks down, and owns the disk writer. Thread-safe."""
 
-    def __init__(self, shelf: Shelf, device: DeviceTier, *, part_blocks: int, max_pending_blocks: int) -> None:
-        """Starts the threads.
+    def __init__(
+        self, shelf: Shelf, device: DeviceTier, mover: Mover, *, part_blocks: int, max_pending_blocks: int
+    ) -> None:
+        """Owns none of what it is given.
 
         Args:
+            mover: runs it all.
             part_blocks: blocks copied at a time.
-            max_pending_blocks: offered blocks, and so device pins, that may wait for the offload thread.
+            max_pending_blocks: offered blocks, and so device pins, that may wait to be copied.
         """
         self._shelf = shelf
         self._device = device
         self._part_blocks = part_blocks
         self._max_pending_blocks = max_pending_blocks
-        self._settled = threading.Condition()  # guards the counts; notified when one falls
+        self._settled = threading.Condition()  # guards all below; notified when a count falls
         self._num_pending = 0
         self._closing = False
         self._congested = False
-        self._requests: queue.SimpleQueue[SaveRequest | _Touch | None] = queue.SimpleQueue()
+        self._is_scheduled = False
+        self._requests: deque[SaveRequest] = deque()
         self._touches: dict[BlockKey, list[BlockKey]] = {}  # chains to be touched, by their last block
+        self._line = mover.line("offload", Priority.OFFLOAD)
         self._writer: DiskWriter | None = None
         if shelf.disk_tier:
             self._writer = DiskWriter(
-                shelf, shelf.disk_tier, part_blocks=part_blocks, block_bytes=device.layout.block_bytes
+                shelf, shelf.disk_tier, mover, part_blocks=part_blocks, block_bytes=device.layout.block_bytes
             )
-        self._thread = threading.Thread(target=self._run, name="kv-offload", daemon=True)
-        self._thread.start()
 
     @property
     def num_pending_blocks(self) -> int:
-        """Offered blocks that still wait for the offload thread."""
+        """Offered blocks that lie in device memory only."""
         return self._num_pending
 
     @property
@@ -139,24 +138,22 @@ class Offloader:
             taken = self._settled.wait_for(lambda: self._has_room(count), wait_s) and not self._closing
             if taken:
                 self._num_pending += count
+                self._requests.append(request)
+                self._schedule()
             else:
                 self._congested = True
-        if taken:
-            self._requests.put(request)
-        else:
+        if not taken:
             self._shelf.counters.count_dropped("closing" if self._closing else "offload_queue_full", count)
             request.release()
         return taken
 
     def touch(self, chain: list[BlockKey]) -> None:
-        """`Shelf.touch`, later and on the offload thread, to keep it off the caller's path."""
+        """`Shelf.touch`, later and on the mover's thread, to keep it off the caller's path."""
         with self._settled:
-            is_first = not self._touches
             self._touches[chain[-1]] = chain
             if len(self._touches) > _MAX_TOUCHES:  # the oldest: it would be the first to lose its place anyway
                 del self._touches[next(iter(self._touches))]
-        if is_first:
-            self._requests.put(_TOUCH)
+            self._schedule()
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until everything offered so far is in its tiers or dropped; False if that took longer than `timeout_s`."""
@@ -167,82 +164,76 @@ class Offloader:
         return self._writer is None or self._writer.wait_settled(max(0.0, deadline - time.monotonic()))
 
     def close(self, timeout_s: float) -> None:
-        """Finishes what is pending and ends the threads, all within `timeout_s`; a thread that hangs is left behind."""
-        deadline = time.monotonic() + timeout_s
+        """Takes no more offers and finishes what is pending, all within `timeout_s`; the mover ends the threads."""
         with self._settled:
             self._closing = True
             self._settled.notify_all()
-        self.flush(timeout_s)
-        self._requests.put(None)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
+        if not self.flush(timeout_s):
             logger.error("KV blocks are still being offloaded after %g s; going on without them", timeout_s)
-        if self._writer:
-            self._writer.close(max(0.0, deadline - time.monotonic()))
 
     def _has_room(self, count: int) -> bool:
         return self._closing or not self._num_pending or self._num_pending + count <= self._max_pending_blocks
 
+    def _schedule(self) -> None:
+        """Makes sure that `_run` will run. The caller holds the lock."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._line.put(Part(self._run, self._part_blocks * self._device.layout.block_bytes))
+
     def _run(self) -> None:
-        is_open = True
-        while is_open:
-            requests: list[SaveRequest] = []
-            is_open = self._collect(requests)
-            try:
-                self._offload(self._merge(requests))
-                self._touch(requests)
-            except Exception:
-                logger.exception("offloading KV blocks failed; they stay in device memory only")
-                self._shelf.counters.count_dropped("offload_error", sum(len(r.device_slots) for r in requests))
-            finally:
-                for request in requests:
-                    request.release()
-                with self._settled:
-                    self._num_pending -= sum(len(request.device_slots) for request in requests)
-                    self._settled.notify_all()
-
-    def _collect(self, requests: list[SaveRequest]) -> bool:
-        """Waits for a request, and takes what has queued behind it up to about one part. False at the end of the queue."""
-        num_blocks = 0
-        request = self._requests.get()
-        while request is not None:
-            if isinstance(request, SaveRequest):
-                requests.append(request)
-                num_blocks += len(request.device_slots)
-            if num_blocks >= self._part_blocks or self._requests.empty():
-                return True
-            request = self._requests.get()
-        return False
-
-    def _touch(self, requests: list[SaveRequest]) -> None:
         with self._settled:
-            chains, self._touches = self._touches, {}
-        chains |= {request.chain[-1]: request.chain for request in requests}
-        for chain in chains.values():
-            self._shelf.touch(chain)
+            self._is_scheduled = False
+            requests = self._collect()
+            touches, self._touches = self._touches, {}
+            if self._requests:
+                self._schedule()
+        try:
+            if requests:
+                self._offload(self._merge(requests))
+            for chain in touches.values():
+                self._shelf.touch(chain)
+        except Exception:
+            logger.exception("offloading KV blocks failed; they stay in device memory only")
+            self._shelf.counters.count_dropped("offload_error", sum(len(r.device_slots) for r in requests))
+        finally:
+            for request in requests:
+                request.release()
+            with self._settled:
+                self._num_pending -= sum(len(request.device_slots) for request in requests)
+                self._settled.notify_all()
+
+    def _collect(self) -> list[SaveRequest]:
+        """The next request, and what has queued behind it up to about one part. The caller holds the lock."""
+        requests: list[SaveRequest] = []
+        num_blocks = 0
+        while self._requests and num_blocks < self._part_blocks:
+            requests.append(self._requests.popleft())
+            num_blocks += len(requests[-1].device_slots)
+        return requests
 
     def _merge(self, requests: list[SaveRequest]) -> _Offer:
+        """Those of the offered blocks that the tier below lacks, each once."""
+        requests = _joined(requests)
+        keys, parents, slots = _offered(requests[0])
+        if len(requests) > 1:
+            places = dict(zip(keys, zip(parents, slots.tolist(), strict=True), strict=True))
+            for request in requests[1:]:
+                keys, parents, slots = _offered(request)
+                places.update(zip(keys, zip(parents, slots.tolist(), strict=True), strict=True))
+            keys = list(places)
+            parents = [parent for parent, _ in places.values()]
+            slots = np.array([slot for _, slot in places.values()], dtype=np.int64)
+        fences = [fence for request in requests for fence in request.fences]
         shelf = self._shelf
-        places: dict[BlockKey, tuple[BlockKey | None, int]] = {}
         with shelf.changed:
-            for request in requests:
-                for position, slot in enumerate(request.device_slots.tolist(), request.first):
-                    key = request.chain[position]
-                    if key not in shelf.host and (shelf.host.num_slots or key not in shelf.disk):
-                        places[key] = (request.chain[position - 1] if position else None, slot)
-        return _Offer(
-            [request.chain for request in requests],
-            list(places),
-            [parent for parent, _ in places.values()],
-            np.array([slot for _, slot in places.values()], dtype=np.int64),
-            [fence for request in requests for fence in request.fences],
-        )
+            lacking = (shelf.host if shelf.host.num_slots else shelf.disk).locate(keys) < 0
+        return _Offer([request.chain for request in requests], keys, parents, slots, fences).cut(lacking)
 
     def _offload(self, offer: _Offer) -> None:
         shelf = self._shelf
         hold = shelf.hold(offer.chains)
         try:
-            rest = self._offload_to_host(offer, hold)
+            rest = self._offload_to_host(offer, hold) if shelf.host.num_slots else offer
             if self._writer:
                 self._writer.put_host_rows(offer.chains, hold)
                 rest = self._offload_to_staging(rest, hold, self._writer)
@@ -254,15 +245,9 @@ class Offloader:
         """Copies to the host tier what has its parent there; returns what had no place."""
         shelf = self._shelf
         with shelf.changed:
-            reachable: set[BlockKey | None] = {None}
-            mask = []
-            for key, parent in zip(offer.keys, offer.parents, strict=True):
-                mask.append(key not in shelf.host and (parent in reachable or parent in shelf.host))
-                if mask[-1]:
-                    reachable.add(key)
-            absent = np.array([key not in shelf.host for key in offer.keys], dtype=np.bool_)
-        chosen = np.array(mask, dtype=np.bool_)
-        wanted = offer.cut(chosen)
+            absent = shelf.host.locate(offer.keys) < 0  # as of now, with the prefixes held
+            has_prefix = reachable(shelf.host, offer.keys, offer.parents)
+        wanted = offer.cut(absent & has_prefix)
         start = 0
         while start < len(wanted.keys):
             count = min(len(wanted.keys) - start, self._part_blocks)
@@ -277,8 +262,9 @@ class Offloader:
                     hold.host, rows = np.concatenate((hold.host, rows)), rows[:0]
             finally:
                 shelf.release_rows(rows)
-        left = set(wanted.keys[start:])
-        return offer.cut(np.array([key in left for key in offer.keys], dtype=np.bool_) | (absent & ~chosen))
+        left = absent.copy()
+        left[np.flatnonzero(absent & has_prefix)[:start]] = False
+        return offer.cut(left)
 
     def _is_futile(self) -> bool:
         """Whether rows that others hold will not be given back soon, since the disk they wait for does not keep up."""
@@ -297,7 +283,7 @@ class Offloader:
             start += len(rows)
             try:
                 if self._copy(part, rows) and writer.put(hold, part.keys, part.parents, rows):
-                    rows = rows[:0]  # the disk thread gives them back
+                    rows = rows[:0]  # the disk writer gives them back
             finally:
                 shelf.release_rows(rows)
         return offer.cut(slice(start, None))
@@ -310,3 +296,30 @@ class Offloader:
             return False
         self._shelf.count_host_write(rows, time.perf_counter() - started_s)
         return True
+
+
+def _offered(request: SaveRequest) -> tuple[list[BlockKey], list[BlockKey | None], SlotIds]:
+    """Keys, parents and device slots of the offered blocks."""
+    chain, first = request.chain, request.first
+    parents: list[BlockKey | None] = [chain[first - 1] if first else None, *chain[first:-1]]
+    return chain[first:], parents, request.device_slots
+
+
+def _joined(requests: list[SaveRequest]) -> list[SaveRequest]:
+    """The requests, of which those that go on with the chain of an earlier one are joined to it."""
+    joined: dict[BlockKey, SaveRequest] = {}  # by the last block
+    for request in requests:
+        parent = request.chain[request.first - 1] if request.first else None
+        earlier = joined.get(parent) if parent is not None else None
+        if earlier is not None and len(earlier.chain) == request.first:
+            del joined[earlier.chain[-1]]
+            request = replace(
+                request,
+                first=earlier.first,
+                device_slots=np.concatenate((earlier.device_slots, request.device_slots)),
+                fences=[*earlier.fences, *request.fences],
+            )
+        same = joined.get(request.chain[-1])
+        if same is None or request.first < same.first:
+            joined[request.chain[-1]] = request
+    return list(joined.values())

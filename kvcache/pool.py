@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
@@ -108,8 +109,14 @@ class BlockPool:
 
     def find_any(self, keys: Sequence[BlockKey]) -> SlotIds:
         """Slots of those of the distinct `keys` that are registered, in their order. They are not pinned."""
-        get = self._index.get
-        return np.array([slot for key in keys if (slot := get(key)) is not None], dtype=np.int64)
+        slots = self.locate(keys)
+        return slots[slots >= 0]
+
+    def locate(self, keys: Sequence[BlockKey]) -> SlotIds:
+        """Slot of each key; -1 where it is not registered. They are not pinned."""
+        if not self._index:
+            return np.full(len(keys), -1, dtype=np.int64)
+        return np.fromiter(map(self._index.get, keys, repeat(-1)), dtype=np.int64, count=len(keys))
 
     def keys(self) -> list[BlockKey]:
         """All registered keys, oldest registration first."""

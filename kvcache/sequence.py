@@ -12,11 +12,12 @@ import numpy.typing as npt
 from dynamo.kvcache.device_pool import DevicePool
 from dynamo.kvcache.errors import CacheClosedError, SequenceStateError
 from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, pack_tokens
+from dynamo.kvcache.layerwise import LayerLoad
 from dynamo.kvcache.offload import SaveRequest
-from dynamo.kvcache.onboard import LoadRequest
+from dynamo.kvcache.onboard import Load, LoadRequest
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
-from dynamo.tiers.mover import Transfer
+from dynamo.tiers.mover import Priority
 from dynamo.tiers.tier import SlotIds
 
 __all__ = ["Sequence"]
@@ -49,11 +50,13 @@ class Sequence:
         num_cacheable_blocks: int,
         spare_blocks: int,
         load_timeout_s: float,
+        priority: Priority = Priority.LOAD,
     ) -> None:
         """Reserves blocks for all `tokens`, of which the first `num_cacheable_blocks` may come from the cache.
 
         Args:
             chain: keys of all full blocks of `tokens`.
+            priority: who waits for the loads.
 
         Raises:
             OutOfBlocksError: see `DevicePool.reserve`.
@@ -66,7 +69,8 @@ class Sequence:
         self._block_size = block_size
         self._table = np.empty(0, dtype=np.int32)
         self._num_blocks = 0
-        self._transfer: Transfer | None = None
+        self._transfer: Load | None = None
+        self._layers: LayerLoad | None = None
         self._num_cached_tokens: int | None = None
         self._is_closed = False
         keys = chain.keys[:num_cacheable_blocks]
@@ -75,7 +79,7 @@ class Sequence:
         self._add_slots(reservation.fresh)
         self._num_shared_blocks = len(reservation.matched)  # leading blocks that are registered in the pool
         try:
-            num_loading = self._start_loading(keys, reservation.fresh, load_timeout_s)
+            num_loading = self._start_loading(keys, reservation.fresh, load_timeout_s, priority)
         except BaseException:
             pool.release(self.block_table.astype(np.int64))
             raise
@@ -148,11 +152,50 @@ class Sequence:
                     loop.call_soon_threadsafe(ended.set)
 
             transfer.when_ended(tell_loop)
-            try:
-                await asyncio.wait_for(ended.wait(), transfer.remaining_s)
-            except TimeoutError:
-                transfer.expire()
+            while not transfer.is_due:  # more than once round when the deadline has moved meanwhile
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ended.wait(), transfer.remaining_s)
         self.wait(0.0)
+
+    def begin_layerwise(self) -> int:
+        """Instead of `wait`: settles at once which blocks are cached, and loads them layer by layer.
+
+        Cached are the leading blocks that have arrived, or lie in host memory where their bytes were checked; the others
+        are computed. Before each layer reads them, call `wait_layer`; nothing but a failing device can keep them from
+        coming. `num_cached_tokens` is known now.
+
+        Returns:
+            Leading blocks of the sequence whose KV need not be computed, those found in device memory included.
+        """
+        transfer = self._transfer
+        if transfer is not None and self._store is not None:
+            self._check_open()
+            self._layers = self._store.begin_layerwise(transfer)
+            self._transfer = None
+            self._counters.count_fault("late", transfer.num_blocks - self._layers.num_blocks)
+            num_blocks = self._num_shared_blocks + self._layers.num_blocks
+            self._num_cached_tokens = num_blocks * self._block_size
+        return self.num_cached_tokens // self._block_size
+
+    def wait_layer(self, layer: int, timeout_s: float | None = None) -> None:
+        """Blocks until layer `layer` of all cached blocks is in device memory; after the last one they are shared.
+
+        Args:
+            timeout_s: at most so long; None: as long as the device may take.
+
+        Raises:
+            SequenceStateError: before `begin_layerwise` or `wait`.
+            LayerLoadError: the device failed. The sequence is of no use any more; close it.
+            TimeoutError: it took longer than `timeout_s`.
+        """
+        self._check_open()
+        if self._num_cached_tokens is None:
+            raise SequenceStateError("wait_layer() before begin_layerwise() or wait(): nothing is promised yet")
+        if self._layers is not None:
+            self._layers.wait(layer, timeout_s)
+            if layer == self._pool.tier.layout.num_layers - 1:
+                self._share(self._num_shared_blocks + self._layers.num_blocks)
+                self._layers = None
 
     def append(self, tokens: Tokens) -> None:
         """Adds tokens and reserves slots for their KV: for all of them or, with an error, none.
@@ -183,6 +226,8 @@ class Sequence:
         count = len(self._tokens) if num_tokens is None else num_tokens
         if self._num_cached_tokens is None:
             raise SequenceStateError("commit() before wait(): blocks that are still being loaded cannot be committed")
+        if self._layers is not None:
+            self.wait_layer(self._pool.tier.layout.num_layers - 1)
         if not 0 <= count <= len(self._tokens):
             raise SequenceStateError(f"cannot commit {count} tokens of a sequence of {len(self._tokens)}")
         first, end = self._num_shared_blocks, count // self._block_size
@@ -210,7 +255,9 @@ class Sequence:
         self._is_closed = True
         try:
             if self._transfer is not None:
-                self._transfer.expire()
+                self._transfer.cancel()
+            if self._layers is not None:
+                self._layers.cancel()
         finally:
             self._pool.release(self.block_table.astype(np.int64))
 
@@ -221,12 +268,12 @@ class Sequence:
         else:
             self._transfer.when_ended(callback)
 
-    def _start_loading(self, keys: list[BlockKey], fresh: SlotIds, timeout_s: float) -> int:
+    def _start_loading(self, keys: list[BlockKey], fresh: SlotIds, timeout_s: float, priority: Priority) -> int:
         """Starts to load what follows the matched blocks; returns how many blocks."""
         first = self._num_shared_blocks
         num_loading = self._store.count_loadable(keys[first:]) if self._store else 0
         if num_loading and self._store:
-            request = LoadRequest(keys, first, fresh[:num_loading], self._pool.tier.fences())
+            request = LoadRequest(keys, first, fresh[:num_loading], self._pool.tier.fences(), priority)
             self._transfer = self._store.load(request, timeout_s)
         else:
             self._num_cached_tokens = first * self._block_size

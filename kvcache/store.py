@@ -14,8 +14,10 @@ from dynamo.kvcache.config import DiskPlace, format_size
 from dynamo.kvcache.errors import CacheConfigError
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.lanes import start_mover
+from dynamo.kvcache.layerwise import LayerLoad
 from dynamo.kvcache.offload import Offloader, SaveRequest
-from dynamo.kvcache.onboard import LoadRequest, Onboarder
+from dynamo.kvcache.onboard import Load, LoadRequest, Onboarder
 from dynamo.kvcache.pool import BlockPool
 from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.spec import KVSpec
@@ -24,7 +26,6 @@ from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
 from dynamo.tiers.host import HostTier
-from dynamo.tiers.mover import Transfer
 from dynamo.tiers.stats import MovedBlocks, TierStats
 
 __all__ = ["BlockStore"]
@@ -67,10 +68,11 @@ class BlockStore:
         self._disk_fault = disk_fault
         self._shelf = Shelf(arena, num_host_slots, disk, events, counters)
         # As many device slots may be pinned for offloading as leave the sequences most of the pool.
+        self._mover = start_mover()
         self._offloader = Offloader(
-            self._shelf, device, part_blocks=part_blocks, max_pending_blocks=max(1, device.num_slots // 4)
+            self._shelf, device, self._mover, part_blocks=part_blocks, max_pending_blocks=max(1, device.num_slots // 4)
         )
-        self._onboarder = Onboarder(self._shelf, device, part_blocks=part_blocks)
+        self._onboarder = Onboarder(self._shelf, device, self._mover, part_blocks=part_blocks)
         self._is_closed = False
 
     @classmethod
@@ -136,9 +138,13 @@ class BlockStore:
         """How many of `keys`, from the first on, lie in host and in disk."""
         return self._shelf.count_prefix(keys)
 
-    def load(self, request: LoadRequest, timeout_s: float) -> Transfer:
+    def load(self, request: LoadRequest, timeout_s: float) -> Load:
         """Starts loading blocks into device slots that the caller holds until the transfer has ended."""
         return self._onboarder.load(request, timeout_s)
+
+    def begin_layerwise(self, load: Load) -> LayerLoad:
+        """Goes on with a load layer by layer; see `Onboarder.begin_layerwise`."""
+        return self._onboarder.begin_layerwise(load)
 
     def save(self, request: SaveRequest, timeout_s: float) -> bool:
         """Offers blocks; waits while too many are pending, at most `timeout_s`. Returns whether the offer was taken."""
@@ -191,7 +197,7 @@ class BlockStore:
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
         self._offloader.close(timeout_s)
-        self._onboarder.close(max(0.0, deadline - time.monotonic()))
+        self._mover.close(max(0.0, deadline - time.monotonic()))
         if self._disk:
             self._disk.close()
         self._arena.close()

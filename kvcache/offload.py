@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from dynamo.kvcache.disk_writer import DiskWriter
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.layerwise import LayerSave
 from dynamo.kvcache.reach import reachable
 from dynamo.kvcache.shelf import Hold, Shelf
 from dynamo.tiers.device import DeviceTier, Fence
@@ -45,6 +47,7 @@ class SaveRequest:
         device_slots: where the offered blocks lie. Pinned until `release` is called.
         fences: points in CUDA streams after which their bytes are written; none on CPU.
         release: gives the pins back. Called exactly once, on any thread.
+        layers: has copied layers of some of the blocks already; ended with the request.
     """
 
     chain: list[BlockKey]
@@ -52,6 +55,7 @@ class SaveRequest:
     device_slots: SlotIds
     fences: list[Fence]
     release: Callable[[], None]
+    layers: LayerSave | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,7 @@ class Offloader:
         self._max_pending_blocks = max_pending_blocks
         self._settled = threading.Condition()  # guards all below; notified when a count falls
         self._num_pending = 0
+        self._num_saving_layers = 0
         self._closing = False
         self._congested = False
         self._is_scheduled = False
@@ -115,6 +120,11 @@ class Offloader:
     def num_pending_blocks(self) -> int:
         """Offered blocks that lie in device memory only."""
         return self._num_pending
+
+    @property
+    def num_saving_layers(self) -> int:
+        """Sequences that are being saved layer by layer and are not committed yet."""
+        return self._num_saving_layers
 
     @property
     def num_writing_blocks(self) -> int:
@@ -145,7 +155,36 @@ class Offloader:
         if not taken:
             self._shelf.counters.count_dropped("closing" if self._closing else "offload_queue_full", count)
             request.release()
+            if request.layers:
+                self.abandon(request.layers)
         return taken
+
+    def begin_layers(self, request: SaveRequest) -> LayerSave | None:
+        """Prepares to save blocks layer by layer that are not committed yet; None without a host tier.
+
+        Args:
+            request: with pins of its own; its `release` is called when the layers have ended.
+        """
+        if not self._shelf.host.num_slots or self._closing:
+            request.release()
+            return None
+        with self._settled:
+            self._num_saving_layers += 1
+
+        def release() -> None:
+            with self._settled:
+                self._num_saving_layers -= 1
+            request.release()
+
+        return LayerSave(self._shelf, self._device, request.chain, request.first, request.device_slots, release)
+
+    def save_layer(self, layers: LayerSave, layer: int, fences: list[Fence]) -> None:
+        """Copies a layer that is computed, behind all that was offered before. Does not wait."""
+        self._line.put(Part(partial(layers.copy, layer, fences), self._device.layout.block_bytes))
+
+    def abandon(self, layers: LayerSave) -> None:
+        """Ends what `begin_layers` began, when it does not come to a commit."""
+        self._line.put(Part(layers.end, 0))
 
     def touch(self, chain: list[BlockKey]) -> None:
         """`Shelf.touch`, later and on the mover's thread, to keep it off the caller's path."""
@@ -188,6 +227,9 @@ class Offloader:
             if self._requests:
                 self._schedule()
         try:
+            for request in requests:
+                if request.layers:
+                    request.layers.adopt()
             if requests:
                 self._offload(self._merge(requests))
             for chain in touches.values():
@@ -198,6 +240,8 @@ class Offloader:
         finally:
             for request in requests:
                 request.release()
+                if request.layers:
+                    request.layers.end()
             with self._settled:
                 self._num_pending -= sum(len(request.device_slots) for request in requests)
                 self._settled.notify_all()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -12,11 +13,12 @@ import numpy.typing as npt
 from dynamo.kvcache.device_pool import DevicePool
 from dynamo.kvcache.errors import CacheClosedError, SequenceStateError
 from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, pack_tokens
-from dynamo.kvcache.layerwise import LayerLoad
+from dynamo.kvcache.layerwise import LayerLoad, LayerSave
 from dynamo.kvcache.offload import SaveRequest
 from dynamo.kvcache.onboard import Load, LoadRequest
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
+from dynamo.tiers.device import Fence
 from dynamo.tiers.mover import Priority
 from dynamo.tiers.tier import SlotIds
 
@@ -71,6 +73,7 @@ class Sequence:
         self._num_blocks = 0
         self._transfer: Load | None = None
         self._layers: LayerLoad | None = None
+        self._saving: LayerSave | None = None
         self._num_cached_tokens: int | None = None
         self._is_closed = False
         keys = chain.keys[:num_cacheable_blocks]
@@ -212,6 +215,30 @@ class Sequence:
             self._add_slots(self._pool.grow(num_blocks - self._num_blocks))
         self._tokens.frombytes(added)
 
+    def commit_layer(self, layer: int, num_tokens: int | None = None) -> None:
+        """Says that layer `layer` of the first `num_tokens` tokens (default: all) is written and will not change.
+
+        To be called for layer 0, then 1, and so on, before `commit` for the same tokens: each layer is then copied to the
+        host tier while the next ones are computed, as far as there is room. Blocks become visible only with `commit`. Does
+        not wait. On CUDA, as for `commit`.
+
+        Raises:
+            SequenceStateError: before `wait` or `begin_layerwise`, or beyond the sequence's tokens.
+        """
+        self._check_open()
+        first, end = self._num_cached_blocks("commit_layer"), self._num_full_blocks(num_tokens)
+        store = self._store
+        if store is None:
+            return
+        if layer == 0:
+            self._abandon_saving(store)
+            if end > first:
+                self._extend_chain(end)
+                request = self._save_request(first, end, self._pool.tier.fences())
+                self._saving = store.begin_layers(request)
+        if self._saving is not None:
+            store.save_layer(self._saving, layer, self._pool.tier.fences())
+
     def commit(self, num_tokens: int | None = None) -> None:
         """Says that the KV of the first `num_tokens` tokens (default: all) is written and will not change.
 
@@ -223,29 +250,21 @@ class Sequence:
             SequenceStateError: before `wait`, or beyond the sequence's tokens.
         """
         self._check_open()
-        count = len(self._tokens) if num_tokens is None else num_tokens
-        if self._num_cached_tokens is None:
-            raise SequenceStateError("commit() before wait(): blocks that are still being loaded cannot be committed")
+        self._num_cached_blocks("commit")
+        end = self._num_full_blocks(num_tokens)
         if self._layers is not None:
             self.wait_layer(self._pool.tier.layout.num_layers - 1)
-        if not 0 <= count <= len(self._tokens):
-            raise SequenceStateError(f"cannot commit {count} tokens of a sequence of {len(self._tokens)}")
-        first, end = self._num_shared_blocks, count // self._block_size
+        first = self._num_shared_blocks
         if end <= first:
             return
         self._extend_chain(end)
         fences = self._pool.tier.fences()
         self._share(end)
         if self._store is not None:
-            held = self.block_table[:end].astype(np.int64)
-            self._pool.pin(held)
-            request = SaveRequest(
-                chain=self._chain.keys[:end],
-                first=first,
-                device_slots=held[first:],
-                fences=fences,
-                release=lambda: self._pool.unpin(held),
-            )
+            if self._saving is not None and len(self._saving.chain) > end:
+                self._abandon_saving(self._store)
+            request = replace(self._save_request(first, end, fences), layers=self._saving)
+            self._saving = None
             self._store.save(request, _OFFER_WAIT_S)
 
     def close(self) -> None:
@@ -258,6 +277,8 @@ class Sequence:
                 self._transfer.cancel()
             if self._layers is not None:
                 self._layers.cancel()
+            if self._store is not None:
+                self._abandon_saving(self._store)
         finally:
             self._pool.release(self.block_table.astype(np.int64))
 
@@ -280,6 +301,31 @@ class Sequence:
         if keys and self._store:
             self._store.touch(keys)
         return num_loading
+
+    def _num_cached_blocks(self, method: str) -> int:
+        """Leading blocks that need not be computed, or are committed."""
+        if self._num_cached_tokens is None:
+            raise SequenceStateError(
+                f"{method}() before wait(): blocks that are still being loaded cannot be committed"
+            )
+        return max(self._num_shared_blocks, self._num_cached_tokens // self._block_size)
+
+    def _num_full_blocks(self, num_tokens: int | None) -> int:
+        count = len(self._tokens) if num_tokens is None else num_tokens
+        if not 0 <= count <= len(self._tokens):
+            raise SequenceStateError(f"cannot commit {count} tokens of a sequence of {len(self._tokens)}")
+        return count // self._block_size
+
+    def _save_request(self, first: int, end: int, fences: list[Fence]) -> SaveRequest:
+        """Offers the blocks `[first, end)`; pins them and those before."""
+        held = self.block_table[:end].astype(np.int64)
+        self._pool.pin(held)
+        return SaveRequest(self._chain.keys[:end], first, held[first:], fences, lambda: self._pool.unpin(held))
+
+    def _abandon_saving(self, store: BlockStore) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            store.abandon(saving)
 
     def _share(self, end: int) -> None:
         """Shares the blocks from the last shared one up to `end`."""

@@ -15,14 +15,14 @@ from dynamo.kvcache.errors import CacheConfigError
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.lanes import start_mover
-from dynamo.kvcache.layerwise import LayerLoad
+from dynamo.kvcache.layerwise import LayerLoad, LayerSave
 from dynamo.kvcache.offload import Offloader, SaveRequest
 from dynamo.kvcache.onboard import Load, LoadRequest, Onboarder
 from dynamo.kvcache.pool import BlockPool
 from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, TierUsage, tier_usage
-from dynamo.tiers.device import DeviceTier
+from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
 from dynamo.tiers.host import HostTier
@@ -150,6 +150,18 @@ class BlockStore:
         """Offers blocks; waits while too many are pending, at most `timeout_s`. Returns whether the offer was taken."""
         return self._offloader.save(request, timeout_s)
 
+    def begin_layers(self, request: SaveRequest) -> LayerSave | None:
+        """Prepares to save blocks layer by layer; see `Offloader.begin_layers`."""
+        return self._offloader.begin_layers(request)
+
+    def save_layer(self, layers: LayerSave, layer: int, fences: list[Fence]) -> None:
+        """Copies a layer that is computed. Does not wait."""
+        self._offloader.save_layer(layers, layer, fences)
+
+    def abandon(self, layers: LayerSave) -> None:
+        """Ends what `begin_layers` began, when it does not come to a commit."""
+        self._offloader.abandon(layers)
+
     def touch(self, chain: list[BlockKey]) -> None:
         """Says that a sequence uses these blocks. Takes effect a little later."""
         self._offloader.touch(chain)
@@ -182,6 +194,7 @@ class BlockStore:
             lambda: (
                 not self._offloader.num_pending_blocks
                 and not self._offloader.num_writing_blocks
+                and not self._offloader.num_saving_layers
                 and not self._onboarder.num_unfinished
             )
         )

@@ -20,7 +20,7 @@ from dynamo.kvcache.shelf import Digests, Hold, Shelf, digest_seeds
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.mover import Mover, Part, Priority
-from dynamo.tiers.tier import SlotIds
+from dynamo.tiers.tier import Outcomes, SlotIds
 
 __all__ = ["DiskWriter"]
 
@@ -161,6 +161,8 @@ class DiskWriter:
             if failed.any():
                 done[failed] = disk.write(held[failed], shelf.rows, write.rows[stored[failed]])
             was_refused = not done.all()
+            if was_refused:
+                self._exclude_gaps(write, stored, done)
             slots, stored = held[done], stored[done]
             keys = [write.keys[i] for i in stored.tolist()]
             parents = [write.parents[i] for i in stored.tolist()]
@@ -185,3 +187,11 @@ class DiskWriter:
             absent = disk.locate(write.keys) < 0
             has_prefix = reachable(disk, write.keys, write.parents)
         return np.flatnonzero(absent & has_prefix), int(np.count_nonzero(absent))
+
+    def _exclude_gaps(self, write: _Write, stored: SlotIds, done: Outcomes) -> None:
+        """Counts those of the blocks at `stored` as failed that follow a failed one: nobody would find them."""
+        good = np.flatnonzero(done)
+        keys = [write.keys[i] for i in stored[good].tolist()]
+        parents = [write.parents[i] for i in stored[good].tolist()]
+        with self._shelf.changed:
+            done[good[~reachable(self._shelf.disk, keys, parents)]] = False

@@ -99,6 +99,7 @@ class Offloader:
         """
         self._shelf = shelf
         self._device = device
+        self._mover = mover
         self._part_blocks = part_blocks
         self._max_pending_blocks = max_pending_blocks
         self._settled = threading.Condition()  # guards all below; notified when a count falls
@@ -311,8 +312,15 @@ class Offloader:
         return offer.cut(left)
 
     def _is_futile(self) -> bool:
-        """Whether rows that others hold will not be given back soon, since the disk they wait for does not keep up."""
-        return self._writer is not None and self._writer.is_behind
+        """Whether rows that others hold will not be given back soon.
+
+        So it is when the disk they wait for does not keep up; and when neither disk nor loads hold them, but sequences
+        that are saved by layers, whose rows are given back behind what waits here.
+        """
+        writer = self._writer
+        if writer is not None and writer.num_writing_blocks:
+            return writer.is_behind
+        return not self._mover.num_unfinished
 
     def _offload_to_staging(self, offer: _Offer, hold: Hold, writer: DiskWriter) -> _Offer:
         """Sends blocks to disk through staging rows; returns what had no place."""

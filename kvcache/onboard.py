@@ -7,7 +7,6 @@ reads back with another digest, is forgotten, counted and computed again.
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,12 +20,13 @@ from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.mover import Mover, Part, Priority
 from dynamo.tiers.tier import Outcomes, SlotIds
-from dynamo.tiers.transfer import Transfer
+from dynamo.tiers.transfer import Capabilities, Direct, Medium, Transfer, TwoHops, Unsupported, route
 
 __all__ = ["Load", "LoadRequest", "Onboarder"]
 
 logger = logging.getLogger(__name__)
 
+_CAPABILITIES = Capabilities()  # blocks from disk are checked in host memory, so even with GDS they go that way
 _NUM_READS = 2  # of a block that the disk fails to give
 
 
@@ -104,8 +104,8 @@ class Onboarder:
         """Starts loading blocks into device slots that the caller holds until the transfer has ended."""
         load = self._plan(request, timeout_s)
         parts = {
-            "host": self._parts(load.in_host, partial(self._load_from_host, load)),
-            "disk": self._parts(load.on_disk, partial(self._load_from_disk, load)),
+            "host": self._parts(load, Medium.PINNED, load.in_host),
+            "disk": self._parts(load, Medium.DISK, load.on_disk),
         }
         load.when_ended(self._shelf.wake)  # a part may be waiting for rows
         self._mover.submit(load, parts, lambda: self._shelf.let_go(load.hold), priority=request.priority)
@@ -171,10 +171,17 @@ class Onboarder:
                     break
         return Load(request, hold, _places(in_host), _places(on_disk), timeout_s)
 
-    def _parts(self, places: _Places, run: Callable[[_Places], None]) -> list[Part]:
+    def _parts(self, load: Load, source: Medium, places: _Places) -> list[Part]:
         size = self._part_blocks
-        cuts = (places.cut(slice(start, start + size)) for start in range(0, len(places.slots), size))
-        return [Part(partial(run, cut), len(cut.slots) * self._block_bytes) for cut in cuts]
+        cuts = [places.cut(slice(start, start + size)) for start in range(0, len(places.slots), size)]
+        match route(source, Medium.DEVICE, _CAPABILITIES):
+            case Direct():
+                run = self._load_from_host
+            case TwoHops():
+                run = self._load_from_disk
+            case Unsupported(reason):
+                raise AssertionError(f"nothing is kept in {source}: {reason}")
+        return [Part(partial(run, load, cut), len(cut.slots) * self._block_bytes) for cut in cuts]
 
     def _load_from_host(self, load: Load, places: _Places) -> None:
         self._deliver("host", load, places, places.slots)

@@ -7,6 +7,7 @@ reads back with another digest, is forgotten, counted and computed again.
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -174,6 +175,7 @@ class Onboarder:
     def _parts(self, load: Load, source: Medium, places: _Places) -> list[Part]:
         size = self._part_blocks
         cuts = [places.cut(slice(start, start + size)) for start in range(0, len(places.slots), size)]
+        run: Callable[[Load, _Places], None]
         match route(source, Medium.DEVICE, _CAPABILITIES):
             case Direct():
                 run = self._load_from_host

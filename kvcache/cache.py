@@ -25,6 +25,7 @@ from dynamo.kvcache.stats import CacheCounters, CacheStats
 from dynamo.kvcache.store import BlockStore
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.errors import TierClosedError, TierConfigError, TierMemoryError
+from dynamo.tiers.mover import Priority
 
 __all__ = ["KVCache", "Residency", "TierName"]
 
@@ -206,7 +207,7 @@ class KVCache:
             return done
         packed = array("I")
         packed.frombytes(pack_tokens(tokens)[: 4 * held])
-        sequence = self._open(packed, salt, lora, held // self.block_size, 0)
+        sequence = self._open(packed, salt, lora, held // self.block_size, 0, Priority.PREFETCH)
 
         def finish() -> None:
             with sequence:
@@ -293,6 +294,7 @@ class KVCache:
         num_cacheable_blocks: int,
         spare_blocks: int,
         begin_use: BeginUse | None = None,
+        priority: Priority = Priority.LOAD,
     ) -> Sequence:
         self._check_open()
         chain = KeyChain(self._root(salt, lora), self.block_size)
@@ -308,6 +310,7 @@ class KVCache:
             spare_blocks=spare_blocks,
             load_timeout_s=self.load_timeout_s,
             begin_use=begin_use,
+            priority=priority,
         )
 
     def _root(self, salt: str, lora: str) -> ChainRoot:

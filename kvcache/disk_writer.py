@@ -1,26 +1,26 @@
-"""Writes blocks that lie in host rows to disk, on a thread of its own.
+"""Writes blocks that lie in host rows to disk.
 
-    bounded queue ──► disk thread: host rows ─► disk slots ─► journal ──► disk pool
+    bounded queue ──► lane "write": host rows ─► disk slots ─► journal ──► disk pool
 
 A disk that is too slow for the queue holds its caller up once, and not again before it has written something; what finds no
 place in the queue or on disk is dropped and counted.
 """
 
-import contextlib
 import logging
-import queue
 import threading
-import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.reach import reachable
 from dynamo.kvcache.shelf import Digests, Hold, Shelf, digest_seeds
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.journal import ROOT_NAME
-from dynamo.tiers.tier import SlotIds
+from dynamo.tiers.mover import Mover, Part, Priority
+from dynamo.tiers.tier import Outcomes, SlotIds
 
 __all__ = ["DiskWriter"]
 
@@ -42,21 +42,20 @@ class _Write:
 
 
 class DiskWriter:
-    """Owns the disk thread. `put` and `put_host_rows` belong to one other thread; the rest is thread-safe."""
+    """Writes one part after the other. `put` and `put_host_rows` belong to one thread; the rest is thread-safe."""
 
-    def __init__(self, shelf: Shelf, disk: DiskTier, *, part_blocks: int, block_bytes: int) -> None:
-        """Starts the thread, which writes up to `part_blocks` blocks of `block_bytes` at a time."""
+    def __init__(self, shelf: Shelf, disk: DiskTier, mover: Mover, *, part_blocks: int, block_bytes: int) -> None:
+        """Writes up to `part_blocks` blocks of `block_bytes` at a time, on `mover`. Owns none of what it is given."""
         self._shelf = shelf
         self._disk = disk
         self._part_blocks = part_blocks
         self._block_bytes = block_bytes
         self._is_behind = False
         self._being_written: set[BlockKey] = set()  # guarded by the shelf's lock
-        self._settled = threading.Condition()  # guards the count; notified when it falls
+        self._settled = threading.Condition()  # guards the counts; notified when one falls
         self._num_writing = 0
-        self._writes: queue.Queue[_Write | None] = queue.Queue(maxsize=_MAX_QUEUED_WRITES)
-        self._thread = threading.Thread(target=self._run, name="kv-disk-write", daemon=True)
-        self._thread.start()
+        self._num_queued = 0
+        self._line = mover.line("write", Priority.OFFLOAD)
 
     @property
     def num_writing_blocks(self) -> int:
@@ -74,16 +73,27 @@ class DiskWriter:
         Args:
             hold: on `chains`; what it does not hold of them, since it came later, is left for another time.
         """
+        seen: set[BlockKey] = set()
+        for chain in chains:
+            self._put_chain(chain, hold, seen)
+
+    def _put_chain(self, chain: list[BlockKey], hold: Hold, seen: set[BlockKey]) -> None:
         shelf = self._shelf
-        parent_of = {key: parent for chain in chains for key, parent in zip(chain, (None, *chain), strict=False)}
-        held = set(hold.host.tolist())
         with shelf.changed:
-            lacking = [key for key in parent_of if key not in shelf.disk and key not in self._being_written]
-            lacking = [key for key in lacking if shelf.host.find(key) in held]
-            rows = shelf.host.find_any(lacking)
-        for start in range(0, len(lacking), self._part_blocks):
-            keys = lacking[start : start + self._part_blocks]
-            self.put(hold, keys, [parent_of[key] for key in keys], rows[start : start + len(keys)])
+            places = np.flatnonzero(shelf.disk.locate(chain) < 0)
+            rows = shelf.host.locate([chain[place] for place in places.tolist()])
+            is_held = np.isin(rows, hold.host)
+            places, rows = places[is_held], rows[is_held]
+            unwanted = [chain[place] in self._being_written or chain[place] in seen for place in places.tolist()]
+        is_wanted = ~np.array(unwanted, dtype=np.bool_)
+        places, rows = places[is_wanted].tolist(), rows[is_wanted]
+        keys = [chain[place] for place in places]
+        parents = [chain[place - 1] if place else None for place in places]
+        seen.update(keys)
+        size = self._part_blocks
+        for start in range(0, len(keys), size):
+            which = slice(start, start + size)
+            self.put(hold, keys[which], parents[which], rows[which])
 
     def put(self, hold: Hold, keys: list[BlockKey], parents: list[BlockKey | None], rows: SlotIds) -> bool:
         """Queues blocks in rows that `hold` has; with staging rows, the caller's references on them go along.
@@ -95,18 +105,18 @@ class DiskWriter:
         # Of the rows as they are now: an equal block that came from disk meanwhile may be rounded otherwise.
         digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
         with self._settled:
+            wait_s = 0.0 if self._is_behind else _QUEUE_TIMEOUT_S
+            if not self._settled.wait_for(lambda: self._num_queued < _MAX_QUEUED_WRITES, wait_s):
+                self._is_behind = True
+                shelf.counters.count_dropped("disk_queue_full", len(keys))
+                return False
             self._num_writing += len(keys)
+            self._num_queued += 1
         with shelf.changed:
             self._being_written.update(keys)
             shelf.share(hold)
         write = _Write(keys, parents, rows, digests, hold)
-        try:
-            self._writes.put(write, timeout=0.0 if self._is_behind else _QUEUE_TIMEOUT_S)
-        except queue.Full:
-            self._is_behind = True
-            shelf.counters.count_dropped("disk_queue_full", len(keys))
-            self._settle(write)
-            return False
+        self._line.put(Part(partial(self._run, write), len(keys) * self._block_bytes))
         return True
 
     def wait_settled(self, timeout_s: float) -> bool:
@@ -114,35 +124,23 @@ class DiskWriter:
         with self._settled:
             return self._settled.wait_for(lambda: not self._num_writing, timeout_s)
 
-    def close(self, timeout_s: float) -> None:
-        """Ends the thread after what is queued, within `timeout_s`; a thread that hangs is left behind."""
-        deadline = time.monotonic() + timeout_s
-        with contextlib.suppress(queue.Full):  # the thread hangs, or it would have made room
-            self._writes.put(None, timeout=timeout_s)
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
-            logger.error("KV blocks are still being written to disk after %g s; going on without them", timeout_s)
-
-    def _settle(self, write: _Write) -> None:
-        with self._shelf.changed:
-            self._being_written.difference_update(write.keys)
-        self._shelf.let_go(write.hold)
-        with self._settled:
-            self._num_writing -= len(write.keys)
-            self._settled.notify_all()
-
-    def _run(self) -> None:
-        while (write := self._writes.get()) is not None:
-            try:
-                self._write(write)
-            except Exception:
-                logger.exception("writing KV blocks to disk failed; they stay in the tiers above")
-                self._shelf.counters.count_dropped("disk_write_failed", len(write.keys))
-            finally:
-                self._is_behind = False
-                if not self._shelf.is_host_row(write.rows):
-                    self._shelf.release_rows(write.rows)
-                self._settle(write)
+    def _run(self, write: _Write) -> None:
+        try:
+            self._write(write)
+        except Exception:
+            logger.exception("writing KV blocks to disk failed; they stay in the tiers above")
+            self._shelf.counters.count_dropped("disk_write_failed", len(write.keys))
+        finally:
+            self._is_behind = False
+            if not self._shelf.is_host_row(write.rows):
+                self._shelf.release_rows(write.rows)
+            with self._shelf.changed:
+                self._being_written.difference_update(write.keys)
+            self._shelf.let_go(write.hold)
+            with self._settled:
+                self._num_queued -= 1
+                self._num_writing -= len(write.keys)
+                self._settled.notify_all()
 
     def _write(self, write: _Write) -> None:
         """Writes what the disk lacks; the references on its slots go to the write's hold."""
@@ -159,7 +157,12 @@ class DiskWriter:
             shelf.record_drop(room.evicted_keys, room.evicted_slots)
             stored = fresh[: len(held)]
             done = disk.write(held, shelf.rows, write.rows[stored])
+            failed = ~done & (held < disk.num_allocated_slots)  # the others had no room
+            if failed.any():
+                done[failed] = disk.write(held[failed], shelf.rows, write.rows[stored[failed]])
             was_refused = not done.all()
+            if was_refused:
+                self._exclude_gaps(write, stored, done)
             slots, stored = held[done], stored[done]
             keys = [write.keys[i] for i in stored.tolist()]
             parents = [write.parents[i] for i in stored.tolist()]
@@ -180,13 +183,15 @@ class DiskWriter:
     def _reachable(self, write: _Write) -> tuple[SlotIds, int]:
         """Positions of blocks that the disk lacks and whose parents it has, or gets with them; and how many it lacks."""
         disk = self._shelf.disk
-        reachable: set[BlockKey | None] = {None}
-        wanted: list[int] = []
         with self._shelf.changed:
-            for i, (key, parent) in enumerate(zip(write.keys, write.parents, strict=True)):
-                if parent in reachable or parent in disk:
-                    reachable.add(key)
-                    if key not in disk:
-                        wanted.append(i)
-            num_absent = sum(key not in disk for key in write.keys)
-        return np.array(wanted, dtype=np.int64), num_absent
+            absent = disk.locate(write.keys) < 0
+            has_prefix = reachable(disk, write.keys, write.parents)
+        return np.flatnonzero(absent & has_prefix), int(np.count_nonzero(absent))
+
+    def _exclude_gaps(self, write: _Write, stored: SlotIds, done: Outcomes) -> None:
+        """Counts those of the blocks at `stored` as failed that follow a failed one: nobody would find them."""
+        good = np.flatnonzero(done)
+        keys = [write.keys[i] for i in stored[good].tolist()]
+        parents = [write.parents[i] for i in stored[good].tolist()]
+        with self._shelf.changed:
+            done[good[~reachable(self._shelf.disk, keys, parents)]] = False

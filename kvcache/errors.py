@@ -5,6 +5,7 @@ KVCacheError
 ├── CacheMemoryError    device or host memory does not suffice for the sizes asked for (also a MemoryError)
 ├── OutOfBlocksError    the device pool cannot give the blocks asked for; nothing was reserved
 ├── CacheClosedError    the cache or sequence was used after close()
+├── LayerLoadError      the device failed to take blocks that a sequence counts on already
 └── SequenceStateError  a sequence's methods were called in an order that has no meaning
 
 A missing, damaged or late block is none of these: it is computed again, and counted in `KVCache.stats()`. Tokens that are
@@ -16,6 +17,7 @@ __all__ = [
     "CacheConfigError",
     "CacheMemoryError",
     "KVCacheError",
+    "LayerLoadError",
     "OutOfBlocksError",
     "SequenceStateError",
 ]
@@ -62,6 +64,23 @@ class OutOfBlocksError(KVCacheError):
 
 class CacheClosedError(KVCacheError):
     """The cache or the sequence is closed."""
+
+
+class LayerLoadError(KVCacheError):
+    """Blocks that are loaded by layers did not reach device memory. Close the sequence; its KV is not complete.
+
+    Attributes:
+        layer: the layer waited for.
+        num_blocks: blocks that were promised.
+    """
+
+    def __init__(self, layer: int, num_blocks: int) -> None:
+        super().__init__(
+            f"layer {layer} of {num_blocks} KV blocks did not reach device memory; "
+            "close the sequence and open it again, or check the device"
+        )
+        self.layer = layer
+        self.num_blocks = num_blocks
 
 
 class SequenceStateError(KVCacheError):

@@ -76,6 +76,9 @@ class EventLog:
 
     def stored_runs(self, tier: str, keys: list[BlockKey], parents: list[BlockKey | None]) -> None:
         """One `Stored` for each run of `keys` in which every block's parent is the block before it."""
+        if keys and parents[1:] == keys[:-1]:
+            self.stored(tier, keys, parents[0])
+            return
         starts = [i for i in range(len(keys)) if i == 0 or parents[i] != keys[i - 1]]
         for start, end in pairwise([*starts, len(keys)]):
             self.stored(tier, keys[start:end], parents[start])

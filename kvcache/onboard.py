@@ -1,11 +1,13 @@
 """Brings blocks up: host rows to the device; disk slots to host rows, checked there, and on to the device.
 
-Blocks from disk stay in the host tier afterwards. A block that cannot be read, or reads back with another digest, is
-forgotten, counted and computed again.
+Blocks from disk stay in the host tier afterwards. A block that cannot be read is read once more; one that still cannot, or
+reads back with another digest, is forgotten, counted and computed again.
 """
 
 import logging
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,17 +16,20 @@ import numpy as np
 from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.layerwise import LayerLoad
 from dynamo.kvcache.shelf import Hold, Shelf, digest_seeds
 from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
-from dynamo.tiers.mover import Mover, Part, Transfer
+from dynamo.tiers.mover import Mover, Part, Priority
 from dynamo.tiers.tier import Outcomes, SlotIds
+from dynamo.tiers.transfer import Capabilities, Direct, Medium, Transfer, TwoHops, Unsupported, route
 
-__all__ = ["LoadRequest", "Onboarder"]
+__all__ = ["Load", "LoadRequest", "Onboarder"]
 
 logger = logging.getLogger(__name__)
 
-_NUM_THREADS = {"host": 2, "disk": 4}
+_CAPABILITIES = Capabilities()  # blocks from disk are checked in host memory, so even with GDS they go that way
+_NUM_READS = 2  # of a block that the disk fails to give
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ class LoadRequest:
         device_slots: where the wanted blocks go, one slot for each.
         fences: points in CUDA streams after which nothing uses the slots' former content; none on CPU.
         use: what the sequence uses its chain for.
+        priority: who wants them.
     """
 
     chain: list[BlockKey]
@@ -44,50 +50,117 @@ class LoadRequest:
     device_slots: SlotIds
     fences: list[Fence]
     use: OpenUse | None = None
+    priority: Priority = Priority.LOAD
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """Some blocks of a request: their positions in it, and the host or disk slots they lie in, which `hold` pins."""
+class _Places:
+    """Blocks of a request: their positions in it, ascending, and the host or disk slots they lie in."""
 
-    request: LoadRequest
-    transfer: Transfer
-    hold: Hold
     positions: SlotIds
     slots: SlotIds
 
-    def cut(self, which: slice | Outcomes) -> "_Part":
-        return _Part(self.request, self.transfer, self.hold, self.positions[which], self.slots[which])
+    def cut(self, which: slice | Outcomes) -> "_Places":
+        return _Places(self.positions[which], self.slots[which])
 
-    @property
-    def keys(self) -> list[BlockKey]:
-        request = self.request
-        return [request.chain[request.first + position] for position in self.positions.tolist()]
 
-    @property
-    def parents(self) -> list[BlockKey | None]:
-        chain = self.request.chain
-        places = (self.positions + self.request.first).tolist()
-        return [chain[place - 1] if place else None for place in places]
+class Load(Transfer):
+    """Blocks on their way from host and disk into a request's device slots. Made by `Onboarder.load`.
+
+    Attributes:
+        request: what is wanted.
+        hold: pins the blocks below the device until all parts that had begun have ended.
+        in_host: blocks that lay in the host tier at the start, and stay there as long as they are held.
+        on_disk: blocks that lay on disk only.
+    """
+
+    def __init__(self, request: LoadRequest, hold: Hold, in_host: _Places, on_disk: _Places, timeout_s: float) -> None:
+        super().__init__(len(request.device_slots), timeout_s)
+        self.request = request
+        self.hold = hold
+        self.in_host = in_host
+        self.on_disk = on_disk
+
+    def keys(self, places: _Places) -> list[BlockKey]:
+        """Keys of blocks."""
+        chain, first = self.request.chain, self.request.first
+        return [chain[first + position] for position in places.positions.tolist()]
+
+    def parents(self, places: _Places) -> list[BlockKey | None]:
+        """Keys of the blocks before them."""
+        chain, first = self.request.chain, self.request.first
+        return [chain[first + position - 1] if first + position else None for position in places.positions.tolist()]
 
 
 class Onboarder:
-    """Owns the threads that load blocks. Thread-safe."""
+    """Loads blocks on the mover's threads. Thread-safe."""
 
-    def __init__(self, shelf: Shelf, device: DeviceTier, *, part_blocks: int) -> None:
-        """Starts the threads; `part_blocks` blocks are loaded at a time."""
+    def __init__(self, shelf: Shelf, device: DeviceTier, mover: Mover, *, part_blocks: int) -> None:
+        """`part_blocks` blocks are loaded at a time. Owns none of the others."""
         self._shelf = shelf
         self._device = device
+        self._mover = mover
         self._part_blocks = part_blocks
         self._block_bytes = device.layout.block_bytes
         self._corruption_logged = False
-        self._mover = Mover(_NUM_THREADS)
 
-    def load(self, request: LoadRequest, timeout_s: float) -> Transfer:
+    def load(self, request: LoadRequest, timeout_s: float) -> Load:
         """Starts loading blocks into device slots that the caller holds until the transfer has ended."""
+        load = self._plan(request, timeout_s)
+        parts = {
+            "host": self._parts(load, Medium.PINNED, load.in_host),
+            "disk": self._parts(load, Medium.DISK, load.on_disk),
+        }
+        load.when_ended(self._shelf.wake)  # a part may be waiting for rows
+        self._mover.submit(load, parts, lambda: self._shelf.let_go(load.hold), priority=request.priority)
+        return load
+
+    def begin_layerwise(self, load: Load) -> LayerLoad:
+        """Ends a load, and starts to copy the certain ones of its blocks that have not arrived layer by layer.
+
+        Certain are the leading blocks that have arrived or lie in the host tier, where their bytes were checked. The others
+        are given up.
+        """
+        shelf = self._shelf
+        with shelf.changed:
+            is_held = load.hold.num_users > 0
+            if is_held:
+                shelf.share(load.hold)
+        load.cancel()
+        arrived = load.arrived
+        certain = arrived.copy()
+        if is_held:
+            certain[load.in_host.positions] = True
+        num_certain = len(certain) if certain.all() else int(np.argmin(certain))
+        lacking = (load.in_host.positions < num_certain) & ~arrived[load.in_host.positions]
+        places = load.in_host.cut(lacking & is_held)
+        layers = LayerLoad(
+            self._device,
+            shelf.rows,
+            load.request.device_slots[places.positions],
+            places.slots,
+            num_blocks=num_certain,
+            part_blocks=self._part_blocks,
+            fences=load.request.fences,
+        )
+
+        def on_done() -> None:
+            if is_held:
+                shelf.let_go(load.hold)
+
+        layers.start(self._mover, on_done)
+        shelf.counters.count_hits("host", len(places.slots))
+        return layers
+
+    @property
+    def num_unfinished(self) -> int:
+        """Loads that still hold pins."""
+        return self._mover.num_unfinished
+
+    def _plan(self, request: LoadRequest, timeout_s: float) -> Load:
+        """Finds where the blocks lie, and holds them there."""
         shelf = self._shelf
         keys = request.chain[request.first : request.first + len(request.device_slots)]
-        transfer = Transfer(len(keys), timeout_s)
         in_host: list[tuple[int, int]] = []
         on_disk: list[tuple[int, int]] = []
         with shelf.changed:
@@ -100,56 +173,55 @@ class Onboarder:
                 else:  # evicted since the caller looked; what follows is of no use without it
                     shelf.counters.count_fault("missing", len(keys) - position)
                     break
-        parts: dict[str, list[Part]] = {"host": [], "disk": []}
-        for lane, places, load in (
-            ("host", in_host, self._load_from_host),
-            ("disk", on_disk, self._load_from_disk),
-        ):
-            for start in range(0, len(places), self._part_blocks):
-                positions, slots = np.array(places[start : start + self._part_blocks], dtype=np.int64).T.copy()
-                parts[lane].append(partial(load, _Part(request, transfer, hold, positions, slots)))
-        self._mover.submit(transfer, parts, on_done=lambda: shelf.let_go(hold))
-        return transfer
+        return Load(request, hold, _places(in_host), _places(on_disk), timeout_s)
 
-    @property
-    def num_unfinished(self) -> int:
-        """Loads that still hold pins."""
-        return self._mover.num_unfinished
+    def _parts(self, load: Load, source: Medium, places: _Places) -> list[Part]:
+        size = self._part_blocks
+        cuts = [places.cut(slice(start, start + size)) for start in range(0, len(places.slots), size)]
+        run: Callable[[Load, _Places], None]
+        match route(source, Medium.DEVICE, _CAPABILITIES):
+            case Direct():
+                run = self._load_from_host
+            case TwoHops():
+                run = self._load_from_disk
+            case Unsupported(reason):
+                raise AssertionError(f"nothing is kept in {source}: {reason}")
+        return [Part(partial(run, load, cut), len(cut.slots) * self._block_bytes) for cut in cuts]
 
-    def close(self, timeout_s: float) -> None:
-        """Waits for the parts that are queued or running, at most `timeout_s`, and ends the threads."""
-        self._mover.close(timeout_s)
+    def _load_from_host(self, load: Load, places: _Places) -> None:
+        self._deliver("host", load, places, places.slots)
 
-    def _load_from_host(self, part: _Part) -> None:
-        self._deliver("host", part, part.slots, np.ones(len(part.slots), dtype=np.bool_))
-
-    def _load_from_disk(self, whole: _Part) -> None:
-        shelf, transfer = self._shelf, whole.transfer
+    def _load_from_disk(self, load: Load, whole: _Places) -> None:
+        shelf = self._shelf
         disk = shelf.disk_tier
         assert disk is not None, "blocks lie on disk only with a disk tier"
         pools = (shelf.host, shelf.staging)
         start = 0
-        while start < len(whole.slots) and not transfer.is_ended:
+        while start < len(whole.slots) and not load.is_ended:
             num_left = len(whole.slots) - start
-            rows = shelf.take_rows(num_left, transfer.remaining_s, pools, whole.hold, lambda: transfer.is_ended)
+            rows = shelf.take_rows(num_left, math.inf, pools, load.hold, lambda: load.is_due)
             if not len(rows):
                 break
-            part = whole.cut(slice(start, start + len(rows)))
+            places = whole.cut(slice(start, start + len(rows)))
+            start += len(rows)
             try:
-                good = self._read_checked(disk, part.keys, part.slots, rows)
-                self._deliver("disk", part, rows, good)
+                good = self._read_checked(disk, load.keys(places), places.slots, rows)
+                self._deliver("disk", load, places.cut(good), rows[good])
                 if good.any() and shelf.is_host_row(rows):
-                    kept = part.cut(good)
-                    rows = np.concatenate((shelf.keep_in_host(kept.keys, rows[good], kept.parents), rows[~good]))
+                    kept = places.cut(good)
+                    kept_rows = shelf.keep_in_host(load.keys(kept), rows[good], load.parents(kept))
+                    rows = np.concatenate((kept_rows, rows[~good]))
             finally:
                 shelf.release_rows(rows)
-            start += len(part.slots)
 
     def _read_checked(self, disk: DiskTier, keys: list[BlockKey], slots: SlotIds, rows: SlotIds) -> Outcomes:
         """Reads blocks into rows; returns bool [n], True where the bytes are those once written. Forgets the others."""
         shelf = self._shelf
         started_s = time.perf_counter()
         readable = disk.read(slots, shelf.rows, rows)
+        for _ in range(_NUM_READS - 1):
+            if not readable.all():
+                readable[~readable] = disk.read(slots[~readable], shelf.rows, rows[~readable])
         shelf.count_host_write(rows[readable], time.perf_counter() - started_s)
         digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
         good: Outcomes = readable & (digests == shelf.disk_digests[slots])
@@ -168,14 +240,18 @@ class Onboarder:
                 num_corrupt,
             )
 
-    def _deliver(self, tier: str, part: _Part, rows: SlotIds, good: Outcomes) -> None:
-        """The last hop, for the blocks of `part` in those of `rows` that are `good`."""
-        request, positions = part.request, part.positions[good]
-        device_slots = request.device_slots[positions]
-        shelf = self._shelf
+    def _deliver(self, tier: str, load: Load, places: _Places, rows: SlotIds) -> None:
+        """The last hop, for blocks that lie in `rows`."""
+        request, shelf = load.request, self._shelf
+        device_slots = request.device_slots[places.positions]
         started_s = time.perf_counter()
-        if part.transfer.deliver(
-            positions, lambda: self._device.write(device_slots, shelf.rows, rows[good], after=request.fences)
+        if load.deliver(
+            places.positions, lambda: self._device.write(device_slots, shelf.rows, rows, after=request.fences)
         ):
-            shelf.counters.count_hits(tier, len(positions))
-            shelf.count_host_read(rows[good], time.perf_counter() - started_s)
+            shelf.counters.count_hits(tier, len(rows))
+            shelf.count_host_read(rows, time.perf_counter() - started_s)
+
+
+def _places(pairs: list[tuple[int, int]]) -> _Places:
+    positions, slots = np.array(pairs, dtype=np.int64).reshape(-1, 2).T.copy()
+    return _Places(positions, slots)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -13,11 +14,13 @@ from dynamo.kvcache.device_pool import DevicePool
 from dynamo.kvcache.errors import CacheClosedError, SequenceStateError
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, pack_tokens
+from dynamo.kvcache.layerwise import LayerLoad, LayerSave
 from dynamo.kvcache.offload import SaveRequest
-from dynamo.kvcache.onboard import LoadRequest
+from dynamo.kvcache.onboard import Load, LoadRequest
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
-from dynamo.tiers.mover import Transfer
+from dynamo.tiers.device import Fence
+from dynamo.tiers.mover import Priority
 from dynamo.tiers.tier import SlotIds
 
 __all__ = ["Sequence"]
@@ -51,12 +54,14 @@ class Sequence:
         spare_blocks: int,
         load_timeout_s: float,
         begin_use: Callable[[list[BlockKey]], OpenUse] | None = None,
+        priority: Priority = Priority.LOAD,
     ) -> None:
         """Reserves blocks for all `tokens`, of which the first `num_cacheable_blocks` may come from the cache.
 
         Args:
             chain: keys of all full blocks of `tokens`.
             begin_use: called with the chain's keys once the blocks are reserved; None: nobody's use.
+            priority: who waits for the loads.
 
         Raises:
             OutOfBlocksError: see `DevicePool.reserve`.
@@ -69,7 +74,9 @@ class Sequence:
         self._block_size = block_size
         self._table = np.empty(0, dtype=np.int32)
         self._num_blocks = 0
-        self._transfer: Transfer | None = None
+        self._transfer: Load | None = None
+        self._layers: LayerLoad | None = None
+        self._saving: LayerSave | None = None
         self._num_cached_tokens: int | None = None
         self._is_closed = False
         self._use: OpenUse | None = None
@@ -82,7 +89,7 @@ class Sequence:
         try:
             if begin_use is not None:
                 self._use = begin_use(chain.keys)
-            num_loading = self._start_loading(keys, reservation.fresh, load_timeout_s)
+            num_loading = self._start_loading(keys, reservation.fresh, load_timeout_s, priority)
         except BaseException:
             pool.release(self.block_table.astype(np.int64))
             raise
@@ -155,11 +162,50 @@ class Sequence:
                     loop.call_soon_threadsafe(ended.set)
 
             transfer.when_ended(tell_loop)
-            try:
-                await asyncio.wait_for(ended.wait(), transfer.remaining_s)
-            except TimeoutError:
-                transfer.expire()
+            while not transfer.is_due:  # more than once round when the deadline has moved meanwhile
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ended.wait(), transfer.remaining_s)
         self.wait(0.0)
+
+    def begin_layerwise(self) -> int:
+        """Instead of `wait`: settles at once which blocks are cached, and loads them layer by layer.
+
+        Cached are the leading blocks that have arrived, or lie in host memory where their bytes were checked; the others
+        are computed. Before each layer reads them, call `wait_layer`; nothing but a failing device can keep them from
+        coming. `num_cached_tokens` is known now.
+
+        Returns:
+            Leading blocks of the sequence whose KV need not be computed, those found in device memory included.
+        """
+        transfer = self._transfer
+        if transfer is not None and self._store is not None:
+            self._check_open()
+            self._layers = self._store.begin_layerwise(transfer)
+            self._transfer = None
+            self._counters.count_fault("late", transfer.num_blocks - self._layers.num_blocks)
+            num_blocks = self._num_shared_blocks + self._layers.num_blocks
+            self._num_cached_tokens = num_blocks * self._block_size
+        return self.num_cached_tokens // self._block_size
+
+    def wait_layer(self, layer: int, timeout_s: float | None = None) -> None:
+        """Blocks until layer `layer` of all cached blocks is in device memory; after the last one they are shared.
+
+        Args:
+            timeout_s: at most so long; None: as long as the device may take.
+
+        Raises:
+            SequenceStateError: before `begin_layerwise` or `wait`.
+            LayerLoadError: the device failed. The sequence is of no use any more; close it.
+            TimeoutError: it took longer than `timeout_s`.
+        """
+        self._check_open()
+        if self._num_cached_tokens is None:
+            raise SequenceStateError("wait_layer() before begin_layerwise() or wait(): nothing is promised yet")
+        if self._layers is not None:
+            self._layers.wait(layer, timeout_s)
+            if layer == self._pool.tier.layout.num_layers - 1:
+                self._share(self._num_shared_blocks + self._layers.num_blocks)
+                self._layers = None
 
     def append(self, tokens: Tokens) -> None:
         """Adds tokens and reserves slots for their KV: for all of them or, with an error, none.
@@ -176,6 +222,30 @@ class Sequence:
             self._add_slots(self._pool.grow(num_blocks - self._num_blocks))
         self._tokens.frombytes(added)
 
+    def commit_layer(self, layer: int, num_tokens: int | None = None) -> None:
+        """Says that layer `layer` of the first `num_tokens` tokens (default: all) is written and will not change.
+
+        To be called for layer 0, then 1, and so on, before `commit` for the same tokens: each layer is then copied to the
+        host tier while the next ones are computed, as far as there is room. Blocks become visible only with `commit`. Does
+        not wait. On CUDA, as for `commit`.
+
+        Raises:
+            SequenceStateError: before `wait` or `begin_layerwise`, or beyond the sequence's tokens.
+        """
+        self._check_open()
+        first, end = self._num_cached_blocks("commit_layer"), self._num_full_blocks(num_tokens)
+        store = self._store
+        if store is None:
+            return
+        if layer == 0:
+            self._abandon_saving(store)
+            if end > first:
+                self._extend_chain(end)
+                request = self._save_request(first, end, self._pool.tier.fences())
+                self._saving = store.begin_layers(request)
+        if self._saving is not None:
+            store.save_layer(self._saving, layer, self._pool.tier.fences())
+
     def commit(self, num_tokens: int | None = None) -> None:
         """Says that the KV of the first `num_tokens` tokens (default: all) is written and will not change.
 
@@ -187,28 +257,21 @@ class Sequence:
             SequenceStateError: before `wait`, or beyond the sequence's tokens.
         """
         self._check_open()
-        count = len(self._tokens) if num_tokens is None else num_tokens
-        if self._num_cached_tokens is None:
-            raise SequenceStateError("commit() before wait(): blocks that are still being loaded cannot be committed")
-        if not 0 <= count <= len(self._tokens):
-            raise SequenceStateError(f"cannot commit {count} tokens of a sequence of {len(self._tokens)}")
-        first, end = self._num_shared_blocks, count // self._block_size
+        self._num_cached_blocks("commit")
+        end = self._num_full_blocks(num_tokens)
+        if self._layers is not None:
+            self.wait_layer(self._pool.tier.layout.num_layers - 1)
+        first = self._num_shared_blocks
         if end <= first:
             return
         self._extend_chain(end)
         fences = self._pool.tier.fences()
         self._share(end)
         if self._store is not None:
-            held = self.block_table[:end].astype(np.int64)
-            self._pool.pin(held)
-            request = SaveRequest(
-                chain=self._chain.keys[:end],
-                first=first,
-                device_slots=held[first:],
-                fences=fences,
-                release=lambda: self._pool.unpin(held, self._use.latest if self._use else None),
-                use=self._use,
-            )
+            if self._saving is not None and len(self._saving.chain) > end:
+                self._abandon_saving(self._store)
+            request = replace(self._save_request(first, end, fences), layers=self._saving)
+            self._saving = None
             self._store.save(request, _OFFER_WAIT_S)
 
     def close(self) -> None:
@@ -218,7 +281,11 @@ class Sequence:
         self._is_closed = True
         try:
             if self._transfer is not None:
-                self._transfer.expire()
+                self._transfer.cancel()
+            if self._layers is not None:
+                self._layers.cancel()
+            if self._store is not None:
+                self._abandon_saving(self._store)
             if self._use is not None:
                 self._use.finish(self._chain.keys, len(self._tokens) - self._num_prompt_tokens)
                 if self._store is not None and self._num_shared_blocks:
@@ -233,18 +300,50 @@ class Sequence:
         else:
             self._transfer.when_ended(callback)
 
-    def _start_loading(self, keys: list[BlockKey], fresh: SlotIds, timeout_s: float) -> int:
+    def _start_loading(self, keys: list[BlockKey], fresh: SlotIds, timeout_s: float, priority: Priority) -> int:
         """Starts to load what follows the matched blocks; returns how many blocks."""
         first = self._num_shared_blocks
         num_loading = self._store.count_loadable(keys[first:]) if self._store else 0
         if num_loading and self._store:
-            request = LoadRequest(keys, first, fresh[:num_loading], self._pool.tier.fences(), use=self._use)
+            request = LoadRequest(keys, first, fresh[:num_loading], self._pool.tier.fences(), self._use, priority)
             self._transfer = self._store.load(request, timeout_s)
         else:
             self._num_cached_tokens = first * self._block_size
         if keys and self._store:
             self._store.touch(keys, self._use)
         return num_loading
+
+    def _num_cached_blocks(self, method: str) -> int:
+        """Leading blocks that need not be computed, or are committed."""
+        if self._num_cached_tokens is None:
+            raise SequenceStateError(
+                f"{method}() before wait(): blocks that are still being loaded cannot be committed"
+            )
+        return max(self._num_shared_blocks, self._num_cached_tokens // self._block_size)
+
+    def _num_full_blocks(self, num_tokens: int | None) -> int:
+        count = len(self._tokens) if num_tokens is None else num_tokens
+        if not 0 <= count <= len(self._tokens):
+            raise SequenceStateError(f"cannot commit {count} tokens of a sequence of {len(self._tokens)}")
+        return count // self._block_size
+
+    def _save_request(self, first: int, end: int, fences: list[Fence]) -> SaveRequest:
+        """Offers the blocks `[first, end)`; pins them and those before."""
+        held = self.block_table[:end].astype(np.int64)
+        self._pool.pin(held)
+        return SaveRequest(
+            self._chain.keys[:end],
+            first,
+            held[first:],
+            fences,
+            release=lambda: self._pool.unpin(held, self._use.latest if self._use else None),
+            use=self._use,
+        )
+
+    def _abandon_saving(self, store: BlockStore) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            store.abandon(saving)
 
     def _share(self, end: int) -> None:
         """Shares the blocks from the last shared one up to `end`."""

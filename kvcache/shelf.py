@@ -159,7 +159,7 @@ class Shelf:
         Args:
             uses: what the chains are held for, one for each; none at all where nobody knows.
         """
-        keys = list(dict.fromkeys(key for chain in chains for key in chain))
+        keys = chains[0] if len(chains) == 1 else list(dict.fromkeys(key for chain in chains for key in chain))
         with self.changed:
             hold = Hold(chains, self.host.find_any(keys), self.disk.find_any(keys), uses=uses)
             self.host.acquire(hold.host)
@@ -249,6 +249,11 @@ class Shelf:
     def is_host_row(self, rows: SlotIds) -> bool:
         """Whether `rows`, which are not empty, are slots of the host tier and not staging rows."""
         return bool(rows[0] < self._arena.max_slots)
+
+    def wake(self) -> None:
+        """Lets everybody who waits for rows look again whether they are still wanted."""
+        with self.changed:
+            self.changed.notify_all()
 
     def keep_in_host(self, keys: list[BlockKey], rows: SlotIds, parents: list[BlockKey | None]) -> SlotIds:
         """Registers host rows, whose bytes are right, under their keys.

@@ -16,19 +16,20 @@ from dynamo.kvcache.errors import CacheConfigError
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.lanes import start_mover
+from dynamo.kvcache.layerwise import LayerLoad, LayerSave
 from dynamo.kvcache.offload import Offloader, SaveRequest
-from dynamo.kvcache.onboard import LoadRequest, Onboarder
+from dynamo.kvcache.onboard import Load, LoadRequest, Onboarder
 from dynamo.kvcache.policies import Policies
 from dynamo.kvcache.pool import BlockPlace, BlockPool
 from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, TierUsage, tier_usage
-from dynamo.tiers.device import DeviceTier
+from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
 from dynamo.tiers.host import HostTier
-from dynamo.tiers.mover import Transfer
 from dynamo.tiers.numa import pci_address
 from dynamo.tiers.stats import MovedBlocks, TierStats
 
@@ -74,10 +75,11 @@ class BlockStore:
         self._disk_fault = disk_fault
         self._shelf = Shelf(arena, num_host_slots, disk, events, counters, policies)
         # As many device slots may be pinned for offloading as leave the sequences most of the pool.
+        self._mover = start_mover()
         self._offloader = Offloader(
-            self._shelf, device, part_blocks=part_blocks, max_pending_blocks=max(1, device.num_slots // 4)
+            self._shelf, device, self._mover, part_blocks=part_blocks, max_pending_blocks=max(1, device.num_slots // 4)
         )
-        self._onboarder = Onboarder(self._shelf, device, part_blocks=part_blocks)
+        self._onboarder = Onboarder(self._shelf, device, self._mover, part_blocks=part_blocks)
         self._resizing = Lock()
         self._is_closed = False
 
@@ -157,13 +159,29 @@ class BlockStore:
         """How many of `keys`, from the first on, lie in host and in disk."""
         return self._shelf.count_prefix(keys)
 
-    def load(self, request: LoadRequest, timeout_s: float) -> Transfer:
+    def load(self, request: LoadRequest, timeout_s: float) -> Load:
         """Starts loading blocks into device slots that the caller holds until the transfer has ended."""
         return self._onboarder.load(request, timeout_s)
+
+    def begin_layerwise(self, load: Load) -> LayerLoad:
+        """Goes on with a load layer by layer; see `Onboarder.begin_layerwise`."""
+        return self._onboarder.begin_layerwise(load)
 
     def save(self, request: SaveRequest, timeout_s: float) -> bool:
         """Offers blocks; waits while too many are pending, at most `timeout_s`. Returns whether the offer was taken."""
         return self._offloader.save(request, timeout_s)
+
+    def begin_layers(self, request: SaveRequest) -> LayerSave | None:
+        """Prepares to save blocks layer by layer; see `Offloader.begin_layers`."""
+        return self._offloader.begin_layers(request)
+
+    def save_layer(self, layers: LayerSave, layer: int, fences: list[Fence]) -> None:
+        """Copies a layer that is computed. Does not wait."""
+        self._offloader.save_layer(layers, layer, fences)
+
+    def abandon(self, layers: LayerSave) -> None:
+        """Ends what `begin_layers` began, when it does not come to a commit."""
+        self._offloader.abandon(layers)
 
     def touch(self, chain: list[BlockKey], use: OpenUse | None = None) -> None:
         """Says that a sequence uses these blocks, or has. Takes effect a little later."""
@@ -236,6 +254,7 @@ class BlockStore:
             lambda: (
                 not self._offloader.num_pending_blocks
                 and not self._offloader.num_writing_blocks
+                and not self._offloader.num_saving_layers
                 and not self._onboarder.num_unfinished
             )
         )
@@ -251,7 +270,7 @@ class BlockStore:
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
         self._offloader.close(timeout_s)
-        self._onboarder.close(max(0.0, deadline - time.monotonic()))
+        self._mover.close(max(0.0, deadline - time.monotonic()))
         if self._disk:
             self._disk.close()
         self._arena.close()

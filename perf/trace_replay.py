@@ -13,7 +13,7 @@ from dynamo.kvcache.admission import AdmissionPolicy, AdmitAlways
 from dynamo.kvcache.eviction import EvictionOrder
 from dynamo.perf.trace_chains import Chains, PartRuns, RequestChain, TableHistory
 
-__all__ = ["MakeOrder", "ReplayedTier", "Replay", "belady_hits", "replay"]
+__all__ = ["MakeOrder", "Replay", "ReplayedTier", "belady_hits", "replay"]
 
 MakeOrder = Callable[[TableHistory], EvictionOrder]
 
@@ -29,7 +29,9 @@ class Replay:
 class ReplayedTier:
     """One tier: which leading part of each run is resident, and which entry each run belongs to."""
 
-    def __init__(self, chains: Chains, name: str, capacity: int, order: EvictionOrder, admission: AdmissionPolicy) -> None:
+    def __init__(
+        self, chains: Chains, name: str, capacity: int, order: EvictionOrder, admission: AdmissionPolicy
+    ) -> None:
         self.resident = [0] * len(chains.lengths)  # leading blocks of each run
         self.num_resident = 0
         self.written = 0

@@ -17,6 +17,8 @@ from dynamo.tiers.tier import Outcomes
 
 __all__ = ["DeviceTier", "Fence"]
 
+_MIN_RUN = 4  # rows: where runs of consecutive ones are shorter on average, one copy by number is faster
+
 
 Fence = torch.cuda.Event
 """A point in a CUDA stream that a later copy waits for; made by `DeviceTier.fences`."""
@@ -146,6 +148,18 @@ class DeviceTier:
         """
         return self._move(slots, rows, row_ids, after, to_device=True)
 
+    def read_layers(
+        self, slots: SlotIds, rows: Rows, row_ids: SlotIds, layers: range, after: Sequence[Fence] = ()
+    ) -> None:
+        """Copies some layers, consecutive ones, of slots to the same places in host rows; else as `read`."""
+        self._move_layers(slots, rows, row_ids, layers, after, to_device=False)
+
+    def write_layers(
+        self, slots: SlotIds, rows: Rows, row_ids: SlotIds, layers: range, after: Sequence[Fence] = ()
+    ) -> None:
+        """Copies some layers, consecutive ones, of host rows to the same places in slots; else as `write`."""
+        self._move_layers(slots, rows, row_ids, layers, after, to_device=True)
+
     def stats(self) -> TierStats:
         """Counters; `path` is "memory" on the CPU and "cuda" on a GPU."""
         return self._recorder.snapshot(
@@ -168,14 +182,12 @@ class DeviceTier:
         self, slots: SlotIds, rows: Rows, row_ids: SlotIds, after: Sequence[Fence], *, to_device: bool
     ) -> Outcomes:
         storage, own_rows = self._open_storage(), self._rows
-        check_rows(rows, "rows", self.layout.slot_bytes, writable=not to_device)
-        check_ids(slots, "slots", self.num_slots)
-        check_ids(row_ids, "row_ids", rows.shape[0], slots.size)
+        self._check(slots, rows, row_ids, to_device)
         started = time.perf_counter()
         if slots.size == 0:
             pass
         elif own_rows is None:
-            self._move_cuda(storage, slots, rows, row_ids, after, to_device)
+            self._move_cuda(storage, slots, torch.from_numpy(rows), row_ids, after, to_device)
         elif to_device:
             copy_rows(rows, row_ids, own_rows, slots)
         else:
@@ -184,16 +196,48 @@ class DeviceTier:
         count(slots.size, 0, time.perf_counter() - started)
         return np.ones(slots.size, dtype=np.bool_)
 
+    def _move_layers(
+        self,
+        slots: SlotIds,
+        rows: Rows,
+        row_ids: SlotIds,
+        layers: range,
+        after: Sequence[Fence],
+        *,
+        to_device: bool,
+    ) -> None:
+        layout = self.layout
+        storage, own_rows = self._open_storage(), self._rows
+        self._check(slots, rows, row_ids, to_device)
+        if not 0 <= layers.start <= layers.stop <= layout.num_layers or layers.step != 1:
+            raise TierConfigError(f"{layers} are no consecutive layers; the layout has {layout.num_layers}")
+        if slots.size == 0 or not layers:
+            return
+        # K and V of a layer follow one another in a block, and so do the layers.
+        first, end = (2 * layer * layout.plane_bytes for layer in (layers.start, layers.stop))
+        if own_rows is None:
+            columns = torch.from_numpy(rows)[:, first:end]
+            self._move_cuda(storage[:, first:end], slots, columns, row_ids, after, to_device)
+        elif to_device:
+            _copy_columns(rows[:, first:end], row_ids, own_rows[:, first:end], slots)
+        else:
+            _copy_columns(own_rows[:, first:end], slots, rows[:, first:end], row_ids)
+
+    def _check(self, slots: SlotIds, rows: Rows, row_ids: SlotIds, to_device: bool) -> None:
+        check_rows(rows, "rows", self.layout.slot_bytes, writable=not to_device)
+        check_ids(slots, "slots", self.num_slots)
+        check_ids(row_ids, "row_ids", rows.shape[0], slots.size)
+
     def _move_cuda(
         self,
         storage: torch.Tensor,
         slots: SlotIds,
-        rows: Rows,
+        host: torch.Tensor,
         row_ids: SlotIds,
         after: Sequence[Fence],
         to_device: bool,
     ) -> None:
-        host = torch.from_numpy(rows)
+        """Copies between rows of two tensors, both [num_rows, width] with as wide rows."""
         borders = shared_runs(slots, row_ids)
         starts = borders[:-1]
         lengths = np.diff(borders).tolist()
@@ -218,3 +262,17 @@ class DeviceTier:
             stream = torch.cuda.Stream(device=self.device)  # type: ignore[no-untyped-call]
             self._streams.stream = stream
         return stream
+
+
+def _copy_columns(src: Rows, src_ids: SlotIds, dst: Rows, dst_ids: SlotIds) -> None:
+    """`dst[dst_ids[i]] = src[src_ids[i]]` for rows that are parts of wider ones."""
+    void = f"V{src.shape[1]}"
+    src_voids, dst_voids = src.view(void)[:, 0], dst.view(void)[:, 0]
+    borders = shared_runs(src_ids, dst_ids)
+    starts = borders[:-1]
+    if len(starts) * _MIN_RUN > len(src_ids):
+        dst_voids[dst_ids] = src_voids[src_ids]
+        return
+    lengths = np.diff(borders).tolist()
+    for s, d, n in zip(src_ids[starts].tolist(), dst_ids[starts].tolist(), lengths, strict=True):
+        dst_voids[d : d + n] = src_voids[s : s + n]

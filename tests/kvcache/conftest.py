@@ -1,5 +1,6 @@
 """A small spec, and KV content that names the block it belongs to, so that any mix-up is seen."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -83,3 +84,9 @@ def make_cache() -> Iterator[Callable[..., KVCache]]:
             return cache
 
         yield make
+
+
+@pytest.fixture
+def num_stateful_steps() -> int:
+    """Steps of a random test, about: few in ordinary runs, as many as DYNAMO_STATEFUL_STEPS says in long ones."""
+    return int(os.environ.get("DYNAMO_STATEFUL_STEPS", "2000"))

@@ -101,3 +101,56 @@ def test_blocks_go_to_the_gpu_and_back_behind_queued_work(layout: BlockLayout) -
     assert (floats == 3.0).all()
     tier.close()
     arena.close()
+
+
+@pytest.mark.parametrize(("first", "end"), [(0, 1), (1, 2), (2, 3), (0, 3), (1, 3)])
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3, 4], [5, 0, 3, 1, 4], [2, 3, 4, 0, 1]], ids=str)
+def test_layers_travel_alone_and_touch_no_other(
+    layout: BlockLayout, rows: Rows, slots: list[int], first: int, end: int
+) -> None:
+    tier = DeviceTier(layout, torch.float32, 6, "cpu")
+    row_ids = np.array([7, 8, 9, 30, 11])
+    before = rows.copy()
+    columns = slice(2 * first * layout.plane_bytes, 2 * end * layout.plane_bytes)
+    tier.write_layers(np.array(slots), rows, row_ids, range(first, end))
+    stored = np.zeros((5, layout.slot_bytes), dtype=np.uint8)
+    assert tier.read(np.array(slots), stored, np.arange(5)).all()
+    expected = np.zeros_like(stored)
+    expected[:, columns] = before[row_ids, columns]
+    assert (stored == expected).all()
+
+    rows[:] = 7
+    tier.read_layers(np.array(slots), rows, row_ids, range(first, end))
+    expected_rows = np.full_like(rows, 7)
+    expected_rows[row_ids, columns] = before[row_ids, columns]
+    assert (rows == expected_rows).all()
+    tier.close()
+
+
+def test_layers_that_do_not_exist_are_refused(layout: BlockLayout, rows: Rows) -> None:
+    tier = DeviceTier(layout, torch.float32, 6, "cpu")
+    ids = np.array([0])
+    for layers in (range(2, 4), range(-1, 1), range(0, 3, 2)):
+        with pytest.raises(TierConfigError, match="no consecutive layers"):
+            tier.write_layers(ids, rows, ids, layers)
+    tier.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_layers_go_to_the_gpu_and_back(layout: BlockLayout) -> None:
+    tier = DeviceTier(layout, torch.float32, 16, "cuda")
+    arena = HostTier(layout, 16)
+    rng = np.random.default_rng(0)
+    arena.rows[:] = rng.integers(0, 256, arena.rows.shape, dtype=np.uint8)
+    source = arena.rows.copy()
+    slots, row_ids = rng.permutation(16)[:9], rng.permutation(16)[:9]
+    for i in range(layout.num_layers):
+        tier.write_layers(slots, arena.rows, row_ids, range(i, i + 1), after=tier.fences())
+    arena.rows[:] = 0
+    for i in reversed(range(layout.num_layers)):
+        tier.read_layers(slots, arena.rows, row_ids, range(i, i + 1), after=tier.fences())
+    payload = slice(0, layout.block_bytes)
+    assert (arena.rows[row_ids, payload] == source[row_ids, payload]).all()
+    tier.close()
+    arena.close()

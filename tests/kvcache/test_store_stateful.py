@@ -1,0 +1,392 @@
+"""Random use of the mover and the store over a disk that is late, fails, tears and reorders: nothing lost, nothing wrong.
+
+A short run belongs to the ordinary tests. For a long one, say how many steps:
+
+    DYNAMO_STATEFUL_STEPS=100000 pytest tests/kvcache/test_store_stateful.py --timeout 3600
+"""
+
+import hashlib
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from dynamo.kvcache.events import EventLog
+from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.offload import SaveRequest
+from dynamo.kvcache.onboard import LoadRequest
+from dynamo.kvcache.stats import CacheCounters
+from dynamo.kvcache.store import BlockStore
+from dynamo.tiers.arena import map_rows
+from dynamo.tiers.device import DeviceTier
+from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.host import HostTier
+from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.mover import Priority
+
+LAYOUT = BlockLayout(num_layers=3, block_size=2, num_kv_heads=2, head_dim=8, itemsize=4)
+NUM_DEVICE_SLOTS, NUM_HOST_SLOTS, NUM_STAGING, NUM_DISK_SLOTS = 48, 10, 4, 24
+STEPS_PER_EXAMPLE = 100
+TIMEOUT_S = 30.0
+GARBAGE = 0xEE
+
+CHAINS = st.tuples(st.integers(0, 1), st.integers(0, 1), st.sampled_from([1, 3, 5, 8, 9]))
+PICKS = st.integers(0, 1000)
+FAULTS = st.sampled_from(["fail", "fail_once", "tear", "hold"])
+
+
+def chain_keys(chain: tuple[int, int, int]) -> list[BlockKey]:
+    """Chains of equal family share three blocks; those of equal variant, everything."""
+    family, variant, length = chain
+    keys: list[BlockKey] = []
+    for i in range(length):
+        name = bytes([family, variant if i >= 3 else 0, i])
+        keys.append(BlockKey(hashlib.blake2b((keys[-1] if keys else b"") + name, digest_size=16).digest()))
+    return keys
+
+
+def payload(key: BlockKey) -> np.ndarray:
+    """uint8 [block_bytes]: what the block of that name consists of."""
+    return np.frombuffer(hashlib.shake_128(key).digest(LAYOUT.block_bytes), dtype=np.uint8)
+
+
+class FaultyDisk(DiskTier):
+    """A disk tier whose next calls go wrong as `script` says. Held calls wait for `let_go`."""
+
+    script: "deque[tuple[str, str, int]]"  # (read or write, fault, seed)
+    held: "list[threading.Event]"
+    is_open: bool
+
+    def prepare(self) -> None:
+        self.script = deque()
+        self.held = []
+        self.is_open = False
+
+    def let_go(self, pick: int) -> None:
+        """Any of the calls that are held goes on: not the first one first."""
+        if self.held:
+            self.held.pop(pick % len(self.held)).set()
+
+    def read(self, slots, rows, row_ids):
+        fault, rng = self._next_fault("read", len(slots))
+        outcomes = super().read(slots, rows, row_ids)
+        if fault in ("fail", "fail_once") and len(slots):
+            bad = rng.integers(len(slots))
+            rows[row_ids[bad]] = GARBAGE
+            outcomes[bad] = False
+            if fault == "fail":
+                self.script.appendleft(("read", "fail_once", 0))
+        elif fault == "tear" and len(slots):
+            rows[row_ids[rng.integers(len(slots))], LAYOUT.block_bytes // 2 :] = GARBAGE
+        return outcomes
+
+    def write(self, slots, rows, row_ids):
+        fault, rng = self._next_fault("write", len(slots))
+        if fault == "tear" and len(slots):
+            torn = map_rows(LAYOUT, len(slots))
+            torn[:] = rows[row_ids]
+            torn[rng.integers(len(slots)), LAYOUT.block_bytes // 2 :] = GARBAGE
+            return super().write(slots, torn, np.arange(len(slots)))
+        outcomes = super().write(slots, rows, row_ids)
+        if fault in ("fail", "fail_once") and len(slots):
+            outcomes[rng.integers(len(slots))] = False
+        return outcomes
+
+    def _next_fault(self, call: str, num_slots: int) -> tuple[str, np.random.Generator]:
+        try:
+            kind, fault, seed = self.script[0]
+            if kind != call or not num_slots:
+                return "", np.random.default_rng(0)
+            self.script.popleft()
+        except IndexError:
+            return "", np.random.default_rng(0)
+        if fault == "hold" and not self.is_open:
+            gate = threading.Event()
+            self.held.append(gate)
+            deadline = time.monotonic() + TIMEOUT_S
+            while not gate.wait(0.02) and not self.is_open:
+                assert time.monotonic() < deadline, "a call was never let go"
+        return fault, np.random.default_rng(seed)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Chains are saved and loaded in a store of 10 host rows and 24 disk slots; this is the device pool's part."""
+
+    @initialize(host=st.sampled_from([True, True, False]))
+    def start(self, host):
+        self.folder = Path(tempfile.mkdtemp(prefix="kv-store-stateful-"))
+        self.device = DeviceTier(LAYOUT, torch.float32, NUM_DEVICE_SLOTS, "cpu")
+        num_host = NUM_HOST_SLOTS if host else 0
+        arena = HostTier(LAYOUT, num_host + NUM_STAGING)
+        self.disk = FaultyDisk.open(self.folder, LAYOUT, NUM_DISK_SLOTS * LAYOUT.slot_bytes, b"stateful", io_threads=1)
+        self.disk.prepare()
+        every_slot = np.arange(
+            NUM_DISK_SLOTS
+        )  # a file that has its size: a failed write is then not taken for a full disk
+        assert self.disk.write(every_slot, map_rows(LAYOUT, NUM_DISK_SLOTS), every_slot).all()
+        self.counters = CacheCounters()
+        self.store = BlockStore(self.device, arena, num_host, self.disk, EventLog(), self.counters)
+        self.scratch = map_rows(LAYOUT, NUM_DEVICE_SLOTS)
+        self.free = list(range(NUM_DEVICE_SLOTS))
+        self.released: deque[tuple[int, list[int]]] = deque()  # by listeners, on any thread
+        self.saves: dict[int, list[int]] = {}  # slots lent to offloads, by number
+        self.num_saves = 0
+        self.ends: Counter[int] = Counter()
+        self.loads: list = []
+        self.idle: list[int] = []  # slots that nothing may write to any more
+        self.savings: list = []  # by layers, not committed
+
+    def teardown(self):
+        if not hasattr(self, "store"):
+            return
+        self.open_all()
+        try:
+            for load in self.loads:
+                self.settle(load, None)
+            for saving, _, _ in self.savings:
+                self.store.abandon(saving)
+            assert self.store.flush(TIMEOUT_S), "something offered has neither arrived nor was dropped"
+            deadline = time.monotonic() + TIMEOUT_S
+            while self.saves:
+                self.take_back()
+                assert time.monotonic() < deadline, f"offloads never gave back {self.saves}"
+            self.check_idle()
+            assert set(self.ends.values()) <= {1}, "an end was told twice"
+            while any(usage.num_pinned_blocks for usage in self.store.usage()):
+                assert time.monotonic() < deadline, "pins were never given back"
+            self.store.check_invariants()
+        finally:
+            self.store.close(TIMEOUT_S)
+            self.device.close()
+            shutil.rmtree(self.folder)
+
+    # Device slots.
+
+    def take(self, count: int) -> np.ndarray | None:
+        self.take_back()
+        if len(self.free) < count:
+            self.check_idle()
+            self.free, self.idle = self.free + self.idle, []
+        if len(self.free) < count:
+            return None
+        taken, self.free = self.free[:count], self.free[count:]
+        return np.array(taken, dtype=np.int64)
+
+    def fill(self, slots: np.ndarray, payloads: list[np.ndarray] | None) -> None:
+        for i in range(len(slots)):
+            self.scratch[i, : LAYOUT.block_bytes] = GARBAGE if payloads is None else payloads[i]
+        self.device.write(slots, self.scratch, np.arange(len(slots)))
+
+    def content(self, slots: np.ndarray) -> np.ndarray:
+        rows = map_rows(LAYOUT, max(1, len(slots)))
+        self.device.read(slots, rows, np.arange(len(slots)))
+        return rows[: len(slots), : LAYOUT.block_bytes]
+
+    def retire(self, slots: np.ndarray) -> None:
+        self.fill(slots, None)
+        self.idle += slots.tolist()
+
+    def check_idle(self) -> None:
+        assert (self.content(np.array(self.idle, dtype=np.int64)) == GARBAGE).all(), "a slot was written after its end"
+
+    def take_back(self) -> None:
+        while self.released:
+            number, slots = self.released.popleft()
+            assert self.saves.pop(number, None) == slots, "an offload gave back its slots twice"
+            self.retire(np.array(slots, dtype=np.int64))
+
+    def save_request(self, chain, first: int) -> SaveRequest | None:
+        keys = chain_keys(chain)
+        first = first % len(keys)
+        slots = self.take(len(keys) - first)
+        if slots is None:
+            return None
+        self.fill(slots, [payload(key) for key in keys[first:]])
+        number = self.num_saves = self.num_saves + 1
+        self.saves[number] = slots.tolist()
+        return SaveRequest(keys, first, slots, [], lambda: self.released.append((number, slots.tolist())))
+
+    # What a cache does.
+
+    @rule(chain=CHAINS, first=st.sampled_from([0, 0, 0, 1, 4]))
+    def save(self, chain, first):
+        request = self.save_request(chain, first)
+        if request is not None:
+            self.store.save(request, 0.0)
+
+    @rule(
+        chain=CHAINS,
+        before=st.sampled_from(["nothing", "settle", "cool"]),
+        timeout_s=st.sampled_from([0.0, 0.002, 10.0]),
+        priority=st.sampled_from(Priority),
+    )
+    def load(self, chain, before, timeout_s, priority):
+        if before != "nothing":
+            self.settle_offloads()
+        if before == "cool":
+            self.store.clear("host")
+        self.begin_load(chain, timeout_s, priority)
+
+    def begin_load(self, chain, timeout_s, priority):
+        keys = chain_keys(chain)
+        count = self.store.count_loadable(keys)
+        slots = self.take(count)
+        if slots is None or not count:
+            return
+        self.fill(slots, None)
+        number = len(self.ends)
+        self.ends[number] = 0
+        load = self.store.load(LoadRequest(keys, 0, slots, [], priority), timeout_s)
+
+        def tell() -> None:
+            self.ends[number] += 1
+
+        load.when_ended(tell)
+        load.on_progress(lambda _: load.extend(time.monotonic() + 0.001))
+        self.loads.append(load)
+
+    def settle(self, load, timeout_s) -> None:
+        """Waits for a load, and looks at what it brought."""
+        arrived = load.wait(timeout_s)
+        request = load.request
+        found = self.content(request.device_slots)
+        for i in range(arrived):
+            assert (found[i] == payload(request.chain[i])).all(), f"block {i} of {arrived} that arrived is wrong"
+        self.retire(request.device_slots)
+
+    @rule(pick=PICKS, timeout_s=st.sampled_from([None, 0.0, 0.001]))
+    def wait(self, pick, timeout_s):
+        if self.loads:
+            if timeout_s is None:
+                self.open_all()
+            self.settle(self.loads.pop(pick % len(self.loads)), timeout_s)
+            self.disk.is_open = False
+
+    @rule(pick=PICKS)
+    def cancel(self, pick):
+        if self.loads:
+            load = self.loads.pop(pick % len(self.loads))
+            load.cancel()
+            self.retire(load.request.device_slots)
+
+    @rule(pick=PICKS, num_waits=st.integers(0, 3))
+    def go_on_by_layers(self, pick, num_waits):
+        if self.loads:
+            self.load_layers(self.loads.pop(pick % len(self.loads)), num_waits)
+
+    @rule(chain=CHAINS, num_waits=st.integers(0, 3))
+    def load_by_layers(self, chain, num_waits):
+        self.settle_offloads()
+        before = len(self.loads)
+        self.begin_load(chain, 10.0, Priority.LOAD)
+        if len(self.loads) > before:
+            self.load_layers(self.loads.pop(), num_waits)
+
+    def load_layers(self, load, num_waits):
+        request = load.request
+        layers = self.store.begin_layerwise(load)
+        slots = request.device_slots[: layers.num_blocks]
+        for layer in range(num_waits):
+            layers.wait(layer, TIMEOUT_S)
+            columns = slice(2 * layer * LAYOUT.plane_bytes, 2 * (layer + 1) * LAYOUT.plane_bytes)
+            found = self.content(slots)[:, columns]
+            for i in range(len(slots)):
+                assert (found[i] == payload(request.chain[i])[columns]).all(), f"layer {layer} of block {i} is wrong"
+        layers.cancel()
+        self.retire(request.device_slots)
+
+    @rule(chain=CHAINS, first=st.sampled_from([0, 0, 1]), order=st.sampled_from([(0, 1, 2), (0, 1), (1, 0, 2)]))
+    def save_by_layers(self, chain, first, order):
+        request = self.save_request(chain, first)
+        saving = request and self.store.begin_layers(request)
+        if saving:
+            for layer in order:
+                self.store.save_layer(saving, layer, [])
+            self.savings.append((saving, chain, request.first))
+
+    @rule(pick=PICKS, is_committed=st.booleans())
+    def end_layers(self, pick, is_committed):
+        if not self.savings:
+            return
+        saving, chain, first = self.savings.pop(pick % len(self.savings))
+        request = self.save_request(chain, first) if is_committed else None
+        if request is None:
+            self.store.abandon(saving)
+        else:
+            with_layers = SaveRequest(
+                request.chain, request.first, request.device_slots, [], request.release, layers=saving
+            )
+            self.store.save(with_layers, 0.0)
+
+    @rule(chain=CHAINS)
+    def touch(self, chain):
+        self.store.touch(chain_keys(chain))
+
+    @rule(tier=st.sampled_from(["host", "disk"]), die=st.integers(0, 4))
+    def clear(self, tier, die):
+        if not die:
+            self.store.clear(tier)
+
+    # What goes wrong.
+
+    @rule(call=st.sampled_from(["read", "write"]), fault=FAULTS, seed=PICKS)
+    def go_wrong(self, call, fault, seed):
+        self.disk.script.append((call, fault, seed))
+
+    @rule(pick=PICKS)
+    def let_go(self, pick):
+        self.disk.let_go(pick)
+
+    @rule(die=st.integers(0, 9))
+    def lose_the_file(self, die):
+        if die:
+            return
+        for path in self.folder.rglob("blocks.dat"):
+            path.unlink()
+
+    @rule()
+    def flush(self):
+        self.settle_offloads()
+
+    def settle_offloads(self) -> None:
+        self.open_all()
+        assert self.store.flush(TIMEOUT_S)
+        self.disk.is_open = False
+
+    def open_all(self) -> None:
+        self.disk.is_open = True
+        while self.disk.held:
+            self.disk.let_go(0)
+
+    @invariant()
+    def books_balance(self):
+        if hasattr(self, "store"):
+            self.take_back()
+            self.store.check_invariants()
+
+
+@pytest.mark.slow
+def test_random_moves_with_faults_lose_nothing_and_give_no_wrong_byte(num_stateful_steps, monkeypatch):
+    monkeypatch.setattr("dynamo.kvcache.store._PART_BYTES", 2 * LAYOUT.slot_bytes)  # so that a chain has several parts
+
+    class Machine(StoreMachine):
+        pass
+
+    case = Machine.TestCase
+    case.settings = settings(
+        max_examples=max(1, num_stateful_steps // STEPS_PER_EXAMPLE),
+        stateful_step_count=STEPS_PER_EXAMPLE,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+    case("runTest").runTest()

@@ -35,9 +35,8 @@ class Entries:
 
     def __init__(self, num_slots: int, order: EvictionOrder) -> None:
         self._order = order
-        self._stamp: npt.NDArray[np.int64] = np.zeros(
-            num_slots, dtype=np.int64
-        )  # number of the entry an idle slot is in; 0: not idle
+        # Number of the entry an idle slot is in; 0: not idle.
+        self._stamp: npt.NDArray[np.int64] = np.zeros(num_slots, dtype=np.int64)
         self._entries: dict[int, _Entry] = {}
         self._last_number = 0
         self._num_places = 0

@@ -100,7 +100,7 @@ class UseCounter:
 
     def finish(self, use: Use, keys: Sequence[Hashable], num_output_tokens: int) -> Use:
         """The same use with the length of its answer."""
-        return replace(use, num_output_tokens=num_output_tokens)
+        return replace(use, num_output_tokens=num_output_tokens) if num_output_tokens else use
 
 
 class OpenUse:

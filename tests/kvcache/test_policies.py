@@ -28,7 +28,7 @@ def test_policies_that_do_not_exist_or_do_not_go_together_are_refused(make_cache
 
 @pytest.mark.parametrize("eviction", ["hit_density", "lru", "s3_fifo"])
 def test_blocks_come_back_right_under_every_policy(make_cache, content, tmp_path, eviction):
-    cache = make_cache(device_blocks=12, host="48KiB", disk=f"{tmp_path}:80KiB", eviction=eviction)
+    cache = make_cache(device_blocks=24, host="48KiB", disk=f"{tmp_path}:80KiB", eviction=eviction)
     for turn in range(3):
         for start in range(0, 600, 100):
             content.run(cache, list(range(start, start + 17 + 8 * turn)))

@@ -254,9 +254,9 @@ def test_the_deadline_may_move_while_the_mover_watches_it(eventually: Eventually
     with moving(lane=1) as mover:
         gate = Gate()
         gate.hold(mover, "lane")
-        extended = submit(mover, "lane", [nothing], timeout_s=0.05)
+        extended = submit(mover, "lane", [nothing], timeout_s=1.0)
         extended.extend(extended.deadline + TIMEOUT_S)
-        later = submit(mover, "lane", [nothing], timeout_s=0.2)
+        later = submit(mover, "lane", [nothing], timeout_s=1.2)
         eventually(lambda: later.is_ended)
         assert not extended.is_ended
         gate.opened.set()

@@ -207,7 +207,7 @@ class KVCache:
             return done
         packed = array("I")
         packed.frombytes(pack_tokens(tokens)[: 4 * held])
-        sequence = self._open(packed, salt, lora, held // self.block_size, 0, Priority.PREFETCH)
+        sequence = self._open(packed, salt, lora, held // self.block_size, 0, priority=Priority.PREFETCH)
 
         def finish() -> None:
             with sequence:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from dynamo.kvcache.lineage import NO_PARENT
 from dynamo.kvcache.pool import BlockPool
-from dynamo.tiers.journal import NAME_BYTES, RecoveredBlocks
+from dynamo.tiers.records import NAME_BYTES
+from dynamo.tiers.recovered import RecoveredBlocks
 
 __all__ = ["RecoveredOrder", "order_recovered", "recover"]
 

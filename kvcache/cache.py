@@ -16,6 +16,7 @@ from dynamo.kvcache.device_pool import DevicePool
 from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError
 from dynamo.kvcache.events import Event, EventLog
 from dynamo.kvcache.hashing import ChainRoot, KeyChain, Tokens, block_keys, chain_root, pack_tokens
+from dynamo.kvcache.planner import LoadPlanner
 from dynamo.kvcache.sequence import Sequence
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, CacheStats
@@ -67,7 +68,7 @@ class KVCache:
             device_blocks: slots of the device pool.
             host: size of the host tier, such as "8GiB"; None or 0: no host tier.
             disk: "PATH:SIZE" of the disk tier; None: no disk tier. The folder holds one sub-folder for each spec.
-            load_timeout_s: a block that takes longer to load is computed instead.
+            load_timeout_s: a block that takes longer to load is computed instead; see also `observe_compute`.
             io_threads: threads that read and write the disk file.
 
         Raises:
@@ -84,6 +85,7 @@ class KVCache:
         self.load_timeout_s = load_timeout_s
         self._events = EventLog()
         self._counters = CacheCounters()
+        self._planner = LoadPlanner(block_size=spec.block_size, block_bytes=spec.layout.block_bytes)
         self._roots: OrderedDict[tuple[str, str], ChainRoot] = OrderedDict()
         self._roots_lock = threading.Lock()
         self._is_closed = False
@@ -97,6 +99,7 @@ class KVCache:
                     self._device,
                     self._events,
                     self._counters,
+                    self._planner,
                     host_bytes=host_bytes,
                     disk=place,
                     io_threads=io_threads,
@@ -141,7 +144,7 @@ class KVCache:
         if not packed:
             raise ValueError("a sequence needs at least one token")
         num_cacheable_blocks = (len(packed) - 1) // self.block_size
-        sequence = self._open(packed, salt, lora, num_cacheable_blocks, spare_blocks)
+        sequence = self._open(packed, salt, lora, num_cacheable_blocks, spare_blocks, self._planner)
         self._counters.count_request(num_cacheable_blocks, sequence.num_missed_blocks)
         return sequence
 
@@ -156,6 +159,20 @@ class KVCache:
         self._check_open()
         with _translated_errors():
             return self._device.layer(index)
+
+    def observe_compute(self, num_tokens: int, context_tokens: float, seconds: float) -> None:
+        """Tells the cache how long it took to compute tokens of prompts, so that it knows when loading is worth it.
+
+        Call it after each step of prefill, with what the device really took. After a few steps `open` loads only what
+        comes sooner than it could be computed, and a load that is too slow is given up before it costs more than a few
+        percent of computing the whole prompt. Without it, all that is cached is loaded, for up to `load_timeout_s`.
+
+        Args:
+            num_tokens: tokens that the step computed; of several prompts, all of them. Decoding does not count.
+            context_tokens: tokens before them in their prompt; of several prompts, the mean over tokens.
+            seconds: how long it took.
+        """
+        self._planner.observe_compute(num_tokens, context_tokens, seconds)
 
     def lookup(self, tokens: Tokens, *, salt: str = "", lora: str = "") -> Residency:
         """How many leading tokens each tier holds; changes nothing, not even the order of eviction."""
@@ -185,7 +202,7 @@ class KVCache:
             return done
         packed = array("I")
         packed.frombytes(pack_tokens(tokens)[: 4 * held])
-        sequence = self._open(packed, salt, lora, held // self.block_size, 0)
+        sequence = self._open(packed, salt, lora, held // self.block_size, 0, None)
 
         def finish() -> None:
             with sequence:
@@ -234,6 +251,7 @@ class KVCache:
             dropped_blocks=counted.dropped_blocks,
             num_pending_offload_blocks=store.num_pending_blocks if store else 0,
             num_pending_disk_blocks=store.num_writing_blocks if store else 0,
+            planner=self._planner.stats(),
         )
 
     def check_invariants(self) -> None:
@@ -253,7 +271,13 @@ class KVCache:
         self._device.close()
 
     def _open(
-        self, packed: "array[int]", salt: str, lora: str, num_cacheable_blocks: int, spare_blocks: int
+        self,
+        packed: "array[int]",
+        salt: str,
+        lora: str,
+        num_cacheable_blocks: int,
+        spare_blocks: int,
+        planner: LoadPlanner | None,
     ) -> Sequence:
         self._check_open()
         chain = KeyChain(self._root(salt, lora), self.block_size)
@@ -262,6 +286,7 @@ class KVCache:
             self._pool,
             self._store,
             self._counters,
+            planner,
             packed,
             chain,
             block_size=self.block_size,

@@ -6,13 +6,16 @@ forgotten, counted and computed again.
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, count
 
 import numpy as np
 
 from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.planner import LoadPlanner, growing_parts
 from dynamo.kvcache.shelf import Hold, Shelf, digest_seeds
 from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
@@ -24,6 +27,7 @@ __all__ = ["LoadRequest", "Onboarder"]
 logger = logging.getLogger(__name__)
 
 _NUM_THREADS = {"host": 2, "disk": 4}
+_FIRST_PART_BYTES = 128 << 10  # smaller parts cost more than they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +75,14 @@ class _Part:
 class Onboarder:
     """Owns the threads that load blocks. Thread-safe."""
 
-    def __init__(self, shelf: Shelf, device: DeviceTier, *, part_blocks: int) -> None:
-        """Starts the threads; `part_blocks` blocks are loaded at a time."""
+    def __init__(self, shelf: Shelf, device: DeviceTier, planner: LoadPlanner, *, part_blocks: int) -> None:
+        """Starts the threads; up to `part_blocks` blocks are loaded at a time, and `planner` is told how fast."""
         self._shelf = shelf
         self._device = device
         self._part_blocks = part_blocks
+        self._planner = planner
+        self._first_part_blocks = max(1, _FIRST_PART_BYTES // device.layout.slot_bytes)
+        self._load_numbers = count()
         self._block_bytes = device.layout.block_bytes
         self._corruption_logged = False
         self._mover = Mover(_NUM_THREADS)
@@ -97,14 +104,19 @@ class Onboarder:
                 else:  # evicted since the caller looked; what follows is of no use without it
                     shelf.counters.count_fault("missing", len(keys) - position)
                     break
+        number = next(self._load_numbers)
         parts: dict[str, list[Part]] = {"host": [], "disk": []}
         for lane, places, load in (
             ("host", in_host, self._load_from_host),
             ("disk", on_disk, self._load_from_disk),
         ):
-            for start in range(0, len(places), self._part_blocks):
-                positions, slots = np.array(places[start : start + self._part_blocks], dtype=np.int64).T.copy()
-                parts[lane].append(partial(load, _Part(request, transfer, hold, positions, slots)))
+            if places:
+                self._planner.expect(lane, number, len(places))
+            sizes = growing_parts(len(places), self._first_part_blocks, self._part_blocks)
+            for end, size in zip(accumulate(sizes), sizes, strict=True):
+                positions, slots = np.array(places[end - size : end], dtype=np.int64).T.copy()
+                part = _Part(request, transfer, hold, positions, slots)
+                parts[lane].append(partial(self._run_measured, lane, number, load, part))
         self._mover.submit(transfer, parts, on_done=lambda: shelf.let_go(hold))
         return transfer
 
@@ -117,10 +129,22 @@ class Onboarder:
         """Waits for the parts that are queued or running, at most `timeout_s`, and ends the threads."""
         self._mover.close(timeout_s)
 
-    def _load_from_host(self, part: _Part) -> None:
-        self._deliver("host", part, part.slots, np.ones(len(part.slots), dtype=np.bool_))
+    def _run_measured(self, lane: str, number: int, load: Callable[[_Part], int], part: _Part) -> None:
+        self._planner.begin_part(lane)
+        num_moved = 0
+        try:
+            if not part.transfer.is_ended:
+                num_moved = load(part)
+        finally:
+            self._planner.end_part(lane, number, len(part.slots), num_moved)
 
-    def _load_from_disk(self, whole: _Part) -> None:
+    def _load_from_host(self, part: _Part) -> int:
+        """Returns how many blocks were moved."""
+        self._deliver("host", part, part.slots, np.ones(len(part.slots), dtype=np.bool_))
+        return len(part.slots)
+
+    def _load_from_disk(self, whole: _Part) -> int:
+        """Returns how many blocks were read, whether or not they came in time."""
         shelf, transfer = self._shelf, whole.transfer
         disk = shelf.disk_tier
         assert disk is not None, "blocks lie on disk only with a disk tier"
@@ -141,6 +165,7 @@ class Onboarder:
             finally:
                 shelf.release_rows(rows)
             start += len(part.slots)
+        return start
 
     def _read_checked(self, disk: DiskTier, keys: list[BlockKey], slots: SlotIds, rows: SlotIds) -> Outcomes:
         """Reads blocks into rows; returns bool [n], True where the bytes are those once written. Forgets the others."""

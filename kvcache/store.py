@@ -16,6 +16,7 @@ from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.offload import Offloader, SaveRequest
 from dynamo.kvcache.onboard import LoadRequest, Onboarder
+from dynamo.kvcache.planner import LoadPlanner, TierRun
 from dynamo.kvcache.pool import BlockPool
 from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.spec import KVSpec
@@ -51,6 +52,7 @@ class BlockStore:
         disk: DiskTier | None,
         events: EventLog,
         counters: CacheCounters,
+        planner: LoadPlanner,
         *,
         disk_fault: str | None = None,
     ) -> None:
@@ -58,6 +60,7 @@ class BlockStore:
 
         Args:
             arena: rows `[0, num_host_slots)` are the host tier; the others, at least one, are staging rows.
+            planner: is told how fast loads are.
             disk_fault: why there is no disk tier although one was asked for.
         """
         part_blocks = _part_blocks(device.layout.slot_bytes)
@@ -70,7 +73,7 @@ class BlockStore:
         self._offloader = Offloader(
             self._shelf, device, part_blocks=part_blocks, max_pending_blocks=max(1, device.num_slots // 4)
         )
-        self._onboarder = Onboarder(self._shelf, device, part_blocks=part_blocks)
+        self._onboarder = Onboarder(self._shelf, device, planner, part_blocks=part_blocks)
         self._is_closed = False
 
     @classmethod
@@ -80,6 +83,7 @@ class BlockStore:
         device: DeviceTier,
         events: EventLog,
         counters: CacheCounters,
+        planner: LoadPlanner,
         *,
         host_bytes: int,
         disk: DiskPlace | None,
@@ -88,6 +92,7 @@ class BlockStore:
         """Makes the tiers. A disk folder that cannot be used is logged and counted, and the store goes on without it.
 
         Args:
+            planner: is told how fast loads are.
             host_bytes: size of the host tier; 0 for none.
             disk: folder and size of the disk tier; None for none.
 
@@ -114,7 +119,7 @@ class BlockStore:
             num_staging = _part_blocks(slot_bytes) * (1 if num_host_slots else _STAGING_PARTS)
             arena = HostTier(spec.layout, num_host_slots + num_staging)
             undo.callback(arena.close)
-            store = cls(device, arena, num_host_slots, disk_tier, events, counters, disk_fault=disk_fault)
+            store = cls(device, arena, num_host_slots, disk_tier, events, counters, planner, disk_fault=disk_fault)
             undo.pop_all()
         return store
 
@@ -131,6 +136,10 @@ class BlockStore:
     def count_loadable(self, keys: Sequence[BlockKey]) -> int:
         """How many of `keys`, from the first on, lie in host or disk."""
         return self._shelf.count_loadable(keys)
+
+    def find_runs(self, keys: Sequence[BlockKey]) -> list[TierRun]:
+        """Where `keys` lie, from the first on and as far as host or disk hold them."""
+        return self._shelf.find_runs(keys)
 
     def count_prefix(self, keys: Sequence[BlockKey]) -> tuple[int, int]:
         """How many of `keys`, from the first on, lie in host and in disk."""

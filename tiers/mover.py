@@ -7,6 +7,7 @@ long one.
 
 import heapq
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -39,10 +40,12 @@ class Transfer:
         self.deadline = time.monotonic() + timeout_s
         self._lock = threading.Lock()
         self._arrived: Outcomes = np.zeros(num_blocks, dtype=np.bool_)
+        self._num_leading = 0
         self._closed = False
         self._expired = False
         self._ended = threading.Event()
         self._callbacks: list[Callable[[], None]] = []
+        self._progress_callback: Callable[[int], None] | None = None
 
     @property
     def is_ended(self) -> bool:
@@ -70,7 +73,27 @@ class Transfer:
             if self._closed:
                 return False
             self._arrived[positions] = write()
-            return True
+            before, self._num_leading = self._num_leading, self._count_leading()
+            now, callback = self._num_leading, self._progress_callback
+        if callback is not None and now > before:
+            callback(now)
+        return True
+
+    def extend(self, deadline: float) -> None:
+        """Moves the deadline to a later moment of `time.monotonic()`; an earlier one changes nothing."""
+        with self._lock:
+            self.deadline = max(self.deadline, deadline)
+
+    def on_progress(self, callback: Callable[[int], None]) -> None:
+        """Calls `callback(num_leading_arrived)`, on some thread, when that number has grown; at once if it is above 0.
+
+        Calls of several threads may overtake one another. There is one such callback.
+        """
+        with self._lock:
+            self._progress_callback = callback
+            now = self._num_leading
+        if now:
+            callback(now)
 
     def finish(self) -> None:
         """Says that no part is left. Called by the mover."""
@@ -86,9 +109,12 @@ class Transfer:
         Returns:
             How many blocks arrived, counted from the first one to the first that did not.
         """
-        self._ended.wait(self.remaining_s if timeout_s is None else min(timeout_s, self.remaining_s))
+        give_up_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while (left_s := min(self.deadline, give_up_at) - time.monotonic()) > 0:  # the deadline may move while waiting
+            if self._ended.wait(left_s):
+                break
         self.expire()
-        return self.num_blocks if self._arrived.all() else int(np.argmin(self._arrived))
+        return self._num_leading
 
     def when_ended(self, callback: Callable[[], None]) -> None:
         """Calls `callback` once, on some thread, when the transfer ends; at once if it has."""
@@ -97,6 +123,10 @@ class Transfer:
                 self._callbacks.append(callback)
                 return
         callback()
+
+    def _count_leading(self) -> int:
+        rest = self._arrived[self._num_leading :]
+        return self.num_blocks if rest.all() else self._num_leading + int(np.argmin(rest))
 
     def _end(self, *, expired: bool) -> None:
         with self._lock:
@@ -208,7 +238,10 @@ class Mover:
                 if next_s is None or next_s > 0:
                     self._changed.wait(next_s)
                     continue
-                _, _, transfer = heapq.heappop(self._deadlines)
+                _, number, transfer = heapq.heappop(self._deadlines)
+                if not transfer.is_due:  # it was extended
+                    heapq.heappush(self._deadlines, (transfer.deadline, number, transfer))
+                    continue
             transfer.expire()
 
 

@@ -1,0 +1,147 @@
+"""How fast a tier gives blocks back, measured on the parts of loads as they end."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Lane", "LaneSpeed"]
+
+_NUM_SAMPLES = 16
+_SAMPLE_PARTS = 4  # parts that run beside one another end together: one alone says nothing about the lane
+_FIRST_PROBE_S = 5.0
+_LAST_PROBE_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class LaneSpeed:
+    """What loading costs, as of one moment.
+
+    Attributes:
+        latency_s: from a lane at rest to its first bytes.
+        block_s: of each block, with all the lane's threads at work.
+        num_waiting: blocks of each load that is under way.
+    """
+
+    latency_s: float
+    block_s: float
+    num_waiting: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """`num_blocks` came in `seconds`; it counts as much as `weight` blocks."""
+
+    num_blocks: int
+    seconds: float
+    weight: int
+
+
+class Lane:
+    """Speed and queue of one tier's loads. Not thread-safe: `LoadPlanner` guards it.
+
+    The speed is the median over recent samples, weighted by their blocks: a single hiccup does not move it, two loads that
+    were too slow do. A lane that is found too slow is tried again after a pause, which doubles each time it fails.
+    """
+
+    def __init__(self) -> None:
+        self._samples: deque[_Sample] = deque(maxlen=_NUM_SAMPLES)
+        self._latencies: deque[float] = deque(maxlen=_NUM_SAMPLES)
+        self._loads: dict[int, int] = {}  # blocks that are still to come, by the load's number
+        self._num_running = 0
+        self._mark_s = 0.0  # when the part before ended, or the lane began to work
+        self._is_first = True
+        self._open_parts = self._open_blocks = 0  # of the sample that is being collected
+        self._open_s = 0.0
+        self._observed_s = 0.0
+        self._pause_s = _FIRST_PROBE_S
+        self._probed_s: float | None = None
+
+    @property
+    def observed_s(self) -> float:
+        """When its speed was last measured."""
+        return self._observed_s
+
+    @property
+    def num_waiting_blocks(self) -> int:
+        """Blocks of all loads that are still to come."""
+        return sum(self._loads.values())
+
+    @property
+    def bandwidth_blocks_per_s(self) -> float | None:
+        """Blocks per second; None before it was measured."""
+        return 1.0 / max(1e-9, self._block_s()) if self._samples else None
+
+    def speed(self, now: float) -> LaneSpeed | None:
+        """What is known; None where loading must show how fast it is: never measured, or too slow a while ago."""
+        if not self._samples or now - self._observed_s >= self._pause_s:
+            return None
+        latency_s = float(np.median(self._latencies)) if self._latencies else 0.0
+        return LaneSpeed(latency_s, self._block_s(), tuple(self._loads.values()))
+
+    def expect(self, load: int, num_blocks: int) -> None:
+        """Takes note of blocks of a load that are going to come."""
+        self._loads[load] = self._loads.get(load, 0) + num_blocks
+
+    def begin_part(self, now: float) -> None:
+        """A part of a load starts."""
+        if not self._num_running:
+            self._mark_s, self._is_first = now, True
+        self._num_running += 1
+
+    def end_part(self, now: float, load: int, num_blocks: int, num_moved: int) -> None:
+        """A part of `num_blocks` blocks ended, and `num_moved` of them were moved."""
+        self._num_running -= 1
+        left = self._loads.get(load, 0) - num_blocks
+        if left > 0:
+            self._loads[load] = left
+        else:
+            self._loads.pop(load, None)
+        if not num_moved:
+            return
+        seconds = now - self._mark_s
+        self._mark_s = now
+        if self._is_first and self._samples:
+            self._latencies.append(max(0.0, seconds - num_moved * self._block_s()))
+        self._is_first = False
+        self._open_parts += 1
+        self._open_blocks += num_moved
+        self._open_s += seconds
+        if self._open_parts == _SAMPLE_PARTS or not self._num_running:
+            self._add(_Sample(self._open_blocks, self._open_s, self._open_blocks), now)
+            self._open_parts, self._open_blocks, self._open_s = 0, 0, 0.0
+
+    def give_up(self, now: float, num_wanted: int, num_arrived: int, seconds: float) -> None:
+        """A load was ended because it was too slow: of `num_wanted` blocks, `num_arrived` came within `seconds`."""
+        self._add(_Sample(max(1, num_arrived), seconds, num_wanted), now)
+        if self._probed_s is not None:
+            self._probed_s = None
+            self._pause_s = min(2 * self._pause_s, _LAST_PROBE_S)
+
+    def probe(self, now: float) -> None:
+        """A load is started although the lane was too slow."""
+        if self._samples and self._probed_s is None:
+            self._probed_s = now
+            self._observed_s = now  # one probe at a time
+
+    def load_ended(self) -> None:
+        """A load came in time: if it was a probe, what was measured before it no longer holds."""
+        if self._probed_s is not None:
+            self._probed_s = None
+            self._pause_s = _FIRST_PROBE_S
+            last = self._samples[-1]
+            self._samples.clear()
+            self._samples.append(last)
+
+    def _add(self, sample: _Sample, now: float) -> None:
+        self._samples.append(sample)
+        self._observed_s = now
+
+    def _block_s(self) -> float:
+        rates = sorted((sample.seconds / sample.num_blocks, sample.weight) for sample in self._samples)
+        half = sum(weight for _, weight in rates) / 2
+        for seconds, weight in rates:
+            half -= weight
+            if half <= 0:
+                return seconds
+        return 0.0

@@ -1,6 +1,7 @@
 """How fast a tier gives blocks back, measured on the parts of loads as they end."""
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,11 +31,17 @@ class LaneSpeed:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """`num_blocks` came in `seconds`; it counts as much as `weight` blocks."""
+    """`num_blocks` came in `seconds` until `at_s`; it counts as much as `weight` blocks.
+
+    Attributes:
+        is_whole: all came that were asked for; otherwise it is only known that it took at least so long.
+    """
 
     num_blocks: int
     seconds: float
     weight: int
+    at_s: float
+    is_whole: bool
 
 
 class Lane:
@@ -58,26 +65,20 @@ class Lane:
         self._probed_s: float | None = None
 
     @property
-    def observed_s(self) -> float:
-        """When its speed was last measured."""
-        return self._observed_s
-
-    @property
-    def num_waiting_blocks(self) -> int:
-        """Blocks of all loads that are still to come."""
-        return sum(self._loads.values())
-
-    @property
     def bandwidth_blocks_per_s(self) -> float | None:
         """Blocks per second; None before it was measured."""
-        return 1.0 / max(1e-9, self._block_s()) if self._samples else None
+        return 1.0 / max(1e-9, _block_s(self._samples)) if self._samples else None
 
     def speed(self, now: float) -> LaneSpeed | None:
         """What is known; None where loading must show how fast it is: never measured, or too slow a while ago."""
         if not self._samples or now - self._observed_s >= self._pause_s:
             return None
-        latency_s = float(np.median(self._latencies)) if self._latencies else 0.0
-        return LaneSpeed(latency_s, self._block_s(), tuple(self._loads.values()))
+        return LaneSpeed(self._latency_s, _block_s(self._samples), tuple(self._loads.values()))
+
+    def speed_since(self, moment_s: float) -> LaneSpeed | None:
+        """What has been measured since a moment, for one load alone; None if nothing."""
+        samples = [sample for sample in self._samples if sample.is_whole and sample.at_s > moment_s]
+        return LaneSpeed(self._latency_s, _block_s(samples), ()) if samples else None
 
     def expect(self, load: int, num_blocks: int) -> None:
         """Takes note of blocks of a load that are going to come."""
@@ -102,18 +103,18 @@ class Lane:
         seconds = now - self._mark_s
         self._mark_s = now
         if self._is_first and self._samples:
-            self._latencies.append(max(0.0, seconds - num_moved * self._block_s()))
+            self._latencies.append(max(0.0, seconds - num_moved * _block_s(self._samples)))
         self._is_first = False
         self._open_parts += 1
         self._open_blocks += num_moved
         self._open_s += seconds
         if self._open_parts == _SAMPLE_PARTS or not self._num_running:
-            self._add(_Sample(self._open_blocks, self._open_s, self._open_blocks), now)
+            self._add(_Sample(self._open_blocks, self._open_s, self._open_blocks, now, is_whole=True))
             self._open_parts, self._open_blocks, self._open_s = 0, 0, 0.0
 
     def give_up(self, now: float, num_wanted: int, num_arrived: int, seconds: float) -> None:
         """A load was ended because it was too slow: of `num_wanted` blocks, `num_arrived` came within `seconds`."""
-        self._add(_Sample(max(1, num_arrived), seconds, num_wanted), now)
+        self._add(_Sample(max(1, num_arrived), seconds, num_wanted, now, is_whole=False))
         if self._probed_s is not None:
             self._probed_s = None
             self._pause_s = min(2 * self._pause_s, _LAST_PROBE_S)
@@ -133,15 +134,21 @@ class Lane:
             self._samples.clear()
             self._samples.append(last)
 
-    def _add(self, sample: _Sample, now: float) -> None:
-        self._samples.append(sample)
-        self._observed_s = now
+    @property
+    def _latency_s(self) -> float:
+        return float(np.median(self._latencies)) if self._latencies else 0.0
 
-    def _block_s(self) -> float:
-        rates = sorted((sample.seconds / sample.num_blocks, sample.weight) for sample in self._samples)
-        half = sum(weight for _, weight in rates) / 2
-        for seconds, weight in rates:
-            half -= weight
-            if half <= 0:
-                return seconds
-        return 0.0
+    def _add(self, sample: _Sample) -> None:
+        self._samples.append(sample)
+        self._observed_s = sample.at_s
+
+
+def _block_s(samples: Iterable[_Sample]) -> float:
+    """Median seconds of a block; 0 without samples."""
+    rates = sorted((sample.seconds / sample.num_blocks, sample.weight) for sample in samples)
+    half = sum(weight for _, weight in rates) / 2
+    for seconds, weight in rates:
+        half -= weight
+        if half <= 0:
+            return seconds
+    return 0.0

@@ -27,7 +27,7 @@ __all__ = ["LoadRequest", "Onboarder"]
 logger = logging.getLogger(__name__)
 
 _NUM_THREADS = {"host": 2, "disk": 4}
-_FIRST_PART_BYTES = 128 << 10  # smaller parts cost more than they take
+_FIRST_PART_BYTES = 64 << 10  # smaller parts cost more than they take
 
 
 @dataclass(frozen=True, slots=True)

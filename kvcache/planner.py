@@ -145,7 +145,8 @@ class LoadPlanner:
         self._decisions: Counter[LoadKind] = Counter()
         self._regret_s: Counter[str] = Counter()
         self._declined_blocks = 0
-        self._declined: deque[tuple[float, LoadQuestion]] = deque(maxlen=_MAX_UNSETTLED)
+        # When it was decided, about what, and how many of its blocks were loaded.
+        self._unsettled: deque[tuple[float, LoadQuestion, int]] = deque(maxlen=_MAX_UNSETTLED)
 
     def observe_compute(self, num_tokens: int, context_tokens: float, seconds: float) -> None:
         """See `KVCache.observe_compute`."""
@@ -209,18 +210,17 @@ class LoadPlanner:
             if cost is None:
                 return
             start, end = question.first * self._block_size, question.num_tokens
-            best_s = cost.seconds_between(start, end)
-            speeds = self._speeds(question, now)
-            if num_arrived < num_blocks and speeds is not None:
-                total_s, _ = self._expected(question, cost, speeds)
-                best_s = min(best_s, float(total_s[-1]))
-            actual_s = waited_s + cost.seconds_between(start + num_arrived * self._block_size, end)
-            self._regret_s[question.tier_at(num_arrived)] += max(0.0, actual_s - best_s)
+            saved_s = cost.seconds_between(start, end) - cost.seconds_between(
+                start + num_arrived * self._block_size, end
+            )
+            self._regret_s[question.tier_at(num_arrived)] += max(0.0, waited_s - saved_s)
+            if num_arrived < num_blocks:  # what the rest would have taken is seen when it, or something else, has come
+                self._unsettled.append((decision.decided_s, question, num_arrived))
 
     def stats(self) -> PlannerStats:
         """Counters, and the speeds that are known."""
         with self._lock:
-            self._settle_declined()
+            self._look_back()
             cost = self._prefill.cost()
             rates = {tier: lane.bandwidth_blocks_per_s for tier, lane in self._lanes.items()}
             return PlannerStats(
@@ -248,8 +248,8 @@ class LoadPlanner:
         if not count:
             self._decisions["computed"] += 1
             self._declined_blocks += num_blocks
-            self._settle_declined()
-            self._declined.append((now, question))
+            self._look_back()
+            self._unsettled.append((now, question, 0))
         reason = (
             f"with {count} of {num_blocks} blocks loaded the first token takes {1e3 * total_s[count]:.1f} ms, with all "
             f"computed {1e3 * compute_s:.1f} ms"
@@ -284,20 +284,22 @@ class LoadPlanner:
         starts = (question.first + counts) * self._block_size
         return load_s + cost.seconds(starts, question.num_tokens), load_s
 
-    def _settle_declined(self) -> None:
-        """Looks back at what was computed, once the tiers' speeds have been measured again."""
+    def _look_back(self) -> None:
+        """Books what it cost to compute blocks, once their tiers' speeds have been measured since."""
         cost = self._prefill.cost()
         if cost is None:
             return
-        declined = list(self._declined)
-        self._declined.clear()
-        for decided_s, question in declined:
-            lanes = [self._lane(run.tier) for run in question.runs]
-            if any(lane.observed_s <= decided_s for lane in lanes):
-                self._declined.append((decided_s, question))
-            elif speeds := self._speeds(question, max(lane.observed_s for lane in lanes)):
-                total_s, _ = self._expected(question, cost, speeds)
-                self._regret_s[question.tier_at(0)] += max(0.0, float(total_s[0] - total_s.min()))
+        unsettled = list(self._unsettled)
+        self._unsettled.clear()
+        for decided_s, question, num_loaded in unsettled:
+            speeds = {run.tier: self._lane(run.tier).speed_since(decided_s) for run in question.runs}
+            known = {tier: speed for tier, speed in speeds.items() if speed is not None}
+            if len(known) < len(speeds):
+                self._unsettled.append((decided_s, question, num_loaded))
+                continue
+            total_s, _ = self._expected(question, cost, known)
+            lost_s = float(total_s[num_loaded] - total_s[num_loaded:].min())
+            self._regret_s[question.tier_at(num_loaded)] += lost_s
 
     def _lane(self, tier: str) -> Lane:
         lane = self._lanes.get(tier)

@@ -19,6 +19,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -73,6 +74,11 @@ class LoadQuestion:
     @property
     def num_blocks(self) -> int:
         return sum(run.num_blocks for run in self.runs)
+
+    def tiers(self, num_blocks: int) -> set[str]:
+        """Where the first `num_blocks` loadable blocks lie."""
+        starts = accumulate((run.num_blocks for run in self.runs), initial=0)
+        return {run.tier for start, run in zip(starts, self.runs, strict=False) if start < num_blocks}
 
     def tier_at(self, position: int) -> str:
         """Tier of the loadable block at `position`, or of the last one."""
@@ -204,7 +210,7 @@ class LoadPlanner:
             if gave_up:
                 self._lane(question.tier_at(num_arrived)).give_up(now, num_loaded, num_arrived, waited_s)
             else:
-                for tier in {run.tier for run in question.runs}:
+                for tier in question.tiers(num_loaded):
                     self._lane(tier).load_ended()
             cost = self._prefill.cost()
             if cost is None:
@@ -237,14 +243,17 @@ class LoadPlanner:
         left_s = cost.seconds(starts, question.num_tokens)
         compute_s = float(left_s[0])
         patience_s = max(_MIN_PATIENCE_S, _PATIENCE * cost.sure * compute_s)
-        speeds = self._speeds(question, now)
-        if speeds is None:
-            for tier in {run.tier for run in question.runs}:
-                self._lane(tier).probe(now)
-            reason = "a tier is to show how fast it is"
-            return LoadDecision(question, now, num_blocks, None, compute_s - float(left_s[-1]), patience_s, reason)
-        total_s, load_s = self._expected(question, cost, speeds)
+        speeds = {run.tier: self._lane(run.tier).speed(now) for run in question.runs}
+        known = {tier: speed for tier, speed in speeds.items() if speed is not None}
+        total_s, load_s = self._expected(question, cost, known)
         count = num_blocks - int(np.argmin(total_s[::-1]))  # of equals the most: the device has others to compute for
+        saved_s = compute_s - float(left_s[count])
+        untried = {tier for tier in question.tiers(count) if speeds[tier] is None}
+        if untried:
+            for tier in untried:
+                self._lane(tier).probe(now)
+            reason = f"{' and '.join(sorted(untried))} is to show how fast it is"
+            return LoadDecision(question, now, count, None, saved_s, patience_s, reason)
         if not count:
             self._decisions["computed"] += 1
             self._declined_blocks += num_blocks
@@ -254,23 +263,15 @@ class LoadPlanner:
             f"with {count} of {num_blocks} blocks loaded the first token takes {1e3 * total_s[count]:.1f} ms, with all "
             f"computed {1e3 * compute_s:.1f} ms"
         )
-        saved_s = compute_s - float(left_s[count])
         return LoadDecision(question, now, count, float(load_s[count]), saved_s, patience_s, reason)
-
-    def _speeds(self, question: LoadQuestion, now: float) -> dict[str, LaneSpeed] | None:
-        """Of all the lanes it is about; None if one is not known."""
-        speeds = {}
-        for tier in {run.tier for run in question.runs}:
-            speed = self._lane(tier).speed(now)
-            if speed is None:
-                return None
-            speeds[tier] = speed
-        return speeds
 
     def _expected(
         self, question: LoadQuestion, cost: PrefillCost, speeds: Mapping[str, LaneSpeed]
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """float64 [num_blocks + 1] each: time to first token when k blocks are loaded, and until these have come."""
+        """float64 [num_blocks + 1] each: time to first token when k blocks are loaded, and until these have come.
+
+        Tiers whose speed is not known count as fast.
+        """
         lengths = [run.num_blocks for run in question.runs]
         counts = np.arange(question.num_blocks + 1)
         load_s = np.zeros(question.num_blocks + 1)

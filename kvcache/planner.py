@@ -16,7 +16,7 @@ patience more. Whatever happens, time waited ≤ time saved + patience.
 
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -125,7 +125,7 @@ class PlannerStats:
         prefill_tokens_per_s: measured speed of computing a step of a new prompt; None before it is known.
     """
 
-    decisions: Mapping[str, int]
+    decisions: Mapping[LoadKind, int]
     regret_s: Mapping[str, float]
     declined_blocks: int
     lane_bytes_per_s: Mapping[str, float]
@@ -149,7 +149,7 @@ class LoadPlanner:
         self._prefill = PrefillModel()
         self._lanes: dict[str, Lane] = {}
         self._decisions: Counter[LoadKind] = Counter()
-        self._regret_s: Counter[str] = Counter()
+        self._regret_s: defaultdict[str, float] = defaultdict(float)
         self._declined_blocks = 0
         # When it was decided, about what, and how many of its blocks were loaded.
         self._unsettled: deque[tuple[float, LoadQuestion, int]] = deque(maxlen=_MAX_UNSETTLED)
@@ -234,7 +234,7 @@ class LoadPlanner:
                 regret_s=dict(self._regret_s),
                 declined_blocks=self._declined_blocks,
                 lane_bytes_per_s={tier: rate * self._block_bytes for tier, rate in rates.items() if rate is not None},
-                prefill_tokens_per_s=cost and cost.step_tokens / max(1e-9, cost.seconds_between(0, cost.step_tokens)),
+                prefill_tokens_per_s=cost.tokens_per_s if cost is not None else None,
             )
 
     def _plan(self, question: LoadQuestion, cost: PrefillCost, now: float) -> LoadDecision:

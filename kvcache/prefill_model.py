@@ -50,6 +50,11 @@ class PrefillCost:
     step_tokens: int
     sure: float
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the first step of a long prompt."""
+        return self.step_tokens / max(1e-9, self.seconds_between(0, self.step_tokens))
+
     def seconds(self, starts: npt.NDArray[np.int64], end: int) -> _Floats:
         """float64 [n]: time to compute tokens [starts[i], end) of one prompt."""
         tokens = np.maximum(0, end - starts).astype(np.float64)

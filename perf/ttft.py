@@ -11,7 +11,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from dynamo.perf.harness import BenchmarkError, median
-from dynamo.perf.machine import machine_record
+from dynamo.perf.machine import MachineRecord, machine_record
 from dynamo.perf.report import Report, Result
 from dynamo.perf.server_process import ServerProcess
 from dynamo.perf.throttle import ThrottledTimes, measure_throttled, throttled_reads
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     )
 
 
-def _run_throttled(options: argparse.Namespace, machine: Mapping[str, object], console: Console) -> Report:
+def _run_throttled(options: argparse.Namespace, machine: MachineRecord, console: Console) -> Report:
     results: list[Result] = []
     engines = {
         "model": {"engine.threads": "1"} | ({"model.path": options.model} if options.model else {}),
@@ -124,7 +124,7 @@ def _run_throttled(options: argparse.Namespace, machine: Mapping[str, object], c
             "prompt_tokens": options.prompt_tokens,
             "rounds": options.rounds,
             "model": options.model or "demo",
-            "throttle": options.throttle,
+            "throttle": " ".join(f"{rate:g}" for rate in options.throttle),
         },
         results=results,
         notes=(

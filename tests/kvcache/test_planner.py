@@ -106,7 +106,7 @@ def test_a_faster_disk_never_loads_less(num_blocks, speeds):
 
 
 def test_a_slow_disk_behind_a_fast_host_splits_the_prefix():
-    planner, _ = make_planner(host=1e-5, disk=0.1)
+    planner, _ = make_planner(disk=0.1, host=1e-5)
     decision = planner.plan(LoadQuestion((TierRun("host", 64), TierRun("disk", 64)), 0, 4096))
     assert decision.num_blocks_to_load == 64
     assert "64 of 128 blocks" in decision.reason

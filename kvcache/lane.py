@@ -10,7 +10,9 @@ __all__ = ["Lane", "LaneSpeed"]
 
 _NUM_SAMPLES = 16
 _SAMPLE_PARTS = 4  # parts that run beside one another end together: one alone says nothing about the lane
-_FIRST_PROBE_S = 5.0
+_START_S = 0.005  # of the first part's time, up to so much went into waking threads and says nothing about the speed
+_MIN_GIVE_UPS = 2  # in a row, before a lane of which nothing else is known counts as slow
+_FIRST_PROBE_S = 2.0
 _LAST_PROBE_S = 300.0
 
 
@@ -63,6 +65,12 @@ class Lane:
         self._observed_s = 0.0
         self._pause_s = _FIRST_PROBE_S
         self._probed_s: float | None = None
+        self._num_give_ups = 0  # in a row
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the last load came in time."""
+        return not self._num_give_ups
 
     @property
     def bandwidth_blocks_per_s(self) -> float | None:
@@ -71,7 +79,8 @@ class Lane:
 
     def speed(self, now: float) -> LaneSpeed | None:
         """What is known; None where loading must show how fast it is: never measured, or too slow a while ago."""
-        if not self._samples or now - self._observed_s >= self._pause_s:
+        is_known = any(sample.is_whole for sample in self._samples) or self._num_give_ups >= _MIN_GIVE_UPS
+        if not is_known or now - self._observed_s >= self._pause_s:
             return None
         return LaneSpeed(self._latency_s, _block_s(self._samples), tuple(self._loads.values()))
 
@@ -102,9 +111,11 @@ class Lane:
             return
         seconds = now - self._mark_s
         self._mark_s = now
-        if self._is_first and self._samples:
-            self._latencies.append(max(0.0, seconds - num_moved * _block_s(self._samples)))
-        self._is_first = False
+        if self._is_first:
+            if self._samples:
+                self._latencies.append(max(0.0, seconds - num_moved * _block_s(self._samples)))
+            seconds = max(0.0, seconds - _START_S)
+            self._is_first = False
         self._open_parts += 1
         self._open_blocks += num_moved
         self._open_s += seconds
@@ -115,6 +126,7 @@ class Lane:
     def give_up(self, now: float, num_wanted: int, num_arrived: int, seconds: float) -> None:
         """A load was ended because it was too slow: of `num_wanted` blocks, `num_arrived` came within `seconds`."""
         self._add(_Sample(max(1, num_arrived), seconds, num_wanted, now, is_whole=False))
+        self._num_give_ups += 1
         if self._probed_s is not None:
             self._probed_s = None
             self._pause_s = min(2 * self._pause_s, _LAST_PROBE_S)
@@ -127,6 +139,7 @@ class Lane:
 
     def load_ended(self) -> None:
         """A load came in time: if it was a probe, what was measured before it no longer holds."""
+        self._num_give_ups = 0
         if self._probed_s is not None:
             self._probed_s = None
             self._pause_s = _FIRST_PROBE_S

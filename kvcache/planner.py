@@ -44,6 +44,7 @@ LoadKind = Literal["loaded", "split", "computed", "gave_up"]
 
 _PATIENCE = 0.03  # of the time to compute the prompt: what a load may cost without having brought anything
 _MIN_PATIENCE_S = 0.002  # what a wait for a thread costs anyway
+_TRUSTING_PATIENCE_S = 0.010  # likewise on a busy machine; only where the tier's last load came in time
 _FIRST_PART = 0.015  # of a load: two parts run at once, so the first has come when the patience ends
 _PART_GROWTH = 0.25  # of what precedes it: a part has come before what precedes it is used up
 _MAX_UNSETTLED = 256
@@ -242,7 +243,9 @@ class LoadPlanner:
         starts = (question.first + np.arange(num_blocks + 1)) * self._block_size
         left_s = cost.seconds(starts, question.num_tokens)
         compute_s = float(left_s[0])
-        patience_s = max(_MIN_PATIENCE_S, _PATIENCE * cost.sure * compute_s)
+        is_trusted = all(self._lane(run.tier).is_trusted for run in question.runs)
+        least_s = _TRUSTING_PATIENCE_S if is_trusted else _MIN_PATIENCE_S
+        patience_s = max(least_s, _PATIENCE * cost.sure * compute_s)
         speeds = {run.tier: self._lane(run.tier).speed(now) for run in question.runs}
         known = {tier: speed for tier, speed in speeds.items() if speed is not None}
         total_s, load_s = self._expected(question, cost, known)

@@ -28,12 +28,12 @@ def test_a_lane_that_was_never_used_is_unknown():
 
 def test_parts_that_run_beside_one_another_add_up_to_the_lanes_speed():
     lane = Lane()
-    now = load(lane, 1, 10.0, [4, 4, 6, 8, 8, 8, 8, 8], block_s=0.001)
+    now = load(lane, 1, 10.0, [4, 4, 6, 8, 8, 8, 8, 8], block_s=0.001, latency_s=0.004)
     speed = lane.speed(now)
     assert speed is not None
-    assert speed.block_s == pytest.approx(0.001)
+    assert speed.block_s == pytest.approx(0.001, rel=0.2)
     assert speed.num_waiting == ()
-    assert lane.bandwidth_blocks_per_s == pytest.approx(1000)
+    assert lane.bandwidth_blocks_per_s == pytest.approx(1000, rel=0.2)
 
 
 def test_the_latency_of_a_lane_at_rest_is_told_from_its_speed():
@@ -45,6 +45,18 @@ def test_the_latency_of_a_lane_at_rest_is_told_from_its_speed():
     assert speed is not None
     assert speed.block_s == pytest.approx(0.001, rel=0.05)
     assert speed.latency_s == pytest.approx(0.05, rel=0.1)
+
+
+def test_one_load_that_was_given_up_says_nothing_about_an_unknown_lane_and_two_do():
+    lane = Lane()
+    assert lane.is_trusted
+    lane.give_up(1.0, 64, 0, 0.1)
+    assert lane.speed(1.0) is None
+    assert not lane.is_trusted
+    lane.give_up(2.0, 64, 0, 0.1)
+    assert lane.speed(2.0).block_s == pytest.approx(0.1)
+    lane.load_ended()
+    assert lane.is_trusted
 
 
 def test_one_hiccup_changes_little_and_two_loads_that_were_too_slow_much():

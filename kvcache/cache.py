@@ -59,6 +59,7 @@ class KVCache:
         host: str | int | None = None,
         disk: str | DiskPlace | None = None,
         load_timeout_s: float = 30.0,
+        load_patience: float | None = 0.03,
         io_threads: int = 8,
     ) -> None:
         """Allocates all tiers. A disk folder that cannot be used is logged and counted; the cache goes on without it.
@@ -69,6 +70,8 @@ class KVCache:
             host: size of the host tier, such as "8GiB"; None or 0: no host tier.
             disk: "PATH:SIZE" of the disk tier; None: no disk tier. The folder holds one sub-folder for each spec.
             load_timeout_s: a block that takes longer to load is computed instead; see also `observe_compute`.
+            load_patience: share of the time to compute a prompt that its loads may cost beyond what they save, where
+                `observe_compute` has told that time; None: all that is cached is loaded and waited for.
             io_threads: threads that read and write the disk file.
 
         Raises:
@@ -85,7 +88,9 @@ class KVCache:
         self.load_timeout_s = load_timeout_s
         self._events = EventLog()
         self._counters = CacheCounters()
-        self._planner = LoadPlanner(block_size=spec.block_size, block_bytes=spec.layout.block_bytes)
+        self._planner = LoadPlanner(
+            block_size=spec.block_size, block_bytes=spec.layout.block_bytes, patience=load_patience
+        )
         self._roots: OrderedDict[tuple[str, str], ChainRoot] = OrderedDict()
         self._roots_lock = threading.Lock()
         self._is_closed = False

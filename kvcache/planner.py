@@ -42,7 +42,6 @@ __all__ = [
 
 LoadKind = Literal["loaded", "split", "computed", "gave_up"]
 
-_PATIENCE = 0.03  # of the time to compute the prompt: what a load may cost without having brought anything
 _MIN_PATIENCE_S = 0.002  # what a wait for a thread costs anyway
 _TRUSTING_PATIENCE_S = 0.010  # likewise on a busy machine; only where the tier's last load came in time
 _FIRST_PART = 0.015  # of a load: two parts run at once, so the first has come when the patience ends
@@ -139,11 +138,21 @@ class LoadPlanner:
     Args:
         block_size: tokens of a block.
         block_bytes: bytes of a block, for what `stats` tells.
+        patience: share of the time to compute a prompt that a load may cost without having brought anything; None: all
+            that can be is loaded, however long it takes.
         clock: seconds that only go up.
     """
 
-    def __init__(self, *, block_size: int, block_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        block_bytes: int,
+        patience: float | None = 0.03,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._block_size = block_size
+        self._patience = patience
         self._block_bytes = block_bytes
         self._clock = clock
         self._lock = threading.Lock()  # guards all below
@@ -183,10 +192,10 @@ class LoadPlanner:
             cost = self._prefill.cost()
             if not num_blocks:
                 return LoadDecision(question, now, 0, 0.0, 0.0, None, "no tier holds what follows")
-            if cost is None:
-                reason = "the speed of computing is not known yet"
+            if cost is None or self._patience is None:
+                reason = "the speed of computing is not known yet" if cost is None else "loads are always waited for"
                 return LoadDecision(question, now, num_blocks, None, None, None, reason)
-            return self._plan(question, cost, now)
+            return self._plan(question, cost, self._patience, now)
 
     def watch(self, decision: LoadDecision, transfer: Transfer, timeout_s: float) -> "LoadWatch":
         """Watches over a load that was decided for: its deadline grows with what arrives, up to `timeout_s` in all."""
@@ -238,14 +247,14 @@ class LoadPlanner:
                 prefill_tokens_per_s=cost.tokens_per_s if cost is not None else None,
             )
 
-    def _plan(self, question: LoadQuestion, cost: PrefillCost, now: float) -> LoadDecision:
+    def _plan(self, question: LoadQuestion, cost: PrefillCost, patience: float, now: float) -> LoadDecision:
         num_blocks = question.num_blocks
         starts = (question.first + np.arange(num_blocks + 1)) * self._block_size
         left_s = cost.seconds(starts, question.num_tokens)
         compute_s = float(left_s[0])
         is_trusted = all(self._lane(run.tier).is_trusted for run in question.runs)
         least_s = _TRUSTING_PATIENCE_S if is_trusted else _MIN_PATIENCE_S
-        patience_s = max(least_s, _PATIENCE * cost.sure * compute_s)
+        patience_s = max(least_s, patience * cost.sure * compute_s)
         speeds = {run.tier: self._lane(run.tier).speed(now) for run in question.runs}
         known = {tier: speed for tier, speed in speeds.items() if speed is not None}
         total_s, load_s = self._expected(question, cost, known)

@@ -150,7 +150,7 @@ def _throttled_results(case: str, times: ThrottledTimes) -> list[Result]:
 def _measure(options: argparse.Namespace, folder: str, console: Console) -> dict[str, list[_Answer]]:
     cases: dict[str, list[_Answer]] = {"computed": [], "device": [], "host": []}
     common = [*([options.model] if options.model else []), "--device-cache", options.device_cache]
-    common += ["--disk-cache", f"{folder}/kv:1GiB"]
+    common += ["--disk-cache", f"{folder}/kv:1GiB", "--load-patience", "off"]  # each tier is measured, not chosen
     console.print("computed, device, host ...", style="dim")
     with ServerProcess(*common, "--host-cache", "1GiB") as server:
         client = _Client(server.url, options.prompt_tokens)

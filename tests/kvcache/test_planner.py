@@ -266,3 +266,12 @@ def test_a_tier_that_nobody_has_used_for_a_while_makes_no_secret_of_another_ones
     teach_lane(planner, clock, "disk", 0.1)
     decision = planner.plan(question)
     assert (decision.num_blocks_to_load, decision.expected_load_s) == (8, None)
+
+
+def test_without_patience_everything_is_loaded_however_slow():
+    clock = Clock()
+    planner = LoadPlanner(block_size=SIZE, block_bytes=1 << 20, patience=None, clock=clock)
+    teach_compute(planner)
+    teach_lane(planner, clock, "disk", 1.0)
+    decision = planner.plan(LoadQuestion((TierRun("disk", 64),), 0, 1100))
+    assert (decision.num_blocks_to_load, decision.patience_s) == (64, None)

@@ -16,6 +16,7 @@ from dynamo.kvcache.device_pool import DevicePool
 from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError
 from dynamo.kvcache.events import Event, EventLog, Snapshot
 from dynamo.kvcache.hashing import BlockKey, ChainRoot, KeyChain, Tokens, block_keys, chain_root, pack_tokens
+from dynamo.kvcache.planner import LoadPlanner
 from dynamo.kvcache.policies import AdmissionName, BeginUse, EvictionName, Policies
 from dynamo.kvcache.pool import BlockPlace
 from dynamo.kvcache.removals import Removal
@@ -62,6 +63,7 @@ class KVCache:
         host: str | int | None = None,
         disk: str | DiskPlace | None = None,
         load_timeout_s: float = 30.0,
+        load_patience: float | None = 0.03,
         io_threads: int = 8,
         eviction: EvictionName = "hit_density",
         admission: AdmissionName = "always",
@@ -73,7 +75,9 @@ class KVCache:
             device_blocks: slots of the device pool.
             host: size of the host tier, such as "8GiB"; None or 0: no host tier.
             disk: "PATH:SIZE" of the disk tier; None: no disk tier. The folder holds one sub-folder for each spec.
-            load_timeout_s: a block that takes longer to load is computed instead.
+            load_timeout_s: a block that takes longer to load is computed instead; see also `observe_compute`.
+            load_patience: share of the time to compute a prompt that its loads may cost beyond what they save, where
+                `observe_compute` has told that time; None: all that is cached is loaded and waited for.
             io_threads: threads that read and write the disk file.
             eviction: which blocks of a full tier go first.
             admission: which blocks the host and disk tiers take.
@@ -92,6 +96,9 @@ class KVCache:
         self.load_timeout_s = load_timeout_s
         self._events = EventLog()
         self._counters = CacheCounters()
+        self._planner = LoadPlanner(
+            block_size=spec.block_size, block_bytes=spec.layout.block_bytes, patience=load_patience
+        )
         self._roots: OrderedDict[tuple[str, str], ChainRoot] = OrderedDict()
         self._roots_lock = threading.Lock()
         self._is_closed = False
@@ -106,6 +113,7 @@ class KVCache:
                     self._device,
                     self._events,
                     self._counters,
+                    self._planner,
                     host_bytes=host_bytes,
                     disk=place,
                     io_threads=io_threads,
@@ -163,7 +171,7 @@ class KVCache:
             raise ValueError("a sequence needs at least one token")
         num_cacheable_blocks = (len(packed) - 1) // self.block_size
         begin_use = self._policies.begin_use(len(packed), priority, ttl_s)
-        sequence = self._open(packed, salt, lora, num_cacheable_blocks, spare_blocks, begin_use)
+        sequence = self._open(packed, salt, lora, num_cacheable_blocks, spare_blocks, self._planner, begin_use)
         self._counters.count_request(num_cacheable_blocks, sequence.num_missed_blocks)
         return sequence
 
@@ -178,6 +186,20 @@ class KVCache:
         self._check_open()
         with _translated_errors():
             return self._device.layer(index)
+
+    def observe_compute(self, num_tokens: int, context_tokens: float, seconds: float) -> None:
+        """Tells the cache how long it took to compute tokens of prompts, so that it knows when loading is worth it.
+
+        Call it after each step of prefill, with what the device really took. After a few steps `open` loads only what
+        comes sooner than it could be computed, and a load that is too slow is given up before it costs more than a few
+        percent of computing the whole prompt. Without it, all that is cached is loaded, for up to `load_timeout_s`.
+
+        Args:
+            num_tokens: tokens that the step computed; of several prompts, all of them. Decoding does not count.
+            context_tokens: tokens before them in their prompt; of several prompts, the mean over tokens.
+            seconds: how long it took.
+        """
+        self._planner.observe_compute(num_tokens, context_tokens, seconds)
 
     def lookup(self, tokens: Tokens, *, salt: str = "", lora: str = "") -> Residency:
         """How many leading tokens each tier holds; changes nothing, not even the order of eviction."""
@@ -207,7 +229,7 @@ class KVCache:
             return done
         packed = array("I")
         packed.frombytes(pack_tokens(tokens)[: 4 * held])
-        sequence = self._open(packed, salt, lora, held // self.block_size, 0, priority=Priority.PREFETCH)
+        sequence = self._open(packed, salt, lora, held // self.block_size, 0, None, priority=Priority.PREFETCH)
 
         def finish() -> None:
             with sequence:
@@ -268,6 +290,7 @@ class KVCache:
             dropped_blocks=counted.dropped_blocks,
             num_pending_offload_blocks=store.num_pending_blocks if store else 0,
             num_pending_disk_blocks=store.num_writing_blocks if store else 0,
+            planner=self._planner.stats(),
         )
 
     def check_invariants(self) -> None:
@@ -293,6 +316,7 @@ class KVCache:
         lora: str,
         num_cacheable_blocks: int,
         spare_blocks: int,
+        planner: LoadPlanner | None,
         begin_use: BeginUse | None = None,
         priority: Priority = Priority.LOAD,
     ) -> Sequence:
@@ -303,6 +327,7 @@ class KVCache:
             self._pool,
             self._store,
             self._counters,
+            planner,
             packed,
             chain,
             block_size=self.block_size,

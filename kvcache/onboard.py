@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, count
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.layerwise import LayerLoad
+from dynamo.kvcache.planner import LoadPlanner, growing_parts
 from dynamo.kvcache.shelf import Hold, Shelf, digest_seeds
 from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _CAPABILITIES = Capabilities()  # blocks from disk are checked in host memory, so even with GDS they go that way
 _NUM_READS = 2  # of a block that the disk fails to give
+_FIRST_PART_BYTES = 64 << 10  # smaller parts cost more than they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,24 +98,35 @@ class Load(Transfer):
 class Onboarder:
     """Loads blocks on the mover's threads. Thread-safe."""
 
-    def __init__(self, shelf: Shelf, device: DeviceTier, mover: Mover, *, part_blocks: int) -> None:
-        """`part_blocks` blocks are loaded at a time. Owns none of the others."""
+    def __init__(
+        self, shelf: Shelf, device: DeviceTier, mover: Mover, planner: LoadPlanner, *, part_blocks: int
+    ) -> None:
+        """Up to `part_blocks` blocks are loaded at a time, and `planner` is told how fast. Owns none of the others."""
         self._shelf = shelf
         self._device = device
         self._mover = mover
         self._part_blocks = part_blocks
+        self._planner = planner
+        self._first_part_blocks = max(1, _FIRST_PART_BYTES // device.layout.slot_bytes)
+        self._load_numbers = count()
         self._block_bytes = device.layout.block_bytes
         self._corruption_logged = False
 
     def load(self, request: LoadRequest, timeout_s: float) -> Load:
         """Starts loading blocks into device slots that the caller holds until the transfer has ended."""
         load = self._plan(request, timeout_s)
+        number = next(self._load_numbers)
         parts = {
-            "host": self._parts(load, Medium.PINNED, load.in_host),
-            "disk": self._parts(load, Medium.DISK, load.on_disk),
+            "host": self._parts(load, number, "host", Medium.PINNED, load.in_host),
+            "disk": self._parts(load, number, "disk", Medium.DISK, load.on_disk),
         }
+
+        def on_done() -> None:
+            self._planner.forget(number)  # parts of a load that was given up are never begun
+            self._shelf.let_go(load.hold)
+
         load.when_ended(self._shelf.wake)  # a part may be waiting for rows
-        self._mover.submit(load, parts, lambda: self._shelf.let_go(load.hold), priority=request.priority)
+        self._mover.submit(load, parts, on_done, priority=request.priority)
         return load
 
     def begin_layerwise(self, load: Load) -> LayerLoad:
@@ -175,10 +189,13 @@ class Onboarder:
                     break
         return Load(request, hold, _places(in_host), _places(on_disk), timeout_s)
 
-    def _parts(self, load: Load, source: Medium, places: _Places) -> list[Part]:
-        size = self._part_blocks
-        cuts = [places.cut(slice(start, start + size)) for start in range(0, len(places.slots), size)]
-        run: Callable[[Load, _Places], None]
+    def _parts(self, load: Load, number: int, tier: str, source: Medium, places: _Places) -> list[Part]:
+        num_blocks = len(places.slots)
+        if num_blocks:
+            self._planner.expect(tier, number, num_blocks)
+        sizes = growing_parts(num_blocks, self._first_part_blocks, self._part_blocks)
+        cuts = [places.cut(slice(end - size, end)) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        run: Callable[[Load, _Places], int]
         match route(source, Medium.DEVICE, _CAPABILITIES):
             case Direct():
                 run = self._load_from_host
@@ -186,12 +203,26 @@ class Onboarder:
                 run = self._load_from_disk
             case Unsupported(reason):
                 raise AssertionError(f"nothing is kept in {source}: {reason}")
-        return [Part(partial(run, load, cut), len(cut.slots) * self._block_bytes) for cut in cuts]
+        measured = partial(self._run_measured, tier, number, run, load)
+        return [Part(partial(measured, cut), len(cut.slots) * self._block_bytes) for cut in cuts]
 
-    def _load_from_host(self, load: Load, places: _Places) -> None:
+    def _run_measured(
+        self, tier: str, number: int, run: Callable[[Load, _Places], int], load: Load, places: _Places
+    ) -> None:
+        self._planner.begin_part(tier)
+        num_moved = 0
+        try:
+            num_moved = run(load, places)
+        finally:
+            self._planner.end_part(tier, number, len(places.slots), num_moved)
+
+    def _load_from_host(self, load: Load, places: _Places) -> int:
+        """Returns how many blocks were moved."""
         self._deliver("host", load, places, places.slots)
+        return len(places.slots)
 
-    def _load_from_disk(self, load: Load, whole: _Places) -> None:
+    def _load_from_disk(self, load: Load, whole: _Places) -> int:
+        """Returns how many blocks were read, whether or not they came in time."""
         shelf = self._shelf
         disk = shelf.disk_tier
         assert disk is not None, "blocks lie on disk only with a disk tier"
@@ -213,6 +244,7 @@ class Onboarder:
                     rows = np.concatenate((kept_rows, rows[~good]))
             finally:
                 shelf.release_rows(rows)
+        return start
 
     def _read_checked(self, disk: DiskTier, keys: list[BlockKey], slots: SlotIds, rows: SlotIds) -> Outcomes:
         """Reads blocks into rows; returns bool [n], True where the bytes are those once written. Forgets the others."""

@@ -17,6 +17,7 @@ from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, pack_tokens
 from dynamo.kvcache.layerwise import LayerLoad, LayerSave
 from dynamo.kvcache.offload import SaveRequest
 from dynamo.kvcache.onboard import Load, LoadRequest
+from dynamo.kvcache.planner import LoadPlanner, LoadQuestion, LoadWatch
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
 from dynamo.tiers.device import Fence
@@ -46,6 +47,7 @@ class Sequence:
         pool: DevicePool,
         store: BlockStore | None,
         counters: CacheCounters,
+        planner: LoadPlanner | None,
         tokens: "array[int]",
         chain: KeyChain,
         *,
@@ -59,6 +61,7 @@ class Sequence:
         """Reserves blocks for all `tokens`, of which the first `num_cacheable_blocks` may come from the cache.
 
         Args:
+            planner: decides what of it is loaded; None: all that can be, however long it takes.
             chain: keys of all full blocks of `tokens`.
             begin_use: called with the chain's keys once the blocks are reserved; None: nobody's use.
             priority: who waits for the loads.
@@ -74,7 +77,9 @@ class Sequence:
         self._block_size = block_size
         self._table = np.empty(0, dtype=np.int32)
         self._num_blocks = 0
+        self._planner = planner
         self._transfer: Load | None = None
+        self._watch: LoadWatch | None = None
         self._layers: LayerLoad | None = None
         self._saving: LayerSave | None = None
         self._num_cached_tokens: int | None = None
@@ -89,11 +94,11 @@ class Sequence:
         try:
             if begin_use is not None:
                 self._use = begin_use(chain.keys)
-            num_loading = self._start_loading(keys, reservation.fresh, load_timeout_s, priority)
+            num_loadable = self._start_loading(keys, reservation.fresh, load_timeout_s, priority)
         except BaseException:
             pool.release(self.block_table.astype(np.int64))
             raise
-        self._num_missed_blocks = len(keys) - self._num_shared_blocks - num_loading
+        self._num_missed_blocks = len(keys) - self._num_shared_blocks - num_loadable
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +142,7 @@ class Sequence:
 
         Args:
             timeout_s: what has not arrived by then is computed instead; at most, and by default, the cache's
-                `load_timeout_s` since `open`.
+                `load_timeout_s` since `open`, or until waiting on would cost more than computing.
         """
         transfer = self._transfer
         if transfer is None:
@@ -146,8 +151,10 @@ class Sequence:
         arrived = transfer.wait(timeout_s)
         if transfer.is_expired:
             self._counters.count_fault("late", transfer.num_blocks - arrived)
+        if self._watch is not None:
+            self._watch.settle(arrived, gave_up=transfer.is_expired)
         self._share(self._num_shared_blocks + arrived)
-        self._transfer = None
+        self._transfer = self._watch = None
         self._num_cached_tokens = self._num_shared_blocks * self._block_size
 
     async def ready(self) -> None:
@@ -162,7 +169,7 @@ class Sequence:
                     loop.call_soon_threadsafe(ended.set)
 
             transfer.when_ended(tell_loop)
-            while not transfer.is_due:  # more than once round when the deadline has moved meanwhile
+            while not transfer.is_due:  # the deadline may move while waiting
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(ended.wait(), transfer.remaining_s)
         self.wait(0.0)
@@ -301,17 +308,26 @@ class Sequence:
             self._transfer.when_ended(callback)
 
     def _start_loading(self, keys: list[BlockKey], fresh: SlotIds, timeout_s: float, priority: Priority) -> int:
-        """Starts to load what follows the matched blocks; returns how many blocks."""
-        first = self._num_shared_blocks
-        num_loading = self._store.count_loadable(keys[first:]) if self._store else 0
-        if num_loading and self._store:
+        """Starts to load what follows the matched blocks, as far as that is worth it; returns how many could be loaded."""
+        first, store, planner = self._num_shared_blocks, self._store, self._planner
+        runs = store.find_runs(keys[first:]) if store else []
+        num_loadable = num_loading = sum(run.num_blocks for run in runs)
+        decision = planner.plan(LoadQuestion(tuple(runs), first, len(self._tokens))) if planner and runs else None
+        first_timeout_s = timeout_s
+        if decision is not None:
+            num_loading = decision.num_blocks_to_load
+            if decision.patience_s is not None:
+                first_timeout_s = min(timeout_s, decision.patience_s)
+        if num_loading and store:
             request = LoadRequest(keys, first, fresh[:num_loading], self._pool.tier.fences(), self._use, priority)
-            self._transfer = self._store.load(request, timeout_s)
+            self._transfer = store.load(request, first_timeout_s)
+            if planner is not None and decision is not None:
+                self._watch = planner.watch(decision, self._transfer, timeout_s)
         else:
             self._num_cached_tokens = first * self._block_size
-        if keys and self._store:
-            self._store.touch(keys, self._use)
-        return num_loading
+        if keys and store:
+            store.touch(keys, self._use)
+        return num_loadable
 
     def _num_cached_blocks(self, method: str) -> int:
         """Leading blocks that need not be computed, or are committed."""

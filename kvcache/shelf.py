@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.planner import TierRun
 from dynamo.kvcache.policies import Policies
 from dynamo.kvcache.pool import Allocation, BlockPlace, BlockPool
 from dynamo.kvcache.recovery import recover
@@ -119,6 +120,19 @@ class Shelf:
                 if key not in self.host and key not in self.disk:
                     return i
         return len(keys)
+
+    def find_runs(self, keys: Sequence[BlockKey]) -> list[TierRun]:
+        """Where `keys` lie, from the first on and as far as host or disk hold them; host where both do."""
+        tiers = []
+        with self.changed:
+            for key in keys:
+                if key in self.host:
+                    tiers.append("host")
+                elif key in self.disk:
+                    tiers.append("disk")
+                else:
+                    break
+        return [TierRun(tier, len(list(run))) for tier, run in groupby(tiers)]
 
     def count_prefix(self, keys: Sequence[BlockKey]) -> tuple[int, int]:
         """How many of `keys`, from the first on, lie in host and in disk."""

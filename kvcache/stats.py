@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dynamo.kvcache.errors import CacheConfigError
+from dynamo.kvcache.planner import PlannerStats
 from dynamo.kvcache.pool import BlockPool
 from dynamo.tiers.stats import MovedBlocks, TierStats
 
@@ -69,6 +70,7 @@ class CacheStats:
         dropped_blocks: offered blocks that did not reach a tier, by reason.
         num_pending_offload_blocks: offered blocks that still lie in device memory only.
         num_pending_disk_blocks: blocks on their way from host memory to disk.
+        planner: how it was decided between loading and computing.
     """
 
     tiers: tuple[TierUsage, ...]
@@ -79,6 +81,7 @@ class CacheStats:
     dropped_blocks: Mapping[str, int]
     num_pending_offload_blocks: int
     num_pending_disk_blocks: int
+    planner: PlannerStats
 
     def tier(self, name: str) -> TierUsage:
         """The tier of that name.

@@ -20,6 +20,7 @@ from dynamo.kvcache.lanes import start_mover
 from dynamo.kvcache.layerwise import LayerLoad, LayerSave
 from dynamo.kvcache.offload import Offloader, SaveRequest
 from dynamo.kvcache.onboard import Load, LoadRequest, Onboarder
+from dynamo.kvcache.planner import LoadPlanner, TierRun
 from dynamo.kvcache.policies import Policies
 from dynamo.kvcache.pool import BlockPlace, BlockPool
 from dynamo.kvcache.removals import Removal
@@ -58,6 +59,7 @@ class BlockStore:
         disk: DiskTier | None,
         events: EventLog,
         counters: CacheCounters,
+        planner: LoadPlanner,
         *,
         disk_fault: str | None = None,
         policies: Policies | None = None,
@@ -66,6 +68,7 @@ class BlockStore:
 
         Args:
             arena: its first `num_host_slots` slots are the host tier; it has at least one staging row.
+            planner: is told how fast loads are.
             disk_fault: why there is no disk tier although one was asked for.
         """
         part_blocks = _part_blocks(device.layout.slot_bytes)
@@ -79,7 +82,7 @@ class BlockStore:
         self._offloader = Offloader(
             self._shelf, device, self._mover, part_blocks=part_blocks, max_pending_blocks=max(1, device.num_slots // 4)
         )
-        self._onboarder = Onboarder(self._shelf, device, self._mover, part_blocks=part_blocks)
+        self._onboarder = Onboarder(self._shelf, device, self._mover, planner, part_blocks=part_blocks)
         self._resizing = Lock()
         self._is_closed = False
 
@@ -90,6 +93,7 @@ class BlockStore:
         device: DeviceTier,
         events: EventLog,
         counters: CacheCounters,
+        planner: LoadPlanner,
         *,
         host_bytes: int,
         disk: DiskPlace | None,
@@ -100,6 +104,7 @@ class BlockStore:
         """Makes the tiers. A disk folder that cannot be used is logged and counted, and the store goes on without it.
 
         Args:
+            planner: is told how fast loads are.
             host_bytes: size of the host tier; 0 for none.
             disk: folder and size of the disk tier; None for none.
             max_host_bytes: to what `resize` may make the host tier; less than it has now for no more than that.
@@ -136,7 +141,15 @@ class BlockStore:
             )
             undo.callback(arena.close)
             store = cls(
-                device, arena, num_host_slots, disk_tier, events, counters, disk_fault=disk_fault, policies=policies
+                device,
+                arena,
+                num_host_slots,
+                disk_tier,
+                events,
+                counters,
+                planner,
+                disk_fault=disk_fault,
+                policies=policies,
             )
             undo.pop_all()
         return store
@@ -154,6 +167,10 @@ class BlockStore:
     def count_loadable(self, keys: Sequence[BlockKey]) -> int:
         """How many of `keys`, from the first on, lie in host or disk."""
         return self._shelf.count_loadable(keys)
+
+    def find_runs(self, keys: Sequence[BlockKey]) -> list[TierRun]:
+        """Where `keys` lie, from the first on and as far as host or disk hold them."""
+        return self._shelf.find_runs(keys)
 
     def count_prefix(self, keys: Sequence[BlockKey]) -> tuple[int, int]:
         """How many of `keys`, from the first on, lie in host and in disk."""

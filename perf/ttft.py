@@ -13,14 +13,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from rich.console import Console
 
 from dynamo.perf.harness import BenchmarkError, median
-from dynamo.perf.machine import machine_record
+from dynamo.perf.machine import MachineRecord, machine_record
 from dynamo.perf.report import Report, Result
 from dynamo.perf.server_process import ServerProcess
+from dynamo.perf.throttle import ThrottledTimes, measure_throttled, throttled_reads
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
@@ -49,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     workload.add_argument("--device-cache", default="16MiB", help="size that holds one prompt, not several")
     workload.add_argument("--small-host-cache", default="1MiB", help="size that does not hold the prompt")
+    workload.add_argument(
+        "--throttle",
+        metavar="MB/S",
+        nargs="+",
+        type=float,
+        help="instead: cached beside computed with a disk that falls to these speeds, and one that does not",
+    )
 
 
 def run(options: argparse.Namespace, console: Console) -> Report:
@@ -60,6 +69,8 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     if options.prompt_tokens < 2 * _BLOCK_SIZE or options.rounds < 1:
         raise BenchmarkError(f"--prompt-tokens must be at least {2 * _BLOCK_SIZE} and --rounds at least 1")
     machine = machine_record()
+    if options.throttle:
+        return _run_throttled(options, machine, console)
     with tempfile.TemporaryDirectory(prefix="dynamo-ttft-", dir=options.path) as folder:
         cases = _measure(options, folder, console)
     computed_s = median([answer.ttft_s for answer in cases["computed"]])
@@ -82,10 +93,64 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     )
 
 
+def _run_throttled(options: argparse.Namespace, machine: MachineRecord, console: Console) -> Report:
+    results: list[Result] = []
+    engines = {
+        "model": {"engine.threads": "1"} | ({"model.path": options.model} if options.model else {}),
+        "mocker": {"engine.engine": "mocker", "engine.threads": "1"},
+    }
+    with throttled_reads() as throttle:
+        for engine, flags in engines.items():
+            for rate in (None, *sorted(options.throttle, reverse=True)):
+                name = f"{engine}, full speed" if rate is None else f"{engine}, {rate:g} MB/s"
+                console.print(f"{name} ...", style="dim")
+                with tempfile.TemporaryDirectory(prefix="dynamo-ttft-", dir=options.path) as folder:
+                    sudden, known = measure_throttled(
+                        flags,
+                        Path(folder),
+                        throttle,
+                        bytes_per_s=None if rate is None else 1e6 * rate,
+                        prompt_tokens=options.prompt_tokens,
+                        rounds=options.rounds,
+                        prompts_after=2,
+                    )
+                results += _throttled_results(f"{name}, sudden", sudden)
+                results += _throttled_results(f"{name}, known", known)
+    return Report(
+        benchmark="ttft",
+        title=f"Time to first token of a prompt of {options.prompt_tokens} tokens on a slow disk",
+        machine=machine,
+        parameters={
+            "prompt_tokens": options.prompt_tokens,
+            "rounds": options.rounds,
+            "model": options.model or "demo",
+            "throttle": " ".join(f"{rate:g}" for rate in options.throttle),
+        },
+        results=results,
+        notes=(
+            "medians; sudden: the first prompt after the disk fell to that speed, known: the two after it",
+            "of computing: cached over computed, in turns on the same engine; regret as the planner sees it afterwards",
+        ),
+    )
+
+
+def _throttled_results(case: str, times: ThrottledTimes) -> list[Result]:
+    computed_s, cached_s = median(times.computed_s), median(times.cached_s)
+    values: list[tuple[str, float, str]] = [
+        ("computed TTFT", 1e3 * computed_s, "ms"),
+        ("cached TTFT", 1e3 * cached_s, "ms"),
+        ("of computing", 100 * cached_s / computed_s, "%"),
+        ("cached", median(times.num_cached_tokens), "tokens"),
+        *((kind, count, "times") for kind, count in sorted(times.decisions.items())),
+        ("regret", 1e3 * times.regret_s / len(times.cached_s), "ms"),
+    ]
+    return [Result(case=case, subject="dynamo-kv", metric=m, value=value, unit=unit) for m, value, unit in values]
+
+
 def _measure(options: argparse.Namespace, folder: str, console: Console) -> dict[str, list[_Answer]]:
     cases: dict[str, list[_Answer]] = {"computed": [], "device": [], "host": []}
     common = [*([options.model] if options.model else []), "--device-cache", options.device_cache]
-    common += ["--disk-cache", f"{folder}/kv:1GiB"]
+    common += ["--disk-cache", f"{folder}/kv:1GiB", "--load-patience", "off"]  # each tier is measured, not chosen
     console.print("computed, device, host ...", style="dim")
     with ServerProcess(*common, "--host-cache", "1GiB") as server:
         client = _Client(server.url, options.prompt_tokens)

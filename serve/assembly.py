@@ -184,6 +184,7 @@ def _open_cache(config: Config, disk: DiskPlace | None, spec: KVSpec, device: to
             host=settings.host_cache or None,
             disk=disk,
             io_threads=settings.io_threads,
+            load_patience=settings.load_patience,
         )
     except MemoryError as error:  # the cache's own, and Python's
         raise ConfigError(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from dynamo.kvcache.planner import PlannerStats
 from dynamo.kvcache.stats import CacheStats, TierUsage
 
 __all__ = ["CacheCollector"]
@@ -58,6 +59,7 @@ class CacheCollector(Collector):
         yield _tier_faults(stats)
         yield _by_reason("load_faults", "Blocks a tier held that had to be computed all the same.", stats.load_faults)
         yield _by_reason("dropped_blocks", "Offered blocks that did not reach a tier.", stats.dropped_blocks)
+        yield from _load_decisions(stats.planner)
         yield CounterMetricFamily(_PREFIX + "requested_blocks", "Full blocks asked for.", stats.requested_blocks)
         yield CounterMetricFamily(_PREFIX + "missed_blocks", "Blocks asked for that no tier held.", stats.missed_blocks)
         for name, text, value in (
@@ -81,6 +83,36 @@ def _tier_faults(stats: CacheStats) -> Metric:
         for kind, count in sorted(tier.faults.items()):
             family.add_metric([tier.tier, kind], count)
     return family
+
+
+def _load_decisions(planner: PlannerStats) -> Iterator[Metric]:
+    decisions = CounterMetricFamily(
+        _PREFIX + "load_decisions",
+        "Prefixes in lower tiers: loaded whole, split, computed, or given up while loading.",
+        labels=["decision"],
+    )
+    for kind, count in sorted(planner.decisions.items()):
+        decisions.add_metric([kind], count)
+    yield decisions
+    regret = CounterMetricFamily(
+        _PREFIX + "load_regret_seconds",
+        "Time to first token lost by deciding so, as known afterwards.",
+        labels=["tier"],
+    )
+    for tier, seconds in sorted(planner.regret_s.items()):
+        regret.add_metric([tier], seconds)
+    yield regret
+    speed = GaugeMetricFamily(_PREFIX + "load_bytes_per_second", "Measured speed of a tier's loads.", labels=["tier"])
+    for tier, rate in sorted(planner.lane_bytes_per_s.items()):
+        speed.add_metric([tier], rate)
+    yield speed
+    yield CounterMetricFamily(
+        _PREFIX + "declined_blocks", "Blocks a tier held that were faster to compute.", planner.declined_blocks
+    )
+    if planner.prefill_tokens_per_s is not None:
+        yield GaugeMetricFamily(
+            _PREFIX + "prefill_tokens_per_second", "Measured speed of computing prompts.", planner.prefill_tokens_per_s
+        )
 
 
 def _by_reason(name: str, text: str, counts: Mapping[str, int]) -> Metric:

@@ -26,6 +26,7 @@ from dynamo.serve.engine.runner import ModelRunner, TorchRunner
 from dynamo.serve.engine.sampler import Sampler
 from dynamo.serve.engine.scheduler import Scheduler, SchedulerLimits
 from dynamo.serve.engine.step_loop import Abort, Add, StepLoop, Stop
+from dynamo.serve.engine.step_meter import StepMeter
 from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestFailedError
 
@@ -208,6 +209,7 @@ def build_model_engine(
         block_size=cache.block_size,
         max_batch_tokens=limits.max_batch_tokens,
         paged=paged,
+        meter=StepMeter(cache.observe_compute, is_async=device.type == "cuda"),
     )
     return InferenceEngine(
         cache,

@@ -22,6 +22,7 @@ from dynamo.serve.engine.request import TokenLogprob
 from dynamo.serve.engine.sampler import SampledToken
 from dynamo.serve.engine.scheduler import ScheduledStep, SchedulerLimits
 from dynamo.serve.engine.sequence import SequenceState
+from dynamo.serve.engine.step_meter import StepMeter
 from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import RequestFailedError
 
@@ -96,6 +97,7 @@ class MockRunner:
         self._written_places: npt.NDArray[np.float32] = values[:, :, 0, 0].numpy()
         self._block_size = cache.block_size
         self._timings = timings
+        self._meter = StepMeter(cache.observe_compute)
         self._tokens = [SampledToken(token_id, None) for token_id in token_ids]
         self._num_tokens = len(token_ids)
 
@@ -111,9 +113,11 @@ class MockRunner:
                 self._verify_blocks(sequence, first)
             self._write_blocks(sequence, first, first + chunk.num_tokens)
         sampled = [self._next_token(sequence) for sequence in step.sampling]
+        seconds = self._timings.modelled_s(len(step.decodes), step.num_prefill_tokens)
         if self._timings.waits:
-            modelled_s = self._timings.modelled_s(len(step.decodes), step.num_prefill_tokens)
-            time.sleep(max(0.0, started + modelled_s / self._timings.speedup - time.monotonic()))
+            time.sleep(max(0.0, started + seconds / self._timings.speedup - time.monotonic()))
+            seconds = time.monotonic() - started
+        self._meter.add(step, seconds)  # without waiting, the cache decides as on the modelled machine
         return sampled
 
     def _next_token(self, sequence: SequenceState) -> SampledToken | RequestFailedError:

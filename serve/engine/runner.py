@@ -1,5 +1,6 @@
 """Executes scheduled steps: the seam between the scheduler and whatever turns tokens into the next ones."""
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from dynamo.serve.engine.paged_steps import PagedSteps
 from dynamo.serve.engine.sampler import SampledToken, Sampler, SamplingState
 from dynamo.serve.engine.scheduler import ScheduledStep
 from dynamo.serve.engine.sequence import SequenceState
+from dynamo.serve.engine.step_meter import StepMeter
 from dynamo.serve.errors import RequestFailedError
 
 __all__ = ["ModelRunner", "TorchRunner"]
@@ -44,6 +46,7 @@ class TorchRunner:
         kv: `KVCache.layer`.
         device: where the model is.
         paged: computes the steps with paged attention; None: plain torch does.
+        meter: is told how long steps took; None: nobody wants to know.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class TorchRunner:
         block_size: int,
         max_batch_tokens: int,
         paged: PagedSteps | None = None,
+        meter: StepMeter | None = None,
     ) -> None:
         self._model = model
         self._sampler = sampler
@@ -63,16 +67,21 @@ class TorchRunner:
         self._device = device
         self._block_size = block_size
         self._paged = paged
+        self._meter = meter
         # Rows: token ids, positions, slot blocks, slot offsets.
         self._staging = torch.empty((4, max_batch_tokens), dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def execute(self, step: ScheduledStep) -> list[SampledToken | RequestFailedError]:
+        started_s = time.perf_counter()
         with torch.inference_mode():
             if self._paged is not None:
                 logits = self._paged.logits(step)
             else:
                 logits = self._model.forward(self._batch(step), self._kv)
-            return self._sampler.sample(logits, [_sampling_state(sequence) for sequence in step.sampling])
+            outcomes = self._sampler.sample(logits, [_sampling_state(sequence) for sequence in step.sampling])
+        if self._meter is not None:
+            self._meter.add(step, time.perf_counter() - started_s)
+        return outcomes
 
     def _batch(self, step: ScheduledStep) -> ForwardBatch:
         work = [(sequence, 1) for sequence in step.decodes]

@@ -8,7 +8,7 @@ sampled tokens to `complete`. It uses nothing of the cache but its public face. 
 
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -26,7 +26,7 @@ class SchedulerLimits:
     """Bounds of one step.
 
     Attributes:
-        max_running: sequences that hold device blocks at once.
+        max_running: sequences that compute at once. As many more may hold device blocks while they wait for loads.
         max_batch_tokens: tokens computed in one step, decodes and prompt pieces together; at least `max_running`.
         prefill_chunk: prompt tokens of one sequence in one step. Where it and `max_batch_tokens` are as large as a
             prompt, the prompt is computed whole.
@@ -88,6 +88,9 @@ class Scheduler:
 
     Order is by arrival throughout: a sequence never overtakes an older one into the pool, and the youngest is preempted
     first. The oldest can therefore take every block of the pool, so it always goes on, and so do all after it.
+
+    A sequence whose blocks are being loaded takes no place in the batch. If it finds none when they have come, the youngest
+    one that computes gives way: it was let in only because of the wait.
     """
 
     def __init__(self, cache: DeviceCache, limits: SchedulerLimits) -> None:
@@ -101,6 +104,7 @@ class Scheduler:
         self._num_preemptions = 0
         # Admission is not tried again before a sequence let go of blocks or this many are available.
         self._admission_needs = 0
+        self._on_loaded: Callable[[], None] | None = None
 
     @property
     def num_waiting(self) -> int:
@@ -118,6 +122,10 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._decoding or self._filling or self._waiting)
+
+    def when_loaded(self, callback: Callable[[], None]) -> None:
+        """Has `callback` called, on some thread, whenever a load that a sequence waits for has ended."""
+        self._on_loaded = callback
 
     def add(self, sequence: SequenceState) -> None:
         """Queues a new sequence.
@@ -146,17 +154,21 @@ class Scheduler:
         Does not wait for loads. Reserving may wait up to 50 ms for blocks that only their own offload still holds.
         """
         step = ScheduledStep([], [], [], [])
+        self._end_loads()
         self._schedule_decodes(step)
         budget = self._limits.max_batch_tokens - len(step.decodes)
         for sequence in self._filling:
-            if budget and self._is_filled(sequence):
+            if budget and sequence.phase is Phase.PREFILL:
                 budget -= self._schedule_chunk(step, sequence, budget)
-        while budget and self._waiting and self.num_running < self._limits.max_running:
+        while budget and self._waiting and self._has_place:
             admitted = self._admit()
             if admitted is None:
                 break
-            if self._is_filled(admitted):
+            if _kv(admitted).is_ready:
+                self._end_load(admitted)
                 budget -= self._schedule_chunk(step, admitted, budget)
+            elif self._on_loaded is not None:
+                _kv(admitted).when_ready(self._on_loaded)
         return step
 
     def complete(self, step: ScheduledStep, token_ids: Sequence[int | None]) -> None:
@@ -191,13 +203,16 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raises AssertionError when the scheduler contradicts itself."""
-        running = sorted(self._filling + self._decoding, key=_by_arrival)
-        everything = [*running, *self._waiting]
-        arrivals = [sequence.arrival for sequence in everything]
-        assert arrivals == sorted(set(arrivals)), f"sequences out of order of arrival: {arrivals}"
+        running = self._filling + self._decoding
+        arrivals = [sequence.arrival for sequence in self._waiting]
+        assert arrivals == sorted(arrivals), f"sequences out of order of arrival: {arrivals}"
+        arrivals += [sequence.arrival for sequence in running]
+        assert len(arrivals) == len(set(arrivals)), f"sequences that arrived together: {sorted(arrivals)}"
         assert self._decoding == sorted(self._decoding, key=_by_arrival), "decoding sequences out of order"
         assert self._filling == sorted(self._filling, key=_by_arrival), "filling sequences out of order"
-        assert len(running) <= self._limits.max_running, f"{len(running)} sequences run"
+        assert self._num_computing <= self._limits.max_running, f"{self._num_computing} sequences compute"
+        num_loading = len(running) - self._num_computing
+        assert num_loading <= self._limits.max_running, f"{num_loading} sequences wait for loads"
         for sequence in self._waiting:
             assert sequence.phase is Phase.WAITING, sequence
             assert sequence.kv is None, sequence
@@ -250,7 +265,7 @@ class Scheduler:
         self._release(sequence)
         sequence.phase = Phase.WAITING
         self._num_preemptions += 1
-        self._waiting.appendleft(sequence)
+        insort(self._waiting, sequence, key=_by_arrival)
         # It has just been found that there is no room; the sequence it gave way to takes its blocks first.
         self._admission_needs = self._blocks_for(len(sequence.tokens)) + self.num_running
 
@@ -283,18 +298,34 @@ class Scheduler:
         self._filling.append(sequence)
         return sequence
 
-    def _is_filled(self, sequence: SequenceState) -> bool:
-        """Whether its cached blocks are in place, so that the rest can be computed."""
-        if sequence.phase is Phase.LOADING:
-            kv = _kv(sequence)
-            if not kv.is_ready:
-                return False
-            kv.wait(0)
-            sequence.num_computed = kv.num_cached_tokens
-            if sequence.num_cached_tokens is None:
-                sequence.num_cached_tokens = kv.num_cached_tokens
-            sequence.phase = Phase.PREFILL
-        return True
+    @property
+    def _num_computing(self) -> int:
+        return len(self._decoding) + sum(sequence.phase is Phase.PREFILL for sequence in self._filling)
+
+    @property
+    def _has_place(self) -> bool:
+        """Whether one more may be admitted: it may be about to compute, or to wait for a load."""
+        num_computing, most = self._num_computing, self._limits.max_running
+        return num_computing < most and self.num_running - num_computing < most
+
+    def _end_loads(self) -> None:
+        """Gives sequences whose cached blocks are in place, or will not come, a place in the batch."""
+        for sequence in [s for s in self._filling if s.phase is Phase.LOADING and _kv(s).is_ready]:
+            if self._num_computing == self._limits.max_running:
+                computing = [*(s for s in self._filling if s.phase is Phase.PREFILL), *self._decoding]
+                youngest = max(computing, key=_by_arrival)
+                if youngest.arrival < sequence.arrival:
+                    return
+                self._preempt(youngest)
+            self._end_load(sequence)
+
+    def _end_load(self, sequence: SequenceState) -> None:
+        kv = _kv(sequence)
+        kv.wait(0)
+        sequence.num_computed = kv.num_cached_tokens
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = kv.num_cached_tokens
+        sequence.phase = Phase.PREFILL
 
     def _schedule_chunk(self, step: ScheduledStep, sequence: SequenceState, budget: int) -> int:
         rest = len(sequence.tokens) - sequence.num_computed

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
 _IDLE_WAIT_S = 1.0  # nothing to do: only a command can change that, and it ends the wait
-_LOAD_WAIT_S = (0.0002, 0.002)  # all wait for blocks: first and longest pause before looking again
+_BLOCKS_WAIT_S = (0.0002, 0.002)  # all wait for device blocks: first and longest pause before looking again
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,12 @@ class Stop:
     """End before the next step; what still runs is told so."""
 
 
-Command = Add | Abort | Stop
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Blocks that a sequence waits for have come, or will not."""
+
+
+Command = Add | Abort | Stop | Loaded
 
 
 @dataclass(slots=True)
@@ -72,8 +77,9 @@ class StepLoop:
         self._live: dict[str, Generation] = {}
         self._is_stopping = False
         self._failed_steps = 0
-        self._pause_s = _LOAD_WAIT_S[0]
+        self._pause_s = _BLOCKS_WAIT_S[0]
         self._stalled_since: float | None = None
+        scheduler.when_loaded(lambda: self.commands.put(Loaded()))
 
     def run(self) -> None:
         """Runs until stopped, or until the engine cannot go on. Every request is told how it ended."""
@@ -105,7 +111,7 @@ class StepLoop:
             if self._scheduler.has_work:
                 self._await_blocks()
             return
-        self._pause_s = _LOAD_WAIT_S[0]
+        self._pause_s = _BLOCKS_WAIT_S[0]
         self._stalled_since = None
         try:
             outcomes = self._runner.execute(step)
@@ -136,11 +142,16 @@ class StepLoop:
                 self._forget(generation)
             case Stop():
                 self._is_stopping = True
+            case Loaded():
+                pass  # the next `schedule` sees it
 
     def _await_blocks(self) -> None:
-        """Nothing can be computed until loads finish or blocks that nobody here holds become available."""
-        self._await_command(self._pause_s)
-        self._pause_s = min(2 * self._pause_s, _LOAD_WAIT_S[1])
+        """Nothing can be computed until loads end, which is told, or blocks that nobody here holds become available."""
+        if self._scheduler.num_running and not self._scheduler.num_waiting:
+            self._await_command(_IDLE_WAIT_S)
+        else:
+            self._await_command(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, _BLOCKS_WAIT_S[1])
         if self._scheduler.num_running:  # loads have deadlines of their own
             self._stalled_since = None
             return

@@ -6,6 +6,7 @@ import pytest
 
 LENGTH = 1500
 CACHED = (LENGTH - 1) // 16 * 16
+ALWAYS_LOAD = ("--load-patience", "off")  # what is loaded is counted below, however busy the machine
 
 
 def prompt(seed: int, length: int = LENGTH) -> list[int]:
@@ -26,7 +27,7 @@ def hits(server, tier: str) -> float:
 
 @pytest.mark.slow
 def test_a_prefix_comes_back_from_device_host_disk_and_after_kill_9(start, folder):
-    flags = ["--device-cache", "4MiB", "--max-model-len", "2000", "--disk-cache", f"{folder}:64MiB"]
+    flags = [*ALWAYS_LOAD, "--device-cache", "4MiB", "--max-model-len", "2000", "--disk-cache", f"{folder}:64MiB"]
     server = start(*flags, "--host-cache", "32MiB")
     first = server.complete(prompt(1))
     assert cached_tokens(first) == 0
@@ -56,7 +57,7 @@ def test_a_prefix_comes_back_from_device_host_disk_and_after_kill_9(start, folde
 
 @pytest.mark.slow
 def test_a_conversation_continues_in_the_cache(start, folder):
-    server = start("--disk-cache", f"{folder}:64MiB")
+    server = start(*ALWAYS_LOAD, "--disk-cache", f"{folder}:64MiB")
     messages = [{"role": "user", "content": "What does os.path.join do? " * 8}]
     before = 0
     for _ in range(4):
@@ -69,7 +70,7 @@ def test_a_conversation_continues_in_the_cache(start, folder):
 
 @pytest.mark.slow
 def test_equal_prompts_of_different_salts_share_nothing(start, folder):
-    server = start("--disk-cache", f"{folder}:64MiB")
+    server = start(*ALWAYS_LOAD, "--disk-cache", f"{folder}:64MiB")
     for salt in ("alice", "bob"):
         assert cached_tokens(server.complete(prompt(3, 200), cache_salt=salt)) == 0
         assert cached_tokens(server.complete(prompt(3, 200), cache_salt=salt)) == 192

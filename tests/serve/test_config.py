@@ -13,7 +13,7 @@ from dynamo.serve.errors import ConfigError
 # A new option needs a measured reason: add it here together with the line in CHANGELOG.md that gives it.
 OPTIONS = {
     "model": ["MODEL", "--served-model-name", "--device", "--dtype", "--max-model-len"],
-    "cache": ["--block-size", "--device-cache", "--host-cache", "--disk-cache", "--io-threads"],
+    "cache": ["--block-size", "--device-cache", "--host-cache", "--disk-cache", "--io-threads", "--load-patience"],
     "engine": ["--engine", "--max-batch-tokens", "--max-running", "--max-waiting", "--threads"],
     "server": ["--host", "--port", "--api-key", "--drain-timeout", "--log-level"],
     "mocker": ["--mocker-prefill-rate", "--mocker-step-time", "--mocker-token-time", "--speedup"],
@@ -54,6 +54,7 @@ def test_help_shows_every_default(capsys: pytest.CaptureFixture[str], monkeypatc
 
 def test_defaults_that_the_library_has_too_are_its_own() -> None:
     cache = Config().cache
+    assert cache.load_patience == signature(KVCache).parameters["load_patience"].default
     assert cache.io_threads == signature(KVCache).parameters["io_threads"].default
     assert cache.block_size == signature(KVSpec).parameters["block_size"].default
 

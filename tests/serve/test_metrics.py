@@ -1,6 +1,7 @@
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dynamo.kvcache.planner import PlannerStats
 from dynamo.kvcache.stats import CacheStats, TierUsage
 from dynamo.serve.cache_metrics import CacheCollector
 from dynamo.serve.metrics import Histogram, ServerMetrics
@@ -56,6 +57,13 @@ def test_the_caches_numbers_come_out_per_tier() -> None:
         dropped_blocks={"queue_full": 4},
         num_pending_offload_blocks=6,
         num_pending_disk_blocks=8,
+        planner=PlannerStats(
+            decisions={"loaded": 3, "gave_up": 1},
+            regret_s={"disk": 0.25},
+            declined_blocks=7,
+            lane_bytes_per_s={"disk": 1e9},
+            prefill_tokens_per_s=5000.0,
+        ),
     )
     values = samples(CacheCollector(lambda: stats))
     expected = {
@@ -73,6 +81,12 @@ def test_the_caches_numbers_come_out_per_tier() -> None:
         ("tier_faults_total", ("truncated", "disk")): 3,
         ("load_faults_total", ("corrupt",)): 1,
         ("dropped_blocks_total", ("queue_full",)): 4,
+        ("load_decisions_total", ("loaded",)): 3,
+        ("load_decisions_total", ("gave_up",)): 1,
+        ("load_regret_seconds_total", ("disk",)): 0.25,
+        ("load_bytes_per_second", ("disk",)): 1e9,
+        ("declined_blocks_total", ()): 7,
+        ("prefill_tokens_per_second", ()): 5000.0,
         ("requested_blocks_total", ()): 20,
         ("missed_blocks_total", ()): 15,
         ("open_sequences", ()): 1,

@@ -315,6 +315,71 @@ def test_a_loading_sequence_holds_nobody_up() -> None:
         scheduler.finish(other)
 
 
+def test_loading_sequences_take_no_place_from_those_that_compute_until_they_need_it() -> None:
+    with KVCache(SPEC, device="cpu", device_blocks=64) as cache:
+        slow = SlowCache(cache)
+        scheduler = Scheduler(slow, SchedulerLimits(max_running=2, max_batch_tokens=64, prefill_chunk=64))  # type: ignore[arg-type]
+        loading = [make_sequence(f"loading-{i}", [i] * 9) for i in range(2)]
+        others = [make_sequence(f"other-{i}", [10 + i] * 9) for i in range(3)]
+        for sequence in loading:
+            scheduler.add(sequence)
+        assert scheduler.schedule().is_empty
+        for sequence in others:
+            scheduler.add(sequence)
+        assert scheduler.schedule().is_empty  # no more than max_running wait for loads at once
+        slow.opened[0].is_ready = True
+        step = scheduler.schedule()
+        assert [chunk.sequence for chunk in step.prefills] == [loading[0]]
+        scheduler.complete(step, [5])
+        slow.opened[2].is_ready = True
+        step = scheduler.schedule()
+        assert (step.decodes, [chunk.sequence for chunk in step.prefills]) == ([loading[0]], [others[0]])
+        scheduler.complete(step, [5, 6])
+        scheduler.check_invariants()
+        slow.opened[1].is_ready = True
+        step = scheduler.schedule()
+        assert others[0].phase is Phase.WAITING  # it had the place only because of the wait
+        assert (step.decodes, [chunk.sequence for chunk in step.prefills]) == ([loading[0]], [loading[1]])
+        scheduler.complete(step, [5, 7])
+        scheduler.check_invariants()
+        assert scheduler.num_preemptions == 1
+        for sequence in (*loading, *others):
+            scheduler.finish(sequence)
+        assert cache.stats().tier("device").num_pinned_blocks == 0
+
+
+def test_a_younger_sequence_that_has_loaded_waits_for_a_place() -> None:
+    with KVCache(SPEC, device="cpu", device_blocks=64) as cache:
+        slow = SlowCache(cache)
+        scheduler = Scheduler(slow, SchedulerLimits(max_running=1, max_batch_tokens=64, prefill_chunk=64))  # type: ignore[arg-type]
+        first, second = make_sequence("first", [1] * 9), make_sequence("second", [2] * 9)
+        scheduler.add(first)
+        assert scheduler.schedule().is_empty
+        slow.opened[0].is_ready = True
+        scheduler.complete(scheduler.schedule(), [5])
+        scheduler.add(second)
+        scheduler.complete(scheduler.schedule(), [5])
+        assert second.phase is Phase.WAITING
+        scheduler.finish(first)
+        scheduler.schedule()
+        slow.opened[-1].is_ready = True
+        assert [chunk.sequence for chunk in scheduler.schedule().prefills] == [second]
+        scheduler.finish(second)
+
+
+def test_the_end_of_a_load_is_told() -> None:
+    with KVCache(SPEC, device="cpu", device_blocks=32) as cache:
+        slow = SlowCache(cache)
+        scheduler = Scheduler(slow, SchedulerLimits(max_running=4, max_batch_tokens=64))  # type: ignore[arg-type]
+        told: list[bool] = []
+        scheduler.when_loaded(lambda: told.append(True))
+        sequence = make_sequence("loading", [1] * 9)
+        scheduler.add(sequence)
+        scheduler.schedule()
+        assert told == [True]
+        scheduler.finish(sequence)
+
+
 def test_a_loading_sequence_can_be_aborted() -> None:
     with KVCache(SPEC, device="cpu", device_blocks=32) as cache:
         scheduler = Scheduler(SlowCache(cache), SchedulerLimits(max_running=4, max_batch_tokens=64))  # type: ignore[arg-type]

@@ -1,0 +1,389 @@
+"""Load or compute: how much of a cached prefix is worth loading, and when waiting for it has cost enough.
+
+Blocks of a prefix that lie in lower tiers can be loaded or computed again. Leading ones are loaded and the rest is
+computed, since a block can be used only behind its prefix:
+
+    [first ........ first + k)  loaded, by each tier's lane beside the others
+    [first + k .... end)        computed when the loads have ended
+
+`LoadPlanner.plan` takes the k with the least expected time to the first token. Loading and computing a prefix from its two
+ends at once is Cake's idea (https://arxiv.org/abs/2410.03065); here one follows the other, as attention needs the prefix.
+
+The prediction may be wrong: a disk gets slow. Then a `LoadWatch` keeps the promise that a cached prompt is never much slower
+than one computed whole: it lets the load go on for as long as it would have taken to compute what has arrived, and a little
+patience more. Whatever happens, time waited ≤ time saved + patience.
+"""
+
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dynamo.kvcache.lane import Lane, LaneSpeed
+from dynamo.kvcache.prefill_model import PrefillCost, PrefillModel
+from dynamo.tiers.transfer import Transfer
+
+__all__ = [
+    "LoadDecision",
+    "LoadKind",
+    "LoadPlanner",
+    "LoadQuestion",
+    "LoadWatch",
+    "PlannerStats",
+    "TierRun",
+    "growing_parts",
+]
+
+LoadKind = Literal["loaded", "split", "computed", "gave_up"]
+
+_MIN_PATIENCE_S = 0.002  # what a wait for a thread costs anyway
+_TRUSTING_PATIENCE_S = 0.010  # likewise on a busy machine; only where the tier's last load came in time
+_FIRST_PART = 0.015  # of a load: two parts run at once, so the first has come when the patience ends
+_PART_GROWTH = 0.25  # of what precedes it: a part has come before what precedes it is used up
+_MAX_UNSETTLED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TierRun:
+    """`num_blocks` blocks that follow one another in a chain and lie in `tier`."""
+
+    tier: str
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadQuestion:
+    """What a decision is about.
+
+    Attributes:
+        runs: where the loadable blocks lie, in chain order.
+        first: position in the chain of the first of them; what precedes it is in device memory.
+        num_tokens: of the whole prompt.
+    """
+
+    runs: tuple[TierRun, ...]
+    first: int
+    num_tokens: int
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(run.num_blocks for run in self.runs)
+
+    def tiers(self, num_blocks: int) -> set[str]:
+        """Where the first `num_blocks` loadable blocks lie."""
+        starts = accumulate((run.num_blocks for run in self.runs), initial=0)
+        return {run.tier for start, run in zip(starts, self.runs, strict=False) if start < num_blocks}
+
+    def tier_at(self, position: int) -> str:
+        """Tier of the loadable block at `position`, or of the last one."""
+        for run in self.runs:
+            if position < run.num_blocks:
+                return run.tier
+            position -= run.num_blocks
+        return self.runs[-1].tier
+
+
+@dataclass(frozen=True, slots=True)
+class LoadDecision:
+    """What is loaded of a prefix.
+
+    Attributes:
+        question: what it is about.
+        decided_s: when it was made.
+        num_blocks_to_load: leading ones.
+        expected_load_s: until they have all come; None where a tier's speed is not known.
+        expected_compute_s: computing the same blocks instead; None where that is not known.
+        patience_s: what the load may cost beyond the computing that it saves; None for as long as it takes.
+        reason: for people.
+    """
+
+    question: LoadQuestion
+    decided_s: float
+    num_blocks_to_load: int
+    expected_load_s: float | None
+    expected_compute_s: float | None
+    patience_s: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerStats:
+    """Decisions since the cache was made, and what they are based on now.
+
+    Attributes:
+        decisions: number by kind: "loaded" all that there was, "split" into loaded and computed, "computed" although it
+            could have been loaded, and "gave_up" a load that was too slow, with what had come until then.
+        regret_s: time to first token lost by decisions, as far as is known afterwards, by the tier they were about.
+        declined_blocks: blocks that a tier held and that were computed because that was faster.
+        lane_bytes_per_s: measured speed of each tier's loads.
+        prefill_tokens_per_s: measured speed of computing a step of a new prompt; None before it is known.
+    """
+
+    decisions: Mapping[LoadKind, int]
+    regret_s: Mapping[str, float]
+    declined_blocks: int
+    lane_bytes_per_s: Mapping[str, float]
+    prefill_tokens_per_s: float | None
+
+
+class LoadPlanner:
+    """Learns what loading and computing cost, and decides between them. Thread-safe.
+
+    Args:
+        block_size: tokens of a block.
+        block_bytes: bytes of a block, for what `stats` tells.
+        patience: share of the time to compute a prompt that a load may cost without having brought anything; None: all
+            that can be is loaded, however long it takes.
+        clock: seconds that only go up.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        block_bytes: int,
+        patience: float | None = 0.03,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._block_size = block_size
+        self._patience = patience
+        self._block_bytes = block_bytes
+        self._clock = clock
+        self._lock = threading.Lock()  # guards all below
+        self._prefill = PrefillModel()
+        self._lanes: dict[str, Lane] = {}
+        self._decisions: Counter[LoadKind] = Counter()
+        self._regret_s: defaultdict[str, float] = defaultdict(float)
+        self._declined_blocks = 0
+        # When it was decided, about what, and how many of its blocks were loaded.
+        self._unsettled: deque[tuple[float, LoadQuestion, int]] = deque(maxlen=_MAX_UNSETTLED)
+
+    def observe_compute(self, num_tokens: int, context_tokens: float, seconds: float) -> None:
+        """See `KVCache.observe_compute`."""
+        with self._lock:
+            self._prefill.observe(num_tokens, context_tokens, seconds)
+
+    def expect(self, tier: str, load: int, num_blocks: int) -> None:
+        """Says that the load of that number is about to bring blocks of `tier`."""
+        with self._lock:
+            self._lane(tier).expect(load, num_blocks)
+
+    def begin_part(self, tier: str) -> None:
+        """Says that a part of a load starts; `end_part` follows."""
+        with self._lock:
+            self._lane(tier).begin_part(self._clock())
+
+    def end_part(self, tier: str, load: int, num_blocks: int, num_moved: int) -> None:
+        """Says that a part ended: `num_blocks` blocks are no longer expected, and `num_moved` of them were moved."""
+        with self._lock:
+            self._lane(tier).end_part(self._clock(), load, num_blocks, num_moved)
+
+    def forget(self, load: int) -> None:
+        """Says that nothing more comes of a load."""
+        with self._lock:
+            for lane in self._lanes.values():
+                lane.forget(load)
+
+    def plan(self, question: LoadQuestion) -> LoadDecision:
+        """Decides how many of the loadable blocks are loaded."""
+        num_blocks = question.num_blocks
+        with self._lock:
+            now = self._clock()
+            cost = self._prefill.cost()
+            if not num_blocks:
+                return LoadDecision(question, now, 0, 0.0, 0.0, None, "no tier holds what follows")
+            if cost is None or self._patience is None:
+                reason = "the speed of computing is not known yet" if cost is None else "loads are always waited for"
+                return LoadDecision(question, now, num_blocks, None, None, None, reason)
+            return self._plan(question, cost, self._patience, now)
+
+    def watch(self, decision: LoadDecision, transfer: Transfer, timeout_s: float) -> "LoadWatch":
+        """Watches over a load that was decided for: its deadline grows with what arrives, up to `timeout_s` in all."""
+        with self._lock:
+            cost = self._prefill.cost()
+        savings_s = None
+        if cost is not None and decision.patience_s is not None:
+            question = decision.question
+            starts = (question.first + np.arange(transfer.num_blocks + 1)) * self._block_size
+            left_s = cost.seconds(starts, question.num_tokens)
+            savings_s = cost.sure * (left_s[0] - left_s)
+        return LoadWatch(self, decision, transfer, timeout_s, savings_s, self._clock)
+
+    def settle(self, decision: LoadDecision, waited_s: float, num_arrived: int, *, gave_up: bool) -> None:
+        """Books a load that has ended. Called by its `LoadWatch`."""
+        question = decision.question
+        num_blocks, num_loaded = question.num_blocks, decision.num_blocks_to_load
+        with self._lock:
+            now = self._clock()
+            self._decisions["gave_up" if gave_up else "loaded" if num_loaded == num_blocks else "split"] += 1
+            self._declined_blocks += num_blocks - num_loaded
+            if gave_up:
+                self._lane(question.tier_at(num_arrived)).give_up(now, num_loaded, num_arrived, waited_s)
+            else:
+                for tier in question.tiers(num_loaded):
+                    self._lane(tier).load_ended()
+            cost = self._prefill.cost()
+            if cost is None:
+                return
+            start, end = question.first * self._block_size, question.num_tokens
+            saved_s = cost.seconds_between(start, end) - cost.seconds_between(
+                start + num_arrived * self._block_size, end
+            )
+            self._regret_s[question.tier_at(num_arrived)] += max(0.0, waited_s - saved_s)
+            if num_arrived < num_blocks:  # what the rest would have taken is seen when it, or something else, has come
+                self._unsettled.append((decision.decided_s, question, num_arrived))
+
+    def stats(self) -> PlannerStats:
+        """Counters, and the speeds that are known."""
+        with self._lock:
+            self._look_back()
+            cost = self._prefill.cost()
+            rates = {tier: lane.bandwidth_blocks_per_s for tier, lane in self._lanes.items()}
+            return PlannerStats(
+                decisions=dict(self._decisions),
+                regret_s=dict(self._regret_s),
+                declined_blocks=self._declined_blocks,
+                lane_bytes_per_s={tier: rate * self._block_bytes for tier, rate in rates.items() if rate is not None},
+                prefill_tokens_per_s=cost.tokens_per_s if cost is not None else None,
+            )
+
+    def _plan(self, question: LoadQuestion, cost: PrefillCost, patience: float, now: float) -> LoadDecision:
+        num_blocks = question.num_blocks
+        starts = (question.first + np.arange(num_blocks + 1)) * self._block_size
+        left_s = cost.seconds(starts, question.num_tokens)
+        compute_s = float(left_s[0])
+        is_trusted = all(self._lane(run.tier).is_trusted for run in question.runs)
+        least_s = _TRUSTING_PATIENCE_S if is_trusted else _MIN_PATIENCE_S
+        patience_s = max(least_s, patience * cost.sure * compute_s)
+        speeds = {run.tier: self._lane(run.tier).speed(now) for run in question.runs}
+        known = {tier: speed for tier, speed in speeds.items() if speed is not None}
+        total_s, load_s = self._expected(question, cost, known)
+        count = num_blocks - int(np.argmin(total_s[::-1]))  # of equals the most: the device has others to compute for
+        saved_s = compute_s - float(left_s[count])
+        untried = {tier for tier in question.tiers(count) if speeds[tier] is None}
+        if untried:
+            for tier in untried:
+                self._lane(tier).probe(now)
+            reason = f"{' and '.join(sorted(untried))} is to show how fast it is"
+            return LoadDecision(question, now, count, None, saved_s, patience_s, reason)
+        if not count:
+            self._decisions["computed"] += 1
+            self._declined_blocks += num_blocks
+            self._look_back()
+            self._unsettled.append((now, question, 0))
+        reason = (
+            f"with {count} of {num_blocks} blocks loaded the first token takes {1e3 * total_s[count]:.1f} ms, with all "
+            f"computed {1e3 * compute_s:.1f} ms"
+        )
+        return LoadDecision(question, now, count, float(load_s[count]), saved_s, patience_s, reason)
+
+    def _expected(
+        self, question: LoadQuestion, cost: PrefillCost, speeds: Mapping[str, LaneSpeed]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """float64 [num_blocks + 1] each: time to first token when k blocks are loaded, and until these have come.
+
+        Tiers whose speed is not known count as fast.
+        """
+        lengths = [run.num_blocks for run in question.runs]
+        counts = np.arange(question.num_blocks + 1)
+        load_s = np.zeros(question.num_blocks + 1)
+        for tier, speed in speeds.items():
+            is_here = np.repeat([run.tier == tier for run in question.runs], lengths)
+            own = np.concatenate(([0], np.cumsum(is_here)))
+            # Loads take turns: until a load has all its k blocks, each other one gets no more than k.
+            others = sum((np.minimum(own, waiting) for waiting in speed.num_waiting), np.zeros_like(own))
+            lane_s = np.where(own > 0, speed.latency_s + speed.block_s * (own + others), 0.0)
+            load_s = np.maximum(load_s, lane_s)
+        starts = (question.first + counts) * self._block_size
+        return load_s + cost.seconds(starts, question.num_tokens), load_s
+
+    def _look_back(self) -> None:
+        """Books what it cost to compute blocks, once their tiers' speeds have been measured since."""
+        cost = self._prefill.cost()
+        if cost is None:
+            return
+        unsettled = list(self._unsettled)
+        self._unsettled.clear()
+        for decided_s, question, num_loaded in unsettled:
+            speeds = {run.tier: self._lane(run.tier).speed_since(decided_s) for run in question.runs}
+            known = {tier: speed for tier, speed in speeds.items() if speed is not None}
+            if len(known) < len(speeds):
+                self._unsettled.append((decided_s, question, num_loaded))
+                continue
+            total_s, _ = self._expected(question, cost, known)
+            lost_s = float(total_s[num_loaded] - total_s[num_loaded:].min())
+            self._regret_s[question.tier_at(num_loaded)] += lost_s
+
+    def _lane(self, tier: str) -> Lane:
+        lane = self._lanes.get(tier)
+        if lane is None:
+            lane = self._lanes[tier] = Lane()
+        return lane
+
+
+class LoadWatch:
+    """Keeps one load from costing more than it saves. Made by `LoadPlanner.watch`; ended by `settle`, or just forgotten."""
+
+    def __init__(
+        self,
+        planner: LoadPlanner,
+        decision: LoadDecision,
+        transfer: Transfer,
+        timeout_s: float,
+        savings_s: npt.NDArray[np.float64] | None,
+        clock: Callable[[], float],
+    ) -> None:
+        """Listens to `transfer`; `savings_s[k]` is what its first k blocks save, None for a load without patience."""
+        self._planner = planner
+        self._decision = decision
+        self._transfer = transfer
+        self._last_deadline = decision.decided_s + timeout_s
+        self._savings_s = savings_s
+        self._clock = clock
+        self._ended_s: float | None = None
+        if savings_s is not None:
+            transfer.on_progress(self._extend)
+        transfer.when_ended(self._note_end)
+
+    def settle(self, num_arrived: int, *, gave_up: bool) -> None:
+        """Books what became of the load: `num_arrived` leading blocks came, and the others never will.
+
+        Args:
+            gave_up: it was ended before it was complete.
+        """
+        ended_s = self._clock() if self._ended_s is None else self._ended_s
+        self._planner.settle(self._decision, ended_s - self._decision.decided_s, num_arrived, gave_up=gave_up)
+
+    def _extend(self, num_arrived: int) -> None:
+        decision = self._decision
+        assert self._savings_s is not None, "without known savings there is no deadline to move"
+        deadline = decision.decided_s + (decision.patience_s or 0.0) + float(self._savings_s[num_arrived])
+        self._transfer.extend(min(deadline, self._last_deadline))
+
+    def _note_end(self) -> None:
+        self._ended_s = self._clock()
+
+
+def growing_parts(num_blocks: int, first: int, most: int) -> list[int]:
+    """Cuts a load into parts that start small, so that a slow tier is noticed early, and grow up to `most` blocks.
+
+    Args:
+        first: least blocks of a part.
+
+    Returns:
+        Blocks of each part, in order; their sum is `num_blocks`.
+    """
+    parts = []
+    done = 0
+    while done < num_blocks:
+        wanted = int(_FIRST_PART * num_blocks + _PART_GROWTH * done)
+        size = min(max(first, wanted, 1), most, num_blocks - done)
+        parts.append(size)
+        done += size
+    return parts

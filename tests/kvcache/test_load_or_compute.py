@@ -1,0 +1,133 @@
+"""The cache loads what is sooner loaded than computed, and gives a load up before it costs more than it saves."""
+
+import asyncio
+import os
+import time
+
+import pytest
+
+from dynamo.kvcache import KVCache
+
+TOKENS = list(range(257))  # 64 full blocks and one token to compute
+
+
+@pytest.fixture
+def slow_reads(monkeypatch):
+    """Makes every read of the disk take the seconds in the list's only item."""
+    seconds = [0.0]
+    read = os.preadv
+
+    def preadv(fd, buffers, offset, flags=0):
+        time.sleep(seconds[0])
+        return read(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return seconds
+
+
+@pytest.fixture
+def cache(make_cache, content, tmp_path) -> KVCache:
+    """With all of TOKENS on disk only."""
+    made = make_cache(device_blocks=128, host="1MiB", disk=f"{tmp_path / 'kv'}:4MiB")
+    content.run(made, TOKENS)
+    leave_on_disk(made)
+    return made
+
+
+def leave_on_disk(cache: KVCache) -> None:
+    assert cache.flush()
+    deadline = time.monotonic() + 20.0
+    while time.monotonic() < deadline:
+        cache.clear("device")
+        cache.clear("host")
+        if not cache.stats().tier("host").num_cached_blocks:
+            return
+        time.sleep(0.01)
+    raise AssertionError("reads of a load still hold host rows")
+
+
+def observe(cache: KVCache, token_s: float) -> None:
+    for context in (0, 64, 128, 192):
+        cache.observe_compute(64, context, 64 * token_s)
+
+
+def open_s(cache: KVCache) -> tuple[float, int]:
+    """Seconds until a sequence of TOKENS is ready, and how many tokens of it are cached then."""
+    started = time.monotonic()
+    with cache.open(TOKENS) as sequence:
+        sequence.wait()
+        return time.monotonic() - started, sequence.num_cached_tokens
+
+
+def test_without_observations_a_load_takes_as_long_as_it_takes(cache, slow_reads):
+    slow_reads[0] = 0.2
+    seconds, num_cached = open_s(cache)
+    assert num_cached == 256
+    assert seconds >= 0.2
+    assert cache.stats().planner.decisions == {"loaded": 1}
+
+
+def test_a_load_that_brings_nothing_is_given_up_after_a_few_percent_of_computing(cache, slow_reads):
+    observe(cache, token_s=0.004)  # the prompt: about 1 s
+    slow_reads[0] = 0.7
+    seconds, num_cached = open_s(cache)
+    assert num_cached == 0
+    assert seconds < 0.5
+    planner = cache.stats().planner
+    assert planner.decisions == {"gave_up": 1}
+    assert 0 < planner.regret_s["disk"] < 0.5
+    assert cache.stats().load_faults["late"] == 64
+
+
+def test_a_load_that_is_slower_than_hoped_but_pays_is_waited_for(cache, content, slow_reads):
+    observe(cache, token_s=0.05)  # the prompt: about 13 s
+    slow_reads[0] = 0.05
+    with cache.open(TOKENS) as sequence:
+        sequence.wait()
+        assert sequence.num_cached_tokens == 256
+        content.check(cache, sequence, TOKENS, 256)
+    assert cache.stats().planner.decisions == {"loaded": 1}
+    assert cache.stats().planner.regret_s.get("disk", 0.0) == 0.0
+
+
+def test_an_asynchronous_wait_ends_when_patience_does(cache, slow_reads):
+    observe(cache, token_s=0.004)
+    slow_reads[0] = 0.7
+
+    async def use() -> int:
+        with cache.open(TOKENS) as sequence:
+            await asyncio.wait_for(sequence.ready(), 0.6)
+            return sequence.num_cached_tokens
+
+    assert asyncio.run(use()) == 0
+
+
+def test_what_is_sooner_computed_is_not_even_asked_for_once_the_tier_is_known(cache, slow_reads):
+    observe(cache, token_s=0.00005)  # the prompt: about 13 ms
+    slow_reads[0] = 0.05
+    for _ in range(4):
+        open_s(cache)
+        leave_on_disk(cache)
+    _, num_cached = open_s(cache)
+    assert num_cached == 0
+    planner = cache.stats().planner
+    assert planner.decisions["computed"] >= 1
+    assert planner.declined_blocks >= 64
+    assert cache.stats().missed_blocks == 64  # of the very first time: no tier held it then
+
+
+def test_a_load_that_was_given_up_leaves_what_it_read_in_host(cache, slow_reads):
+    observe(cache, token_s=0.004)
+    slow_reads[0] = 0.3
+    assert open_s(cache)[1] == 0
+    deadline = time.monotonic() + 20.0
+    while not cache.lookup(TOKENS).host_tokens and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert cache.lookup(TOKENS).host_tokens > 0
+
+
+def test_a_prefetch_takes_its_time(cache, slow_reads):
+    observe(cache, token_s=0.00005)
+    slow_reads[0] = 0.1
+    assert cache.prefetch(TOKENS).result(20.0) == 256
+    assert not cache.stats().planner.decisions

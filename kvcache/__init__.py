@@ -16,17 +16,19 @@ if __name__ != "dynamo.kvcache":
 if TYPE_CHECKING:
     from dynamo.kvcache.cache import KVCache, Residency
     from dynamo.kvcache.errors import KVCacheError, OutOfBlocksError
+    from dynamo.kvcache.leases import Lease
     from dynamo.kvcache.sequence import Sequence
     from dynamo.kvcache.spec import KVSpec
     from dynamo.kvcache.stats import CacheStats
 
-__all__ = ["CacheStats", "KVCache", "KVCacheError", "KVSpec", "OutOfBlocksError", "Residency", "Sequence"]
+__all__ = ["CacheStats", "KVCache", "KVCacheError", "KVSpec", "Lease", "OutOfBlocksError", "Residency", "Sequence"]
 
 _HOMES = {
     "CacheStats": "stats",
     "KVCache": "cache",
     "KVCacheError": "errors",
     "KVSpec": "spec",
+    "Lease": "leases",
     "OutOfBlocksError": "errors",
     "Residency": "cache",
     "Sequence": "sequence",

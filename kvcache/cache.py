@@ -1,9 +1,10 @@
 """The cache: a device pool over a block store."""
 
+import math
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,15 +14,19 @@ import torch
 
 from dynamo.kvcache.config import DiskPlace, parse_disk_place, parse_size
 from dynamo.kvcache.device_pool import DevicePool
-from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError
+from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError, UnsupportedError
 from dynamo.kvcache.events import Event, EventLog
 from dynamo.kvcache.hashing import ChainRoot, KeyChain, Tokens, block_keys, chain_root, pack_tokens
+from dynamo.kvcache.leases import HeldSlots, Lease, LeaseBook, PinInfo
 from dynamo.kvcache.sequence import Sequence
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, CacheStats
 from dynamo.kvcache.store import BlockStore
+from dynamo.kvcache.verification import Verification
+from dynamo.kvcache.window import RequestWindow
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.errors import TierClosedError, TierConfigError, TierMemoryError
+from dynamo.tiers.stats import TierStats
 
 __all__ = ["KVCache", "Residency", "TierName"]
 
@@ -29,6 +34,7 @@ TierName = Literal["device", "host", "disk"]
 
 _CLOSE_TIMEOUT_S = 30.0
 _MAX_ROOTS = 1024
+_MAX_TTL_S = 30 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,8 @@ class KVCache:
                 )
             undo.pop_all()
         self._pool = DevicePool(self._device, self._events, self._counters)
+        self._leases = LeaseBook()
+        self._window = RequestWindow(self._tier_stats)
 
     def __enter__(self) -> Self:
         return self
@@ -141,7 +149,7 @@ class KVCache:
         if not packed:
             raise ValueError("a sequence needs at least one token")
         num_cacheable_blocks = (len(packed) - 1) // self.block_size
-        sequence = self._open(packed, salt, lora, num_cacheable_blocks, spare_blocks)
+        sequence = self._open(packed, salt, lora, num_cacheable_blocks, spare_blocks, self._window)
         self._counters.count_request(num_cacheable_blocks, sequence.num_missed_blocks)
         return sequence
 
@@ -197,6 +205,90 @@ class KVCache:
         sequence.when_ready(finish)
         return done
 
+    def pin(
+        self,
+        tokens: Tokens,
+        *,
+        salt: str = "",
+        lora: str = "",
+        tiers: Collection[TierName] = ("host", "disk"),
+        ttl_s: float | None = None,
+        name: str = "",
+    ) -> Lease:
+        """Keeps what `tiers` have of the blocks of `tokens` from being evicted until the lease ends.
+
+        Nothing is moved: what is not cached now is not pinned. All pins together may hold half of a tier.
+
+        Args:
+            tiers: where to pin; absent tiers are passed over. In device memory, sequences have so much less room then.
+            ttl_s: seconds after which the pin ends by itself; None: with the lease, at the latest when that is garbage.
+            name: what `status` calls the pin.
+
+        Raises:
+            PinLimitError: pins would hold too much; nothing was pinned.
+            CacheConfigError: `tiers` names what is no tier.
+            ValueError: `ttl_s` is not above 0 and at most 30 days.
+        """
+        self._check_open()
+        if ttl_s is not None and not 0 < ttl_s <= _MAX_TTL_S:
+            raise ValueError(f"ttl_s must be above 0 and at most {_MAX_TTL_S:g} seconds, not {ttl_s}")
+        for tier in tiers:
+            _check_tier(tier)
+        keys = block_keys(tokens, self.block_size, self._root(salt, lora))
+        held = [self._store.pin(keys, tier) for tier in ("host", "disk") if self._store and tier in tiers]
+        if "device" in tiers:
+            slots = self._pool.hold(keys)
+            held.append(HeldSlots("device", slots, self.num_device_blocks, lambda: self._pool.let_go(slots)))
+        return self._leases.pin(held, num_tokens=len(keys) * self.block_size, name=name, ttl_s=ttl_s)
+
+    def unpin(self, pin_id: str) -> bool:
+        """Ends the pin of that id; False if there is none, or no longer."""
+        return self._leases.end(pin_id)
+
+    def pins(self) -> tuple[PinInfo, ...]:
+        """All active pins, oldest first."""
+        return self._leases.pins()
+
+    def resize(self, tier: TierName, size: str | int) -> int:
+        """Gives the host or disk tier another size, such as "8GiB", while the cache goes on; evicts what has no room.
+
+        Returns:
+            The tier's number of slots from now on.
+
+        Raises:
+            CacheConfigError: the size is wrong.
+            CacheMemoryError: the host has not that much memory.
+            UnsupportedError: the cache has no such tier, or the tier's size is fixed.
+        """
+        self._check_open()
+        num_bytes = parse_size(size)
+        if tier == "device":
+            raise UnsupportedError("the device tier cannot be resized: the tensors that `layer` gives are views of it")
+        _check_tier(tier)
+        if self._store is None:
+            raise UnsupportedError(f"the cache was made without a {tier} tier, so there is none to resize")
+        with _translated_errors():
+            return self._store.resize(tier, num_bytes)
+
+    def verify(self, timeout_s: float = 60.0) -> Verification:
+        """Reads what lies on disk and compares it with its digests; forgets and counts the blocks that are not right.
+
+        Takes as long as reading the tier does, up to `timeout_s`; the cache goes on meanwhile. May be called from any
+        thread. A second check waits for the first.
+
+        Raises:
+            UnsupportedError: there is no disk tier.
+            CacheClosedError: the cache was closed meanwhile.
+            ValueError: `timeout_s` is negative or infinite.
+        """
+        self._check_open()
+        if not 0 <= timeout_s < math.inf:
+            raise ValueError(f"timeout_s must be seconds from 0 on, not {timeout_s}")
+        if self._store is None:
+            raise UnsupportedError("there is no disk tier to verify; give the cache one")
+        with _translated_errors():
+            return self._store.verify(timeout_s)
+
     def clear(self, tier: TierName | None = None) -> None:
         """Drops every block of one tier, or of all, that is not in use at this moment. Does nothing for an absent tier.
 
@@ -204,9 +296,8 @@ class KVCache:
             CacheConfigError: `tier` names no tier.
         """
         self._check_open()
-        names = get_args(TierName)
-        if tier is not None and tier not in names:
-            raise CacheConfigError(f"{tier!r} is no tier; there are {', '.join(names)}")
+        if tier is not None:
+            _check_tier(tier)
         if tier in (None, "device"):
             self._pool.clear()
         for name in ("host", "disk"):
@@ -234,6 +325,10 @@ class KVCache:
             dropped_blocks=counted.dropped_blocks,
             num_pending_offload_blocks=store.num_pending_blocks if store else 0,
             num_pending_disk_blocks=store.num_writing_blocks if store else 0,
+            num_loads=store.num_loads if store else 0,
+            verify_faults=counted.verify_faults,
+            load_latency=counted.load_latency,
+            window=self._window.snapshot(),
         )
 
     def check_invariants(self) -> None:
@@ -248,12 +343,19 @@ class KVCache:
             if self._is_closed:
                 return
             self._is_closed = True
+        self._leases.close(_CLOSE_TIMEOUT_S)
         if self._store:
             self._store.close(_CLOSE_TIMEOUT_S)
         self._device.close()
 
     def _open(
-        self, packed: "array[int]", salt: str, lora: str, num_cacheable_blocks: int, spare_blocks: int
+        self,
+        packed: "array[int]",
+        salt: str,
+        lora: str,
+        num_cacheable_blocks: int,
+        spare_blocks: int,
+        window: RequestWindow | None = None,
     ) -> Sequence:
         self._check_open()
         chain = KeyChain(self._root(salt, lora), self.block_size)
@@ -268,7 +370,13 @@ class KVCache:
             num_cacheable_blocks=num_cacheable_blocks,
             spare_blocks=spare_blocks,
             load_timeout_s=self.load_timeout_s,
+            window=window,
         )
+
+    def _tier_stats(self) -> Iterator[TierStats]:
+        yield self._device.stats()
+        if self._store:
+            yield from self._store.tier_stats()
 
     def _root(self, salt: str, lora: str) -> ChainRoot:
         with self._roots_lock:
@@ -285,6 +393,12 @@ class KVCache:
     def _check_open(self) -> None:
         if self._is_closed:
             raise CacheClosedError("the cache is closed")
+
+
+def _check_tier(name: str) -> None:
+    names = get_args(TierName)
+    if name not in names:
+        raise CacheConfigError(f"{name!r} is no tier; there are {', '.join(names)}")
 
 
 @contextmanager

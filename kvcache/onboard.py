@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.hashing import BlockKey
@@ -19,7 +20,10 @@ from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.mover import Mover, Part, Transfer
 from dynamo.tiers.tier import Outcomes, SlotIds
 
-__all__ = ["LoadRequest", "Onboarder"]
+__all__ = ["SOURCES", "LoadRequest", "Onboarder"]
+
+SOURCES = ("host", "disk")
+"""Tiers that blocks are loaded from, nearest first."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +39,15 @@ class LoadRequest:
         first: position in `chain` of the first wanted block.
         device_slots: where the wanted blocks go, one slot for each.
         fences: points in CUDA streams after which nothing uses the slots' former content; none on CPU.
+        sources: uint8 [n], one for each wanted block; `load` writes into it where the block is read from, as a place in
+            `SOURCES`.
     """
 
     chain: list[BlockKey]
     first: int
     device_slots: SlotIds
     fences: list[Fence]
+    sources: npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,8 @@ class Onboarder:
                 else:  # evicted since the caller looked; what follows is of no use without it
                     shelf.counters.count_fault("missing", len(keys) - position)
                     break
+        if on_disk:
+            request.sources[[position for position, _ in on_disk]] = SOURCES.index("disk")
         parts: dict[str, list[Part]] = {"host": [], "disk": []}
         for lane, places, load in (
             ("host", in_host, self._load_from_host),

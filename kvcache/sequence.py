@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from array import array
 from collections.abc import Callable
 from typing import Self
@@ -13,9 +14,10 @@ from dynamo.kvcache.device_pool import DevicePool
 from dynamo.kvcache.errors import CacheClosedError, SequenceStateError
 from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, pack_tokens
 from dynamo.kvcache.offload import SaveRequest
-from dynamo.kvcache.onboard import LoadRequest
+from dynamo.kvcache.onboard import SOURCES, LoadRequest
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
+from dynamo.kvcache.window import RequestWindow
 from dynamo.tiers.mover import Transfer
 from dynamo.tiers.tier import SlotIds
 
@@ -49,11 +51,13 @@ class Sequence:
         num_cacheable_blocks: int,
         spare_blocks: int,
         load_timeout_s: float,
+        window: RequestWindow | None = None,
     ) -> None:
         """Reserves blocks for all `tokens`, of which the first `num_cacheable_blocks` may come from the cache.
 
         Args:
             chain: keys of all full blocks of `tokens`.
+            window: is told, at `close`, what the sequence got from which tier; None: the sequence is no request.
 
         Raises:
             OutOfBlocksError: see `DevicePool.reserve`.
@@ -69,6 +73,11 @@ class Sequence:
         self._transfer: Transfer | None = None
         self._num_cached_tokens: int | None = None
         self._is_closed = False
+        self._window = window
+        self._num_prompt_tokens = len(tokens)
+        self._num_cacheable_blocks = num_cacheable_blocks
+        self._hit_blocks = [0] * len(SOURCES)
+        self._sources = np.empty(0, dtype=np.uint8)
         keys = chain.keys[:num_cacheable_blocks]
         reservation = pool.reserve(keys, -(-len(tokens) // block_size), spare_blocks)
         self._add_slots(reservation.matched)
@@ -79,6 +88,7 @@ class Sequence:
         except BaseException:
             pool.release(self.block_table.astype(np.int64))
             raise
+        self._num_matched_blocks = self._num_shared_blocks
         self._num_missed_blocks = len(keys) - self._num_shared_blocks - num_loading
 
     def __enter__(self) -> Self:
@@ -96,6 +106,14 @@ class Sequence:
     def num_missed_blocks(self) -> int:
         """Of the full blocks that could have come from the cache, those that no tier held at the time of `open`."""
         return self._num_missed_blocks
+
+    @property
+    def block_keys(self) -> list[BlockKey]:
+        """Keys of the sequence's full blocks, as far as it has hashed them: those of `open`, and of what was committed.
+
+        The sequence's own list, which grows until it is closed; not to be changed.
+        """
+        return self._chain.keys
 
     @property
     def is_ready(self) -> bool:
@@ -132,6 +150,7 @@ class Sequence:
         arrived = transfer.wait(timeout_s)
         if transfer.is_expired:
             self._counters.count_fault("late", transfer.num_blocks - arrived)
+        self._hit_blocks = np.bincount(self._sources[:arrived], minlength=len(SOURCES)).tolist()
         self._share(self._num_shared_blocks + arrived)
         self._transfer = None
         self._num_cached_tokens = self._num_shared_blocks * self._block_size
@@ -213,6 +232,13 @@ class Sequence:
                 self._transfer.expire()
         finally:
             self._pool.release(self.block_table.astype(np.int64))
+        if self._window is not None:
+            size = self._block_size
+            host, disk = self._hit_blocks
+            asked = self._num_cacheable_blocks * size
+            self._window.add(
+                (self._num_prompt_tokens, asked, self._num_matched_blocks * size, host * size, disk * size)
+            )
 
     def when_ready(self, callback: Callable[[], None]) -> None:
         """Calls `callback` once, on some thread, when the loads have ended; at once if there are none."""
@@ -226,8 +252,12 @@ class Sequence:
         first = self._num_shared_blocks
         num_loading = self._store.count_loadable(keys[first:]) if self._store else 0
         if num_loading and self._store:
-            request = LoadRequest(keys, first, fresh[:num_loading], self._pool.tier.fences())
+            self._sources = np.zeros(num_loading, dtype=np.uint8)
+            request = LoadRequest(keys, first, fresh[:num_loading], self._pool.tier.fences(), self._sources)
+            started_s = time.perf_counter()
             self._transfer = self._store.load(request, timeout_s)
+            counters, lowest = self._counters, SOURCES[int(self._sources.max())]
+            self._transfer.when_ended(lambda: counters.count_load(lowest, time.perf_counter() - started_s))
         else:
             self._num_cached_tokens = first * self._block_size
         if keys and self._store:

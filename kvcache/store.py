@@ -11,15 +11,17 @@ from contextlib import ExitStack
 from typing import Self
 
 from dynamo.kvcache.config import DiskPlace, format_size
-from dynamo.kvcache.errors import CacheConfigError
+from dynamo.kvcache.errors import CacheConfigError, UnsupportedError
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.leases import HeldSlots
 from dynamo.kvcache.offload import Offloader, SaveRequest
 from dynamo.kvcache.onboard import LoadRequest, Onboarder
 from dynamo.kvcache.pool import BlockPool
 from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, TierUsage, tier_usage
+from dynamo.kvcache.verification import DiskVerifier, Verification
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
@@ -71,6 +73,8 @@ class BlockStore:
             self._shelf, device, part_blocks=part_blocks, max_pending_blocks=max(1, device.num_slots // 4)
         )
         self._onboarder = Onboarder(self._shelf, device, part_blocks=part_blocks)
+        self._verifier = DiskVerifier(self._shelf, disk, device.layout, part_blocks=part_blocks) if disk else None
+        self._num_pinned = 0  # references held by `pin`; guarded by the shelf's lock
         self._is_closed = False
 
     @classmethod
@@ -128,6 +132,11 @@ class BlockStore:
         """Blocks on their way from host memory to disk."""
         return self._offloader.num_writing_blocks
 
+    @property
+    def num_loads(self) -> int:
+        """Loads that have not ended, queued or running."""
+        return self._onboarder.num_unfinished
+
     def count_loadable(self, keys: Sequence[BlockKey]) -> int:
         """How many of `keys`, from the first on, lie in host or disk."""
         return self._shelf.count_loadable(keys)
@@ -156,6 +165,50 @@ class BlockStore:
         """Drops every block of "host" or "disk" that is not in use at this moment."""
         self._shelf.clear(tier)
 
+    def pin(self, keys: Sequence[BlockKey], tier: str) -> HeldSlots:
+        """Holds what "host" or "disk" has of `keys`, given in chain order, until released."""
+        shelf = self._shelf
+        pool = shelf.host if tier == "host" else shelf.disk
+        with shelf.changed:
+            slots = pool.find_any(keys)
+            pool.acquire(slots)
+            self._num_pinned += len(slots)
+
+        def release() -> None:
+            with shelf.changed:
+                pool.release(slots)
+                self._num_pinned -= len(slots)
+                shelf.changed.notify_all()
+
+        return HeldSlots(tier, slots, pool.num_slots, release)
+
+    def resize(self, tier: str, num_bytes: int) -> int:
+        """Gives "host" or "disk" another size. Returns its new number of slots.
+
+        Raises:
+            UnsupportedError: the tier cannot be resized while the cache is open.
+        """
+        raise UnsupportedError(
+            f"the {tier} tier cannot be resized to {format_size(num_bytes)} while the cache is open; make it anew"
+        )
+
+    def verify(self, timeout_s: float) -> Verification:
+        """Checks the blocks on disk, for at most `timeout_s`; forgets and counts those that are not right.
+
+        Raises:
+            UnsupportedError: there is no disk tier.
+        """
+        if self._verifier is None:
+            raise UnsupportedError("there is no disk tier to verify; give the cache one")
+        return self._verifier.run(timeout_s)
+
+    def tier_stats(self) -> Iterator[TierStats]:
+        """The counters of each tier alone, without a look at its books."""
+        if self._shelf.host.num_slots:
+            yield self._arena.stats()
+        if self._disk:
+            yield self._disk.stats()
+
     def usage(self) -> Iterator[TierUsage]:
         """Occupancy and counters of each tier. A disk tier that could not be opened is told with its fault."""
         hits = self._shelf.counters.hits
@@ -177,6 +230,7 @@ class BlockStore:
                 not self._offloader.num_pending_blocks
                 and not self._offloader.num_writing_blocks
                 and not self._onboarder.num_unfinished
+                and not self._num_pinned
             )
         )
 
@@ -190,6 +244,8 @@ class BlockStore:
             return
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
+        if self._verifier:
+            self._verifier.close()
         self._offloader.close(timeout_s)
         self._onboarder.close(max(0.0, deadline - time.monotonic()))
         if self._disk:

@@ -326,6 +326,7 @@ class KVCache:
             num_pending_offload_blocks=store.num_pending_blocks if store else 0,
             num_pending_disk_blocks=store.num_writing_blocks if store else 0,
             num_loads=store.num_loads if store else 0,
+            num_pins=len(self._leases),
             verify_faults=counted.verify_faults,
             load_latency=counted.load_latency,
             window=self._window.snapshot(),

@@ -134,6 +134,10 @@ class LeaseBook:
         # itself included, as a garbage collection does.
         self._orders: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
+    def __len__(self) -> int:
+        """Active pins."""
+        return len(self._pins)
+
     def __contains__(self, pin_id: object) -> bool:
         return pin_id in self._pins
 

@@ -12,7 +12,16 @@ from dynamo.kvcache.window import WindowStats
 from dynamo.tiers.latency import LatencyCounts, LatencyHistogram
 from dynamo.tiers.stats import MovedBlocks, TierStats
 
-__all__ = ["CacheCounters", "CacheStats", "CountedBlocks", "DropReason", "LoadFault", "TierUsage", "tier_usage"]
+__all__ = [
+    "CacheCounters",
+    "CacheStats",
+    "CountedBlocks",
+    "DropReason",
+    "LatencyCounts",
+    "LoadFault",
+    "TierUsage",
+    "tier_usage",
+]
 
 LoadFault = Literal["late", "corrupt", "unreadable", "missing"]
 DropReason = Literal[
@@ -77,6 +86,7 @@ class CacheStats:
         num_pending_offload_blocks: offered blocks that still lie in device memory only.
         num_pending_disk_blocks: blocks on their way from host memory to disk.
         num_loads: loads of sequences that have not ended, queued or running.
+        num_pins: active pins.
         verify_faults: blocks on disk that `verify` found bad and forgot, by reason: "corrupt" and "unreadable".
         load_latency: from `open` to the end of a sequence's loads, by the lowest tier they came from.
         window: the last finished sequences that `open` made.
@@ -91,6 +101,7 @@ class CacheStats:
     num_pending_offload_blocks: int
     num_pending_disk_blocks: int
     num_loads: int
+    num_pins: int
     verify_faults: Mapping[str, int]
     load_latency: Mapping[str, LatencyCounts]
     window: WindowStats

@@ -1,7 +1,9 @@
 """How long things took, in fixed buckets: bounded in memory, added in a fraction of a microsecond, summed by Prometheus."""
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 __all__ = ["LATENCY_BOUNDS_S", "LatencyCounts", "LatencyHistogram"]
@@ -30,6 +32,11 @@ class LatencyCounts:
     def num(self) -> int:
         """Observations."""
         return sum(self.counts)
+
+    def cumulative(self) -> list[tuple[float, int]]:
+        """For each bound, infinity last, how many observations were not above it."""
+        counts = self.counts or (0,) * (len(LATENCY_BOUNDS_S) + 1)
+        return list(zip((*LATENCY_BOUNDS_S, math.inf), accumulate(counts), strict=True))
 
 
 class LatencyHistogram:

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
 import torch
@@ -21,30 +20,20 @@ from dynamo.kvcache.leases import HeldSlots, Lease, LeaseBook, PinInfo
 from dynamo.kvcache.sequence import Sequence
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, CacheStats
+from dynamo.kvcache.status import CacheStatus, Residency, Verification, cache_status
 from dynamo.kvcache.store import BlockStore
-from dynamo.kvcache.verification import Verification
 from dynamo.kvcache.window import RequestWindow
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.errors import TierClosedError, TierConfigError, TierMemoryError
 from dynamo.tiers.stats import TierStats
 
-__all__ = ["KVCache", "Residency", "TierName"]
+__all__ = ["KVCache", "TierName"]
 
 TierName = Literal["device", "host", "disk"]
 
 _CLOSE_TIMEOUT_S = 30.0
 _MAX_ROOTS = 1024
 _MAX_TTL_S = 30 * 86400.0
-
-
-@dataclass(frozen=True, slots=True)
-class Residency:
-    """How many leading tokens lie in each tier, and in all of them together. Whole blocks only."""
-
-    device_tokens: int
-    host_tokens: int
-    disk_tokens: int
-    cached_tokens: int
 
 
 class KVCache:
@@ -184,7 +173,7 @@ class KVCache:
             latest after `load_timeout_s`.
 
         Raises:
-            OutOfBlocksError: the device pool cannot hold the prefix now.
+            OutOfBlocksError: the device pool cannot hold the prefix now, or would have no block left for each sequence.
         """
         done: Future[int] = Future()
         held = self.lookup(tokens, salt=salt, lora=lora).cached_tokens
@@ -193,7 +182,8 @@ class KVCache:
             return done
         packed = array("I")
         packed.frombytes(pack_tokens(tokens)[: 4 * held])
-        sequence = self._open(packed, salt, lora, held // self.block_size, 0)
+        # Each open sequence will want a block before long.
+        sequence = self._open(packed, salt, lora, held // self.block_size, self._pool.num_sequences)
 
         def finish() -> None:
             with sequence:
@@ -230,8 +220,8 @@ class KVCache:
             ValueError: `ttl_s` is not above 0 and at most 30 days.
         """
         self._check_open()
-        if ttl_s is not None and not 0 < ttl_s <= _MAX_TTL_S:
-            raise ValueError(f"ttl_s must be above 0 and at most {_MAX_TTL_S:g} seconds, not {ttl_s}")
+        if ttl_s is not None:
+            _check_ttl(ttl_s)
         for tier in tiers:
             _check_tier(tier)
         keys = block_keys(tokens, self.block_size, self._root(salt, lora))
@@ -244,6 +234,15 @@ class KVCache:
     def unpin(self, pin_id: str) -> bool:
         """Ends the pin of that id; False if there is none, or no longer."""
         return self._leases.end(pin_id)
+
+    def extend_pin(self, pin_id: str, ttl_s: float) -> bool:
+        """Lets the pin of that id live for `ttl_s` from now on; False if there is none, or no longer.
+
+        Raises:
+            ValueError: `ttl_s` is not above 0 and at most 30 days.
+        """
+        _check_ttl(ttl_s)
+        return self._leases.extend(pin_id, ttl_s)
 
     def pins(self) -> tuple[PinInfo, ...]:
         """All active pins, oldest first."""
@@ -311,6 +310,10 @@ class KVCache:
     def flush(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> bool:
         """Waits until all committed blocks have reached the lower tiers or were dropped; False if that took too long."""
         return self._store.flush(timeout_s) if self._store else True
+
+    def status(self) -> CacheStatus:
+        """What lies where now, who holds it, and what is on its way. May be called after `close`."""
+        return cache_status(self.stats(), self.pins())
 
     def stats(self) -> CacheStats:
         """Occupancy and counters of every tier. May be called after `close`."""
@@ -400,6 +403,11 @@ def _check_tier(name: str) -> None:
     names = get_args(TierName)
     if name not in names:
         raise CacheConfigError(f"{name!r} is no tier; there are {', '.join(names)}")
+
+
+def _check_ttl(ttl_s: float) -> None:
+    if not 0 < ttl_s <= _MAX_TTL_S:
+        raise ValueError(f"ttl_s must be above 0 and at most {_MAX_TTL_S:g} seconds, not {ttl_s}")
 
 
 @contextmanager

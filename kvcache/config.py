@@ -14,6 +14,7 @@ _UNITS = {
     **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
     **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)},
 }
+_MAX_BYTES = 1 << 63
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -31,7 +32,10 @@ def parse_size(text: str | int) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise CacheConfigError(f"{text!r} is no size; write it as 64MiB, 8GiB, 500MB or a number of bytes")
-    return int(float(match[1]) * unit)
+    size = float(match[1]) * unit
+    if size >= _MAX_BYTES:
+        raise CacheConfigError(f"{text[:40]!r} is more than there is; a size is less than 8 EiB")
+    return int(size)
 
 
 def format_size(num_bytes: int) -> str:

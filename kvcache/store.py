@@ -21,7 +21,8 @@ from dynamo.kvcache.pool import BlockPool
 from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, TierUsage, tier_usage
-from dynamo.kvcache.verification import DiskVerifier, Verification
+from dynamo.kvcache.status import Verification
+from dynamo.kvcache.verification import DiskVerifier
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError

@@ -9,45 +9,22 @@ import mmap
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.shelf import Shelf, digest_seeds
+from dynamo.kvcache.status import Verification
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierClosedError
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.tier import Outcomes, Rows, SlotIds
 
-__all__ = ["DiskVerifier", "Verification"]
+__all__ = ["DiskVerifier"]
 
 _CLOSE_TIMEOUT_S = 30.0
 _LOOKUP_BLOCKS = 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
-    """What a check of the disk tier found.
-
-    Attributes:
-        num_blocks: blocks on disk when it began.
-        num_checked: blocks that were read and compared.
-        num_gone: blocks that had made way for others before they were read.
-        num_corrupt: blocks whose bytes were others; they are forgotten and will be computed again.
-        num_unreadable: blocks that could not be read; likewise.
-        seconds: how long it took.
-        is_complete: whether it came to the end within its time.
-    """
-
-    num_blocks: int
-    num_checked: int
-    num_gone: int
-    num_corrupt: int
-    num_unreadable: int
-    seconds: float
-    is_complete: bool
 
 
 class DiskVerifier:

@@ -34,6 +34,7 @@ class WindowTier:
         asked_tokens: prompt tokens in whole blocks that the tier was asked for: all that may come from the cache for the
             device, and for the tiers below those that the device did not hold.
         hit_tokens: those of them that requests got from this tier.
+        hit_rate: hit tokens over asked ones; None when the tier was not asked for any.
         prompt_share: hit tokens over all prompt tokens of the window; None without any.
         read: what was read from the tier since about the window's oldest request.
         write: what was written to it, likewise.
@@ -42,14 +43,10 @@ class WindowTier:
     tier: str
     asked_tokens: int
     hit_tokens: int
+    hit_rate: float | None
     prompt_share: float | None
     read: MovedBlocks
     write: MovedBlocks
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Hit tokens over asked ones; None when the tier was not asked for any."""
-        return self.hit_tokens / self.asked_tokens if self.asked_tokens else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +59,7 @@ class WindowStats:
         span_s: since about the oldest request in the window; what `read` and `write` of the tiers cover.
         prompt_tokens: of all requests in the window.
         cached_tokens: those of them that were not computed.
+        hit_rate: cached over prompt tokens; None without requests.
         tiers: device, host and disk, as far as the cache has them.
     """
 
@@ -70,12 +68,8 @@ class WindowStats:
     span_s: float
     prompt_tokens: int
     cached_tokens: int
+    hit_rate: float | None
     tiers: tuple[WindowTier, ...]
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Cached over prompt tokens; None without requests."""
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +122,14 @@ class RequestWindow:
                 continue
             read, write = now.moved[tier]
             read_before, write_before = mark.moved.get(tier, (MovedBlocks(), MovedBlocks()))
+            asked = cacheable if tier == "device" else cacheable - hits[0]
             tiers.append(
                 WindowTier(
                     tier=tier,
-                    asked_tokens=cacheable if tier == "device" else cacheable - hits[0],
+                    asked_tokens=asked,
                     hit_tokens=hit,
-                    prompt_share=hit / prompt if prompt else None,
+                    hit_rate=_share(hit, asked),
+                    prompt_share=_share(hit, prompt),
                     read=read.since(read_before),
                     write=write.since(write_before),
                 )
@@ -144,9 +140,14 @@ class RequestWindow:
             span_s=now.time_s - mark.time_s,
             prompt_tokens=prompt,
             cached_tokens=sum(hits),
+            hit_rate=_share(sum(hits), prompt),
             tiers=tuple(tiers),
         )
 
     def _mark(self, num_finished: int) -> _Mark:
         moved = {stats.name: (stats.read, stats.write) for stats in self._tiers()}
         return _Mark(num_finished, time.monotonic(), moved)
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

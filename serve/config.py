@@ -19,11 +19,13 @@ from dynamo.serve.options import (
     default_disk_place,
     default_threads,
     disk_place,
+    file_path,
     number,
     one_of,
     option,
     options_of,
     or_word,
+    switch,
     text,
 )
 
@@ -144,6 +146,15 @@ class ServerSettings:
         text,
         metavar="KEY",
         secret=True,
+    )
+    admin: bool = option(
+        False, "serve the admin endpoints under /admin/cache; needs --api-key beyond this machine", switch, metavar=""
+    )
+    key_log: Path | None = option(  # noqa: RUF009  # a field's declaration, made once
+        None,
+        "file that gets one line per finished request: sizes and block keys, no text; off: none",
+        or_word(file_path, _OFF),
+        metavar="FILE",
     )
     drain_timeout: float = option(
         30.0, "seconds that running requests get when the server is stopped", number(float, 0, 86400), metavar="SECONDS"
@@ -291,6 +302,8 @@ def _parsed(entry: Option, value: Any, source: str) -> Any:
 
 
 def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'

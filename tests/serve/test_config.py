@@ -15,7 +15,7 @@ OPTIONS = {
     "model": ["MODEL", "--served-model-name", "--device", "--dtype", "--max-model-len"],
     "cache": ["--block-size", "--device-cache", "--host-cache", "--disk-cache", "--io-threads"],
     "engine": ["--engine", "--max-batch-tokens", "--max-running", "--max-waiting", "--threads"],
-    "server": ["--host", "--port", "--api-key", "--drain-timeout", "--log-level"],
+    "server": ["--host", "--port", "--api-key", "--admin", "--key-log", "--drain-timeout", "--log-level"],
     "mocker": ["--mocker-prefill-rate", "--mocker-step-time", "--mocker-token-time", "--speedup"],
 }
 
@@ -138,6 +138,15 @@ def test_wrong_values_name_the_flag_the_value_and_what_is_accepted(flag: str, va
     assert "\n" not in message
 
 
+def test_a_switch_takes_no_value_and_is_a_bool_in_toml(tmp_path: Path) -> None:
+    assert not parse_command_line([]).loaded.config.server.admin
+    config = parse_command_line(["--admin", "/models/x"]).loaded.config
+    assert (config.server.admin, config.model.path) == (True, "/models/x")
+    assert load_config(write(tmp_path, "[server]\nadmin = true\n"), {}).config.server.admin
+    with pytest.raises(ConfigError, match="--admin: 'yes' is not accepted; accepted is true or false"):
+        load_config(write(tmp_path, '[server]\nadmin = "yes"\n'), {})
+
+
 def test_unknown_flags_get_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"--hots-cache.*did you mean --host-cache\?"):
         parse_command_line(["--hots-cache", "1GiB"])
@@ -193,6 +202,7 @@ def test_the_printed_configuration_can_be_loaded_again(tmp_path: Path) -> None:
             "--served-model-name",
             "m\n",
         ),
+        *("--admin", "--key-log", f"{tmp_path}/keys.jsonl"),
     ]
     command = parse_command_line(arguments)
     assert command.show_config

@@ -56,11 +56,13 @@ def test_the_caches_numbers_come_out_per_tier() -> None:
         span_s=2.5,
         prompt_tokens=200,
         cached_tokens=50,
+        hit_rate=0.25,
         tiers=(
             WindowTier(
                 tier="disk",
                 asked_tokens=100,
                 hit_tokens=50,
+                hit_rate=0.5,
                 prompt_share=0.25,
                 read=MovedBlocks(5, 20480, 0, 2, 0.5),
                 write=MovedBlocks(),

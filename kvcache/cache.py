@@ -14,9 +14,12 @@ import torch
 from dynamo.kvcache.config import DiskPlace, parse_disk_place, parse_size
 from dynamo.kvcache.device_pool import DevicePool
 from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError, UnsupportedError
-from dynamo.kvcache.events import Event, EventLog
-from dynamo.kvcache.hashing import ChainRoot, KeyChain, Tokens, block_keys, chain_root, pack_tokens
+from dynamo.kvcache.events import Event, EventLog, Snapshot
+from dynamo.kvcache.hashing import BlockKey, ChainRoot, KeyChain, Tokens, block_keys, chain_root, pack_tokens
 from dynamo.kvcache.leases import HeldSlots, Lease, LeaseBook, PinInfo
+from dynamo.kvcache.policies import AdmissionName, BeginUse, EvictionName, make_policies
+from dynamo.kvcache.pool import BlockPlace
+from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.sequence import Sequence
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, CacheStats
@@ -54,6 +57,8 @@ class KVCache:
         disk: str | DiskPlace | None = None,
         load_timeout_s: float = 30.0,
         io_threads: int = 8,
+        eviction: EvictionName = "lru",
+        admission: AdmissionName = "always",
     ) -> None:
         """Allocates all tiers. A disk folder that cannot be used is logged and counted; the cache goes on without it.
 
@@ -64,6 +69,8 @@ class KVCache:
             disk: "PATH:SIZE" of the disk tier; None: no disk tier. The folder holds one sub-folder for each spec.
             load_timeout_s: a block that takes longer to load is computed instead.
             io_threads: threads that read and write the disk file.
+            eviction: which blocks of a full tier go first.
+            admission: which blocks the host and disk tiers take.
 
         Raises:
             CacheConfigError: a size or path is wrong.
@@ -83,6 +90,7 @@ class KVCache:
         self._roots_lock = threading.Lock()
         self._is_closed = False
         self._store: BlockStore | None = None
+        self._policies = make_policies(eviction, admission)
         with _translated_errors(), ExitStack() as undo:
             self._device = DeviceTier(spec.layout, spec.dtype, device_blocks, device)
             undo.callback(self._device.close)
@@ -95,9 +103,10 @@ class KVCache:
                     host_bytes=host_bytes,
                     disk=place,
                     io_threads=io_threads,
+                    policies=self._policies,
                 )
             undo.pop_all()
-        self._pool = DevicePool(self._device, self._events, self._counters)
+        self._pool = DevicePool(self._device, self._events, self._counters, self._policies.new_order())
         self._leases = LeaseBook()
         self._window = RequestWindow(self._tier_stats)
 
@@ -117,7 +126,16 @@ class KVCache:
         """Device blocks that are free or hold only cached content that nobody uses."""
         return self._pool.num_available
 
-    def open(self, tokens: Tokens, *, salt: str = "", lora: str = "", spare_blocks: int = 0) -> Sequence:
+    def open(
+        self,
+        tokens: Tokens,
+        *,
+        salt: str = "",
+        lora: str = "",
+        spare_blocks: int = 0,
+        priority: int = 0,
+        ttl_s: float | None = None,
+    ) -> Sequence:
         """Reserves blocks for all of `tokens`, shares the longest cached prefix and starts loading what lies below.
 
         At most `len(tokens) - 1` tokens, in whole blocks, count as cached: one is always left to compute logits from.
@@ -128,6 +146,8 @@ class KVCache:
             salt: blocks are shared only between sequences of equal salt; one for each tenant keeps tenants apart.
             lora: name of the adapter that the KV is computed with.
             spare_blocks: device blocks that must stay available for the sequences that are open already.
+            priority: what the sequence was the last to use outlives what sequences of a lower priority used.
+            ttl_s: after so many seconds what the sequence was the last to use is the first to go; None: never.
 
         Raises:
             OutOfBlocksError: the device pool cannot hold the sequence now; nothing was reserved.
@@ -138,7 +158,8 @@ class KVCache:
         if not packed:
             raise ValueError("a sequence needs at least one token")
         num_cacheable_blocks = (len(packed) - 1) // self.block_size
-        sequence = self._open(packed, salt, lora, num_cacheable_blocks, spare_blocks, self._window)
+        begin_use = self._policies.begin_use(len(packed), priority, ttl_s)
+        sequence = self._open(packed, salt, lora, num_cacheable_blocks, spare_blocks, begin_use, self._window)
         self._counters.count_request(num_cacheable_blocks, sequence.num_missed_blocks)
         return sequence
 
@@ -307,6 +328,18 @@ class KVCache:
         """Events numbered above `after`, oldest first; see `EventLog` for how a reader notices that it missed some."""
         return self._events.read(after)
 
+    def snapshot(self) -> Snapshot:
+        """What each tier holds now: where a reader of `events` starts."""
+        number = self._events.last_number  # first, so that no later event is missed
+        return Snapshot(number, {"device": self._pool.keys(), **(self._store.keys() if self._store else {})})
+
+    def explain(self, key: BlockKey) -> dict[str, BlockPlace | Removal | None]:
+        """By tier: where the block of that key lies and why it is kept, or why it is not there.
+
+        None for a block that a tier never had, as far back as it remembers: the last few thousand removals.
+        """
+        return {"device": self._pool.explain(key), **(self._store.explain(key) if self._store else {})}
+
     def flush(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> bool:
         """Waits until all committed blocks have reached the lower tiers or were dropped; False if that took too long."""
         return self._store.flush(timeout_s) if self._store else True
@@ -359,6 +392,7 @@ class KVCache:
         lora: str,
         num_cacheable_blocks: int,
         spare_blocks: int,
+        begin_use: BeginUse | None = None,
         window: RequestWindow | None = None,
     ) -> Sequence:
         self._check_open()
@@ -374,6 +408,7 @@ class KVCache:
             num_cacheable_blocks=num_cacheable_blocks,
             spare_blocks=spare_blocks,
             load_timeout_s=self.load_timeout_s,
+            begin_use=begin_use,
             window=window,
         )
 

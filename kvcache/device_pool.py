@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from dynamo.kvcache.errors import OutOfBlocksError
 from dynamo.kvcache.events import EventLog
+from dynamo.kvcache.eviction import EvictionOrder, Use
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.pool import BlockPool
+from dynamo.kvcache.pool import BlockPlace, BlockPool
+from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.stats import CacheCounters, TierUsage, tier_usage
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.tier import SlotIds
@@ -32,12 +34,14 @@ class DevicePool:
         tier: the storage. Not owned.
     """
 
-    def __init__(self, tier: DeviceTier, events: EventLog, counters: CacheCounters) -> None:
+    def __init__(
+        self, tier: DeviceTier, events: EventLog, counters: CacheCounters, order: EvictionOrder | None = None
+    ) -> None:
         self.tier = tier
         self._events = events
         self._counters = counters
         self._changed = threading.Condition()  # guards all below; notified whenever slots are given back
-        self._pool = BlockPool(tier.num_slots)
+        self._pool = BlockPool(tier.num_slots, order)
         self._num_sequences = 0
         self._num_pins = 0
         self._num_held = 0
@@ -96,7 +100,7 @@ class DevicePool:
             Where the sequence holds its blocks now: a block known before is shared, and the sequence's own slot freed.
         """
         with self._changed:
-            registered = self._pool.register(keys, slots)
+            registered = self._pool.register(keys, slots, parent)
             if len(registered.new) == len(keys):
                 self._events.stored("device", list(keys), parent)
             else:
@@ -117,10 +121,10 @@ class DevicePool:
             self._pool.acquire(slots)
             self._num_pins += 1
 
-    def unpin(self, slots: SlotIds) -> None:
-        """Takes back what `pin` took."""
+    def unpin(self, slots: SlotIds, use: Use | None = None) -> None:
+        """Takes back what `pin` took, for `use`."""
         with self._changed:
-            self._pool.release(slots)
+            self._pool.release(slots, use)
             self._num_pins -= 1
             self._changed.notify_all()
 
@@ -139,11 +143,11 @@ class DevicePool:
             self._num_held -= len(slots)
             self._changed.notify_all()
 
-    def release(self, slots: SlotIds) -> None:
-        """Ends a sequence that holds `slots`, given in chain order."""
+    def release(self, slots: SlotIds, use: Use | None = None) -> None:
+        """Ends a sequence that holds `slots`, given in chain order, for `use`."""
         self.tier.fences()  # marks this stream, whose queued kernels may still read the slots
         with self._changed:
-            self._pool.release(slots)
+            self._pool.release(slots, use)
             self._num_sequences -= 1
             self._changed.notify_all()
 
@@ -155,6 +159,16 @@ class DevicePool:
                 self._events.removed("device", removed)
             else:
                 self._events.cleared("device")
+
+    def explain(self, key: BlockKey) -> BlockPlace | Removal | None:
+        """Where a block lies, or why it does not; see `BlockPool.explain`."""
+        with self._changed:
+            return self._pool.explain(key)
+
+    def keys(self) -> list[BlockKey]:
+        """All blocks."""
+        with self._changed:
+            return self._pool.keys()
 
     def usage(self) -> TierUsage:
         """Occupancy and counters."""

@@ -150,7 +150,7 @@ class DiskWriter:
         shelf.notice_lost_disk()
         generation = disk.generation
         fresh, num_absent = self._reachable(write)
-        room = shelf.take_disk_slots(len(fresh), write.hold.chains)
+        room = shelf.take_disk_slots(len(fresh), write.hold)
         held = room.slots
         was_refused = False
         try:

@@ -2,12 +2,13 @@
 
 import threading
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
 from dynamo.kvcache.hashing import BlockKey
 
-__all__ = ["Cleared", "Event", "EventLog", "Removed", "Stored"]
+__all__ = ["Cleared", "Event", "EventLog", "Removed", "Snapshot", "Stored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,26 @@ class Cleared:
 Event = Stored | Removed | Cleared
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What each tier holds, for a reader of events to start from.
+
+    Attributes:
+        sequence_number: of the last event that is in it for certain, -1 for none. Later ones may be in it, or not yet; to
+            apply them, in order, to this state does no harm.
+        keys: by tier, in no order.
+    """
+
+    sequence_number: int
+    keys: Mapping[str, Sequence[BlockKey]]
+
+
 class EventLog:
     """Ring of the last events, numbered from 0 without gaps. Thread-safe.
 
-    A reader keeps the last number it saw. If the first event it is given next is not the one after that number, it read
-    too slowly and must ask for a snapshot.
+    A reader starts with a `Snapshot`, since there may be blocks of before the first event, as on a disk found warm, and goes
+    on from its number. It keeps the last number it saw. If the first event it is given next is not the one after that
+    number, it read too slowly and starts anew.
     """
 
     def __init__(self, capacity: int = 16384) -> None:
@@ -74,6 +90,11 @@ class EventLog:
         with self._lock:
             self._ring.append(Cleared(self._next, tier))
             self._next += 1
+
+    @property
+    def last_number(self) -> int:
+        """Number of the latest event, -1 before the first."""
+        return self._next - 1
 
     def read(self, after: int) -> list[Event]:
         """Events numbered above `after`, oldest first, as far back as the ring reaches."""

@@ -5,11 +5,13 @@ blocks that this use was the last to touch. A pool gives blocks up from the tail
 an entry whose tail still has descendants in the pool, so that no block outlives its prefix.
 """
 
-from collections.abc import Iterator
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["EvictionOrder", "LeafFirstLRU", "Use"]
+__all__ = ["EvictionOrder", "LeafFirstLRU", "OpenUse", "Use", "UseTracker", "anonymous_use"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,58 @@ class Use:
     expires_s: float | None = None
 
 
+def anonymous_use() -> Use:
+    """A use now by nobody in particular: number 0, and no history."""
+    return Use(0, time.monotonic())
+
+
+class UseTracker(Protocol):
+    """Who numbers the uses of a cache and learns from them. Thread-safe."""
+
+    def observe(
+        self,
+        keys: Sequence[Hashable],
+        now_s: float,
+        *,
+        num_prompt_tokens: int,
+        priority: int = 0,
+        expires_s: float | None = None,
+    ) -> Use:
+        """A use of a chain begins, of which `keys` are known so far."""
+
+    def finish(self, use: Use, keys: Sequence[Hashable], num_output_tokens: int) -> Use:
+        """A use ends: `keys` is its whole chain. Returns all that is known of the use now."""
+
+
+class OpenUse:
+    """One sequence's use of its chain, for everybody who will file the chain's blocks, now or after the sequence ended.
+
+    Attributes:
+        latest: what is known of the use so far.
+        admitted: by tier, how much of the chain was offered to it, and how many leading blocks it took or had.
+    """
+
+    def __init__(
+        self,
+        tracker: UseTracker,
+        keys: Sequence[Hashable],
+        num_prompt_tokens: int,
+        *,
+        priority: int = 0,
+        expires_s: float | None = None,
+    ) -> None:
+        """Begins the use."""
+        self._tracker = tracker
+        self.admitted: dict[str, tuple[int, int]] = {}
+        self.latest = tracker.observe(
+            keys, time.monotonic(), num_prompt_tokens=num_prompt_tokens, priority=priority, expires_s=expires_s
+        )
+
+    def finish(self, keys: Sequence[Hashable], num_output_tokens: int) -> None:
+        """Ends the use. Called once."""
+        self.latest = self._tracker.finish(self.latest, keys, num_output_tokens)
+
+
 class EvictionOrder(Protocol):
     """Order in which the entries of one pool give up blocks. Not thread-safe: it belongs to its pool.
 
@@ -48,7 +102,7 @@ class EvictionOrder(Protocol):
         """The entry has no block left, by eviction or since later uses took them all. Unknown entries are ignored."""
 
     def candidates(self, now_s: float) -> Iterator[int]:
-        """Entries in the order in which they are to give up blocks. Abandoned by the pool when it has enough; the pool
+        """All entries in the order in which they are to give up blocks. Abandoned by the pool when it has enough; the pool
         calls neither `add` nor `remove` while it iterates."""
 
 
@@ -56,7 +110,9 @@ class LeafFirstLRU:
     """The entry used longest ago goes first. Implements EvictionOrder."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, None] = {}  # insertion order is the order of use
+        self._entries: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # a dict that loses its first entries gets slow to iterate
 
     def add(self, entry: int, use: Use, num_blocks: int) -> None:
         """Files the entry behind all others."""

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamo.kvcache.disk_writer import DiskWriter
+from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.shelf import Hold, Shelf
 from dynamo.tiers.device import DeviceTier, Fence
@@ -42,6 +43,7 @@ class SaveRequest:
         device_slots: where the offered blocks lie. Pinned until `release` is called.
         fences: points in CUDA streams after which their bytes are written; none on CPU.
         release: gives the pins back. Called exactly once, on any thread.
+        use: what the sequence uses its chain for.
     """
 
     chain: list[BlockKey]
@@ -49,6 +51,7 @@ class SaveRequest:
     device_slots: SlotIds
     fences: list[Fence]
     release: Callable[[], None]
+    use: OpenUse | None = None
 
 
 class _Touch:
@@ -64,9 +67,11 @@ class _Offer:
 
     Attributes:
         chains: keys of the sequences they belong to.
+        uses: of the chains, one for each.
     """
 
     chains: list[list[BlockKey]]
+    uses: list[OpenUse | None]
     keys: list[BlockKey]
     parents: list[BlockKey | None]
     device_slots: SlotIds
@@ -77,6 +82,7 @@ class _Offer:
         places = range(len(self.keys))[which] if isinstance(which, slice) else np.flatnonzero(which).tolist()
         return _Offer(
             self.chains,
+            self.uses,
             [self.keys[place] for place in places],
             [self.parents[place] for place in places],
             self.device_slots[which],
@@ -103,7 +109,7 @@ class Offloader:
         self._closing = False
         self._congested = False
         self._requests: queue.SimpleQueue[SaveRequest | _Touch | None] = queue.SimpleQueue()
-        self._touches: dict[BlockKey, list[BlockKey]] = {}  # chains to be touched, by their last block
+        self._touches: dict[BlockKey, tuple[list[BlockKey], OpenUse | None]] = {}  # chains, by their last block
         self._writer: DiskWriter | None = None
         if shelf.disk_tier:
             self._writer = DiskWriter(
@@ -148,11 +154,11 @@ class Offloader:
             request.release()
         return taken
 
-    def touch(self, chain: list[BlockKey]) -> None:
+    def touch(self, chain: list[BlockKey], use: OpenUse | None = None) -> None:
         """`Shelf.touch`, later and on the offload thread, to keep it off the caller's path."""
         with self._settled:
             is_first = not self._touches
-            self._touches[chain[-1]] = chain
+            self._touches[chain[-1]] = (chain, use)
             if len(self._touches) > _MAX_TOUCHES:  # the oldest: it would be the first to lose its place anyway
                 del self._touches[next(iter(self._touches))]
         if is_first:
@@ -217,21 +223,24 @@ class Offloader:
     def _touch(self, requests: list[SaveRequest]) -> None:
         with self._settled:
             chains, self._touches = self._touches, {}
-        chains |= {request.chain[-1]: request.chain for request in requests}
-        for chain in chains.values():
-            self._shelf.touch(chain)
+        chains |= {request.chain[-1]: (request.chain, request.use) for request in requests}
+        for chain, use in chains.values():
+            self._shelf.touch(chain, use)
 
     def _merge(self, requests: list[SaveRequest]) -> _Offer:
         shelf = self._shelf
         places: dict[BlockKey, tuple[BlockKey | None, int]] = {}
+        tier = "host" if shelf.host.num_slots else "disk"
         with shelf.changed:
             for request in requests:
-                for position, slot in enumerate(request.device_slots.tolist(), request.first):
+                num_admitted = shelf.admitted(tier, request.chain, request.use) - request.first
+                for position, slot in enumerate(request.device_slots[: max(0, num_admitted)].tolist(), request.first):
                     key = request.chain[position]
                     if key not in shelf.host and (shelf.host.num_slots or key not in shelf.disk):
                         places[key] = (request.chain[position - 1] if position else None, slot)
         return _Offer(
             [request.chain for request in requests],
+            [request.use for request in requests],
             list(places),
             [parent for parent, _ in places.values()],
             np.array([slot for _, slot in places.values()], dtype=np.int64),
@@ -240,11 +249,17 @@ class Offloader:
 
     def _offload(self, offer: _Offer) -> None:
         shelf = self._shelf
-        hold = shelf.hold(offer.chains)
+        hold = shelf.hold(offer.chains, offer.uses)
         try:
             rest = self._offload_to_host(offer, hold)
             if self._writer:
-                self._writer.put_host_rows(offer.chains, hold)
+                chains = [
+                    chain[: shelf.admitted("disk", chain, use)]
+                    for chain, use in zip(offer.chains, offer.uses, strict=True)
+                ]
+                self._writer.put_host_rows(chains, hold)
+                admitted = {key for chain in chains for key in chain}
+                rest = rest.cut(np.array([key in admitted for key in rest.keys], dtype=np.bool_))
                 rest = self._offload_to_staging(rest, hold, self._writer)
             shelf.counters.count_dropped("no_host_row", len(rest.keys))
         finally:

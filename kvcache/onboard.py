@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamo.kernels.digest import digest_rows
+from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.shelf import Hold, Shelf, digest_seeds
 from dynamo.tiers.device import DeviceTier, Fence
@@ -41,6 +42,7 @@ class LoadRequest:
         fences: points in CUDA streams after which nothing uses the slots' former content; none on CPU.
         sources: uint8 [n], one for each wanted block; `load` writes into it where the block is read from, as a place in
             `SOURCES`.
+        use: what the sequence uses its chain for.
     """
 
     chain: list[BlockKey]
@@ -48,6 +50,7 @@ class LoadRequest:
     device_slots: SlotIds
     fences: list[Fence]
     sources: npt.NDArray[np.uint8]
+    use: OpenUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ class Onboarder:
         in_host: list[tuple[int, int]] = []
         on_disk: list[tuple[int, int]] = []
         with shelf.changed:
-            hold = shelf.hold([request.chain])
+            hold = shelf.hold([request.chain], [request.use])
             for position, key in enumerate(keys):
                 if (slot := shelf.host.find(key)) is not None:
                     in_host.append((position, slot))

@@ -1,15 +1,23 @@
 """Slots of one tier: which are free, which hold which block, who uses them, and which is given up next."""
 
-from collections import deque
-from collections.abc import Sequence
+import heapq
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 
+from dynamo.kvcache.entries import Entries
+from dynamo.kvcache.eviction import EvictionOrder, LeafFirstLRU, Use, anonymous_use
 from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.lineage import NO_PARENT, Lineage
+from dynamo.kvcache.removals import Removal, RemovalLog
 from dynamo.tiers.tier import SlotIds
 
-__all__ = ["Allocation", "BlockPool", "Registration"]
+__all__ = ["Allocation", "BlockPlace", "BlockPool", "Registration"]
 
 _NO_SLOTS: SlotIds = np.empty(0, dtype=np.int64)
 
@@ -31,6 +39,24 @@ class Registration:
     new: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class BlockPlace:
+    """Where a block lies in a pool, and why it is kept.
+
+    Attributes:
+        num_users: who hold it now; it can be evicted only without any.
+        num_children: registered blocks that continue it; they are evicted before it.
+        is_orphan: the block before it is not registered.
+        use: who used it last, and so with what it is ranked; None while somebody holds it.
+    """
+
+    slot: int
+    num_users: int
+    num_children: int
+    is_orphan: bool
+    use: Use | None
+
+
 class BlockPool:
     """Reference counts, content index and eviction order of one tier's slots. Not thread-safe: its owner holds a lock.
 
@@ -40,28 +66,34 @@ class BlockPool:
           ▲                      │ release                                ▲─────acquire─────┘
           └──────────────────────┘
 
-    Only this class changes reference counts. Eviction is leaf-first LRU: `release` and `touch` take slots in chain order
-    and file them as one *run*, last block first, behind all earlier runs. Whoever uses a block uses its whole prefix with
-    it, so a parent is never filed before its child. A slot that is used again leaves its place in the old run stale; stale
-    places are recognised by the slot's stamp, which names the only run in which the slot counts. Filing a run of n slots is
-    a few array operations, whatever n is.
+    Only this class changes reference counts. `release` and `touch` take slots in chain order and file them as one *entry*
+    of a use. Eviction takes blocks from the tail of the entry that the order puts first, but never one that others
+    continue: an entry of which every block has descendants elsewhere is passed over until they are gone.
+
+    Such a pass always ends with enough blocks, whatever the order, where every holder of a block holds all of it that
+    comes before: an idle block's descendants are idle then, and among the idle blocks, finitely many without a ring, one
+    has no descendants. Where a holder has not, since the beginning of the chain came after the rest, idle blocks may be
+    left with none but held descendants; those go last, and make orphans of the descendants.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, order: EvictionOrder | None = None) -> None:
+        """Makes a pool of free slots.
+
+        Args:
+            order: which entry gives up blocks first; the pool's own from now on. None: the one used longest ago.
+        """
         self.num_slots = num_slots
         self.num_evicted = 0
+        self.removals = RemovalLog()
         self._free = np.arange(num_slots - 1, -1, -1, dtype=np.int64)  # a stack; popping from the end gives 0, 1, 2 ...
         self._num_free = num_slots
-        self._num_idle = 0
         self._withheld = _NO_SLOTS
         self._refs = np.zeros(num_slots, dtype=np.int32)
-        self._stamp = np.zeros(num_slots, dtype=np.int64)  # number of the run an idle slot is in; 0: not idle
         self._registered = np.zeros(num_slots, dtype=np.bool_)
-        self._keys: list[BlockKey | None] = [None] * num_slots
+        self._keys: list[BlockKey | None] = [None] * num_slots  # of slots that are not registered: anything
         self._index: dict[BlockKey, int] = {}
-        self._runs: deque[tuple[int, SlotIds]] = deque()
-        self._last_run = 0
-        self._filed_slots = 0  # places in _runs, stale ones included
+        self._entries = Entries(num_slots, order or LeafFirstLRU())
+        self._lineage = Lineage(num_slots)
 
     def __len__(self) -> int:
         """Blocks that can be found by key."""
@@ -73,7 +105,7 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Slots that `allocate` could give now: free and idle ones."""
-        return self._num_free + self._num_idle
+        return self._num_free + self._entries.num_slots
 
     @property
     def num_free(self) -> int:
@@ -83,12 +115,22 @@ class BlockPool:
     @property
     def num_pinned(self) -> int:
         """Slots somebody holds."""
-        return self.num_slots - self._num_free - self._num_idle - len(self._withheld)
+        return self.num_slots - self.num_available - len(self._withheld) + self.num_leaving
+
+    @property
+    def num_leaving(self) -> int:
+        """Slots that `resize` took away and that somebody still holds."""
+        return int(np.count_nonzero(self._refs[self.num_slots :]))
+
+    @property
+    def num_orphans(self) -> int:
+        """Registered blocks of which the block before is not."""
+        return self._lineage.num_orphans
 
     @property
     def num_places(self) -> int:
         """Places in the order of eviction, stale ones included: what the order costs in memory."""
-        return self._filed_slots
+        return self._entries.num_places
 
     def find(self, key: BlockKey) -> int | None:
         """Slot of a registered block. The slot is not pinned."""
@@ -108,23 +150,45 @@ class BlockPool:
 
     def find_any(self, keys: Sequence[BlockKey]) -> SlotIds:
         """Slots of those of the distinct `keys` that are registered, in their order. They are not pinned."""
-        get = self._index.get
-        return np.array([slot for key in keys if (slot := get(key)) is not None], dtype=np.int64)
+        slots = self.locate(keys)
+        return slots[slots >= 0]
+
+    def locate(self, keys: Sequence[BlockKey]) -> SlotIds:
+        """Slot of each key; -1 where it is not registered. They are not pinned."""
+        if not self._index:
+            return np.full(len(keys), -1, dtype=np.int64)
+        return np.fromiter(map(self._index.get, keys, repeat(-1)), dtype=np.int64, count=len(keys))
 
     def keys(self) -> list[BlockKey]:
-        """All registered keys, oldest registration first."""
+        """All registered keys."""
         return list(self._index)
+
+    def explain(self, key: BlockKey) -> BlockPlace | Removal | None:
+        """Where a block lies, or why it does not any more; None: not seen as far back as the memory of removals reaches."""
+        slot = self._index.get(key)
+        if slot is None:
+            return self.removals.find(key)
+        number = self._entries.entry_of(slot)
+        return BlockPlace(
+            slot=slot,
+            num_users=int(self._refs[slot]),
+            num_children=self._lineage.num_children(slot),
+            is_orphan=self._lineage.lacks(slot) is not None,
+            use=self._entries.use(number) if number else None,
+        )
 
     def acquire(self, slots: SlotIds) -> None:
         """Adds one reference to each of the distinct, registered or used `slots`."""
-        self._num_idle -= int(np.count_nonzero(self._stamp[slots]))
-        self._stamp[slots] = 0
+        self._entries.leave(slots)
         self._refs[slots] += 1
 
-    def release(self, slots: SlotIds) -> None:
+    def release(self, slots: SlotIds, use: Use | None = None) -> None:
         """Takes one reference from each of the distinct `slots`, given in chain order.
 
         A slot without references left becomes idle if it is registered, else free.
+
+        Args:
+            use: what the slots were held for; None: an anonymous use now.
         """
         refs = self._refs[slots] - 1
         self._refs[slots] = refs
@@ -134,14 +198,13 @@ class BlockPool:
         if len(idle) < len(unused):
             self._push_free(unused[~registered])
         if len(idle):
-            self._num_idle += len(idle)
-            self._file(idle)
+            self._entries.file(idle, use or anonymous_use())
 
-    def touch(self, slots: SlotIds) -> None:
-        """Makes the idle ones of the distinct `slots`, given in chain order, the last to be evicted."""
-        idle = slots[self._stamp[slots] != 0]
+    def touch(self, slots: SlotIds, use: Use | None = None) -> None:
+        """Files the idle ones of the distinct `slots`, given in chain order, anew, but for those that a later use filed."""
+        idle = self._entries.idle(slots)
         if len(idle):
-            self._file(idle)
+            self._entries.file_again(idle, use or anonymous_use())
 
     def allocate(self, count: int) -> Allocation | None:
         """Takes `count` slots, each with one reference, evicting idle blocks as needed: all of them or, as None, none."""
@@ -168,35 +231,161 @@ class BlockPool:
         withheld, self._withheld = self._withheld, _NO_SLOTS
         self._push_free(withheld)
 
-    def restore(self, keys: Sequence[BlockKey], slots: SlotIds) -> None:
-        """Fills an unused pool with idle blocks, given in the order in which they are to be evicted."""
-        assert self._num_free == self.num_slots, "only an unused pool can be restored"
-        taken = np.zeros(self.num_slots, dtype=np.bool_)
-        taken[slots] = True
-        self._num_free = 0
-        self._push_free(np.flatnonzero(~taken))
-        self._index.update(zip(keys, slots.tolist(), strict=True))
-        for key, slot in self._index.items():
-            self._keys[slot] = key
-        self._registered[slots] = True
-        self._num_idle = len(slots)
-        self._file(slots[::-1])
+    def resize(self, num_slots: int) -> tuple[list[BlockKey], SlotIds]:
+        """Makes slots `[0, num_slots)` the pool's, while it is in use. Withheld slots are put back.
 
-    def register(self, keys: Sequence[BlockKey], slots: SlotIds) -> Registration:
+        Slots beyond are given to nobody any more. The blocks in them become unfindable, and so do those that continue
+        them; slots still in use are gone when they are released: when `num_leaving` is 0.
+
+        Returns:
+            Keys of the blocks that became unfindable, and their slots.
+        """
+        self.put_back()
+        old, self.num_slots = self.num_slots, num_slots
+        added = num_slots - len(self._refs)
+        if added > 0:
+            self._refs = np.concatenate((self._refs, np.zeros(added, dtype=np.int32)))
+            self._registered = np.concatenate((self._registered, np.zeros(added, dtype=np.bool_)))
+            self._free = np.concatenate((self._free, np.zeros(added, dtype=np.int64)))
+            self._keys += [None] * added
+            self._entries.grow(num_slots)
+            self._lineage.grow(num_slots)
+        if num_slots >= old:
+            self._push_free(np.arange(old, num_slots)[self._refs[old:num_slots] == 0])
+            return [], _NO_SLOTS
+        free = self._free[: self._num_free]
+        kept = free[free < num_slots].copy()
+        self._free[: len(kept)] = kept
+        self._num_free = len(kept)
+        going: SlotIds = np.flatnonzero(self._registered[num_slots:]) + num_slots
+        while len(children := self._lineage.children(going)):
+            going = np.concatenate((going, children))
+        keys = self._names(going)
+        self._remove(keys, going, "resized")
+        return keys, going
+
+    def restore(
+        self,
+        names: npt.NDArray[np.void],
+        slots: SlotIds,
+        parents: SlotIds,
+        ends: Sequence[int],
+        lacking: Mapping[int, BlockKey] | None = None,
+    ) -> None:
+        """Fills an unused pool with idle blocks. Takes half a second for a million of them.
+
+        Args:
+            names: distinct keys, void16 [n], in the order in which blocks are to be evicted.
+            slots: distinct, one for each name.
+            parents: slots of the blocks before, NO_PARENT for none; no rings.
+            ends: positions in `names` up to which blocks are filed as one entry each; the last is n.
+            lacking: for slots of blocks whose parents are not among `names`, the parents' keys.
+        """
+        assert self._num_free == self.num_slots, "only an unused pool can be restored"
+        self._registered[slots] = True
+        self._num_free = 0
+        self._push_free(np.flatnonzero(~self._registered))
+        by_slot = np.argsort(slots)
+        keys: list[BlockKey] = names[by_slot].tolist()
+        numbers: list[int] = slots[by_slot].tolist()
+        self._index = dict(zip(keys, numbers, strict=True))
+        if numbers and numbers[-1] == len(numbers) - 1:
+            self._keys[: len(numbers)] = keys
+        else:
+            for slot, key in zip(numbers, keys, strict=True):
+                self._keys[slot] = key
+        self._lineage.restore(slots, parents)
+        for slot, parent in (lacking or {}).items():
+            self._lineage.add_orphan(slot, parent)
+        use, start = anonymous_use(), 0
+        for end in ends:
+            self._entries.file(slots[start:end][::-1], use)
+            start = end
+
+    def register(
+        self,
+        keys: Sequence[BlockKey],
+        slots: SlotIds,
+        parent: BlockKey | None = None,
+        *,
+        parents: Sequence[BlockKey | None] | None = None,
+    ) -> Registration:
         """Makes used slots findable. Where a key is already registered, the caller's reference moves to that slot.
 
         Args:
             keys: distinct keys.
             slots: distinct slots, one for each key, on which the caller holds a reference each.
+            parent: key of the block before the first, for keys that follow one another in a chain.
+            parents: for keys that do not, the block before each.
         """
         index, names = self._index, self._keys
+        if not len(slots):
+            return Registration(slots, ())
         if index.keys().isdisjoint(keys):
             numbers = slots.tolist()
             index.update(zip(keys, numbers, strict=True))
-            for key, slot in zip(keys, numbers, strict=True):
-                names[slot] = key
+            if numbers[-1] - numbers[0] == len(numbers) - 1 and (slots[1:] > slots[:-1]).all():
+                names[numbers[0] : numbers[-1] + 1] = keys
+            else:
+                for key, slot in zip(keys, numbers, strict=True):
+                    names[slot] = key
             self._registered[slots] = True
-            return Registration(slots, range(len(numbers)))
+            registered = Registration(slots, range(len(numbers)))
+            if parents is None:
+                self._lineage.append(slots, NO_PARENT if parent is None else index.get(parent, NO_PARENT))
+                if parent is not None and parent not in index:
+                    self._lineage.add_orphan(numbers[0], parent)
+                self._lineage.adopt(keys, slots)
+                return registered
+        else:
+            registered = self._register_unknown(keys, slots)
+        self._add_to_lineage(keys, registered, [parent, *keys[:-1]] if parents is None else parents)
+        return registered
+
+    def forget(self, keys: Sequence[BlockKey]) -> tuple[list[BlockKey], SlotIds]:
+        """Makes blocks unfindable, idle or not; slots in use become free when they are released.
+
+        Blocks that continue them stay, and are orphans until their parents are registered again.
+
+        Returns:
+            Those of `keys` that were registered, and their slots.
+        """
+        known = [key for key in keys if key in self._index]
+        slots = np.array([self._index[key] for key in known], dtype=np.int64)
+        self._remove(known, slots, "lost")
+        return known, slots
+
+    def evict_idle(self) -> tuple[list[BlockKey], SlotIds]:
+        """Evicts every block that nobody uses; returns their keys and the slots they lay in."""
+        slots = self._entries.all_idle()
+        keys = self._names(slots)
+        self._remove(keys, slots, "cleared")
+        self.num_evicted += len(keys)
+        return keys, slots
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if the books do not balance. Cost: proportional to the number of slots."""
+        free = self._free[: self._num_free]
+        idle = self._entries.all_idle()
+        used = np.flatnonzero(self._refs)
+        assert len(np.unique(free)) == self._num_free, "a slot is free twice"
+        states = np.concatenate((free, idle, used[used < self.num_slots], self._withheld))
+        assert len(states) == self.num_slots, f"{len(states)} slots accounted for, {self.num_slots} exist"
+        assert len(np.unique(states)) == self.num_slots, "a slot is in two states"
+        assert not len(states) or states.max() < self.num_slots, "a slot beyond the pool is in use"
+        assert (self._refs >= 0).all(), "a reference count is negative"
+        assert self._registered[idle].all(), "an idle slot is not registered"
+        assert not self._registered[free].any(), "a free slot is registered"
+        assert len(self._index) == np.count_nonzero(self._registered), "index and registered slots differ in number"
+        assert all(self._keys[slot] == key for key, slot in self._index.items()), "index and slot disagree on a key"
+        self._entries.check_invariants()
+        self._lineage.check_invariants(self._registered)
+        for number in self._entries.barred:
+            assert self._lineage.first_leaf(self._entries.slots(number)) is None, f"entry {number} has a leaf"
+
+    def _register_unknown(self, keys: Sequence[BlockKey], slots: SlotIds) -> Registration:
+        """`register` where some keys are known; leaves the lineage to the caller."""
+        index, names = self._index, self._keys
         canonical = slots.copy()
         new: list[int] = []
         for i, key in enumerate(keys):
@@ -214,86 +403,108 @@ class BlockPool:
         self.release(slots[moved])
         return Registration(canonical, new)
 
-    def forget(self, keys: Sequence[BlockKey]) -> tuple[list[BlockKey], SlotIds]:
-        """Makes blocks unfindable, idle or not; slots in use become free when they are released.
-
-        Returns:
-            Those of `keys` that were registered, and their slots.
-        """
-        known = [key for key in keys if key in self._index]
-        slots = np.array([self._index.pop(key) for key in known], dtype=np.int64)
-        for slot in slots.tolist():
-            self._keys[slot] = None
-        self._registered[slots] = False
-        idle = slots[self._stamp[slots] != 0]
-        self._stamp[idle] = 0
-        self._num_idle -= len(idle)
-        self._push_free(idle)
-        return known, slots
-
-    def evict_idle(self) -> tuple[list[BlockKey], SlotIds]:
-        """Evicts every block that nobody uses; returns their keys and the slots they lay in."""
-        return self._evict(self._num_idle)
-
-    def check_invariants(self) -> None:
-        """Raises AssertionError if the books do not balance. Cost: proportional to the number of slots."""
-        free = self._free[: self._num_free]
-        idle = np.flatnonzero(self._stamp)
-        used = np.flatnonzero(self._refs)
-        assert len(np.unique(free)) == self._num_free, "a slot is free twice"
-        assert len(idle) == self._num_idle, f"{len(idle)} idle slots, {self._num_idle} counted"
-        states = np.concatenate((free, idle, used, self._withheld))
-        assert len(states) == self.num_slots, f"{len(states)} slots accounted for, {self.num_slots} exist"
-        assert len(np.unique(states)) == self.num_slots, "a slot is in two states"
-        assert (self._refs >= 0).all(), "a reference count is negative"
-        assert self._registered[idle].all(), "an idle slot is not registered"
-        assert not self._registered[free].any(), "a free slot is registered"
-        assert len(self._index) == np.count_nonzero(self._registered), "index and registered slots differ in number"
-        assert all(self._keys[slot] == key for key, slot in self._index.items()), "index and slot disagree on a key"
-        live = [run[self._stamp[run] == number] for number, run in self._runs]
-        filed = np.concatenate(live) if live else np.empty(0, dtype=np.int64)
-        assert sorted(filed.tolist()) == idle.tolist(), "idle slots and filed slots differ"
-        assert sum(len(run) for _, run in self._runs) == self._filed_slots, "filed places are miscounted"
+    def _add_to_lineage(
+        self, keys: Sequence[BlockKey], registered: Registration, parents: Sequence[BlockKey | None]
+    ) -> None:
+        slots = registered.slots[list(registered.new)]
+        wanted = [parents[i] for i in registered.new]
+        index = self._index
+        found = [NO_PARENT if parent is None else index.get(parent, NO_PARENT) for parent in wanted]
+        self._lineage.add(slots, np.array(found, dtype=np.int64))
+        for slot, parent, place in zip(slots.tolist(), wanted, found, strict=True):
+            if place == NO_PARENT and parent is not None:
+                self._lineage.add_orphan(slot, parent)
+        self._lineage.adopt([keys[i] for i in registered.new], slots)
 
     def _push_free(self, slots: SlotIds) -> None:
+        if self.num_slots < len(self._refs):
+            slots = slots[slots < self.num_slots]
         top = self._num_free
         self._free[top : top + len(slots)] = slots[::-1]
         self._num_free = top + len(slots)
 
-    def _file(self, slots: SlotIds) -> None:
-        self._last_run += 1
-        self._stamp[slots] = self._last_run
-        self._runs.append((self._last_run, slots[::-1]))
-        self._filed_slots += len(slots)
-        if self._filed_slots > 4 * self.num_slots + 1024:
-            self._drop_stale_places()
-
-    def _drop_stale_places(self) -> None:
-        runs = ((number, run[self._stamp[run] == number]) for number, run in self._runs)
-        self._runs = deque((number, run) for number, run in runs if len(run))
-        self._filed_slots = sum(len(run) for _, run in self._runs)
-
     def _evict(self, count: int) -> tuple[list[BlockKey], SlotIds]:
-        keys: list[BlockKey] = []
-        slots: list[SlotIds] = []
-        while count > len(keys):
-            number, run = self._runs.popleft()
-            self._filed_slots -= len(run)
-            live = run[self._stamp[run] == number]
-            taken, rest = live[: count - len(keys)], live[count - len(keys) :]
-            if len(rest):
-                self._runs.appendleft((number, rest))
-                self._filed_slots += len(rest)
-            self._stamp[taken] = 0
-            self._registered[taken] = False
-            self._num_idle -= len(taken)
-            self._push_free(taken)
-            slots.append(taken)
-            for slot in taken.tolist():
-                key = self._keys[slot]
-                assert key is not None, f"idle slot {slot} has no key"
-                del self._index[key]
-                self._keys[slot] = None
-                keys.append(key)
+        if not count:
+            return [], _NO_SLOTS
+        chosen, passed = self._choose(count)
+        slots = chosen[0] if len(chosen) == 1 else np.concatenate([_NO_SLOTS, *chosen])
+        keys = self._drop(slots)
+        self._push_free(slots[::-1])  # a chain that lay in ascending slots leaves them for another in this order
+        self.removals.add(keys, "evicted")
+        if len(keys) < count:  # all that is left is held by those that hold what continues it, and not it
+            left = np.concatenate([self._entries.slots(number) for number in passed])[: count - len(keys)]
+            names = self._names(left)
+            self._remove(names, left, "evicted")
+            keys, slots = keys + names, np.concatenate((slots, left))
         self.num_evicted += len(keys)
-        return keys, np.concatenate(slots) if slots else _NO_SLOTS
+        return keys, slots
+
+    def _choose(self, count: int) -> tuple[list[SlotIds], list[int]]:
+        """Takes up to `count` blocks out of entries and lineage, leaves first.
+
+        Always the first leaf of the first entry that has one, and what it alone continues; so when the last descendant of
+        an entry passed over is gone, it is that entry's turn again.
+
+        Returns:
+            The slots, and the entries passed over that still have blocks.
+        """
+        chosen: list[SlotIds] = []
+        emptied: list[int] = []
+        passed: dict[int, int] = {}  # rank by entry
+        for rank, candidate in enumerate(self._entries.candidates(time.monotonic())):
+            if candidate in self._entries.barred:
+                passed[candidate] = rank
+                continue
+            turns = [(rank, candidate)]
+            while turns and count:
+                rank, number = turns[0]
+                slots = self._entries.slots(number)
+                start = self._lineage.first_leaf(slots)
+                if start is None:
+                    self._entries.barred.add(number)
+                    passed[number] = rank
+                    heapq.heappop(turns)
+                    continue
+                num_cut, opened = self._lineage.cut(slots[start : start + count])
+                chosen.append(slots[start : start + num_cut])
+                count -= num_cut
+                if self._entries.give_up(number, start, start + num_cut):
+                    emptied.append(number)
+                    heapq.heappop(turns)
+                if opened != NO_PARENT and (above := self._open(opened)) in passed:
+                    heapq.heappush(turns, (passed.pop(above), above))
+            if not count:
+                break
+        for number in emptied:
+            self._entries.remove_empty(number)
+        return chosen, list(passed)
+
+    def _open(self, slot: int) -> int:
+        """Notes that an entry has a leaf now; returns the entry."""
+        number = self._entries.entry_of(slot)
+        self._entries.barred.discard(number)
+        return number
+
+    def _remove(self, keys: list[BlockKey], slots: SlotIds, reason: str) -> None:
+        """Makes blocks unfindable, wherever they stand, and those of their slots free that nobody uses."""
+        for parent in self._lineage.remove(slots, keys).tolist():
+            self._open(parent)
+        self._drop(slots)
+        idle = self._entries.idle(slots)
+        self._entries.leave(idle)
+        self._push_free(idle)
+        self.removals.add(keys, reason)
+
+    def _drop(self, slots: SlotIds) -> list[BlockKey]:
+        """Takes registered slots out of the index; returns their keys."""
+        self._registered[slots] = False
+        keys = self._names(slots)
+        index = self._index
+        for key in keys:
+            del index[key]
+        return keys
+
+    def _names(self, slots: SlotIds) -> list[BlockKey]:
+        """Keys of registered slots."""
+        names = self._keys
+        return cast("list[BlockKey]", [names[slot] for slot in slots.tolist()])

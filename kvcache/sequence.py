@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dynamo.kvcache.device_pool import DevicePool
 from dynamo.kvcache.errors import CacheClosedError, SequenceStateError
+from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, pack_tokens
 from dynamo.kvcache.offload import SaveRequest
 from dynamo.kvcache.onboard import SOURCES, LoadRequest
@@ -51,12 +52,14 @@ class Sequence:
         num_cacheable_blocks: int,
         spare_blocks: int,
         load_timeout_s: float,
+        begin_use: Callable[[list[BlockKey]], OpenUse] | None = None,
         window: RequestWindow | None = None,
     ) -> None:
         """Reserves blocks for all `tokens`, of which the first `num_cacheable_blocks` may come from the cache.
 
         Args:
             chain: keys of all full blocks of `tokens`.
+            begin_use: called with the chain's keys once the blocks are reserved; None: nobody's use.
             window: is told, at `close`, what the sequence got from which tier; None: the sequence is no request.
 
         Raises:
@@ -73,6 +76,7 @@ class Sequence:
         self._transfer: Transfer | None = None
         self._num_cached_tokens: int | None = None
         self._is_closed = False
+        self._use: OpenUse | None = None
         self._window = window
         self._num_prompt_tokens = len(tokens)
         self._num_cacheable_blocks = num_cacheable_blocks
@@ -84,6 +88,8 @@ class Sequence:
         self._add_slots(reservation.fresh)
         self._num_shared_blocks = len(reservation.matched)  # leading blocks that are registered in the pool
         try:
+            if begin_use is not None:
+                self._use = begin_use(chain.keys)
             num_loading = self._start_loading(keys, reservation.fresh, load_timeout_s)
         except BaseException:
             pool.release(self.block_table.astype(np.int64))
@@ -218,7 +224,8 @@ class Sequence:
                 first=first,
                 device_slots=held[first:],
                 fences=fences,
-                release=lambda: self._pool.unpin(held),
+                release=lambda: self._pool.unpin(held, self._use and self._use.latest),
+                use=self._use,
             )
             self._store.save(request, _OFFER_WAIT_S)
 
@@ -230,8 +237,12 @@ class Sequence:
         try:
             if self._transfer is not None:
                 self._transfer.expire()
+            if self._use is not None:
+                self._use.finish(self._chain.keys, len(self._tokens) - self._num_prompt_tokens)
+                if self._store is not None and self._num_shared_blocks:
+                    self._store.touch(self._chain.keys[: self._num_shared_blocks], self._use)
         finally:
-            self._pool.release(self.block_table.astype(np.int64))
+            self._pool.release(self.block_table.astype(np.int64), self._use and self._use.latest)
         if self._window is not None:
             size = self._block_size
             host, disk = self._hit_blocks
@@ -253,7 +264,9 @@ class Sequence:
         num_loading = self._store.count_loadable(keys[first:]) if self._store else 0
         if num_loading and self._store:
             self._sources = np.zeros(num_loading, dtype=np.uint8)
-            request = LoadRequest(keys, first, fresh[:num_loading], self._pool.tier.fences(), self._sources)
+            request = LoadRequest(
+                keys, first, fresh[:num_loading], self._pool.tier.fences(), self._sources, use=self._use
+            )
             started_s = time.perf_counter()
             self._transfer = self._store.load(request, timeout_s)
             counters, lowest = self._counters, SOURCES[int(self._sources.max())]
@@ -261,7 +274,7 @@ class Sequence:
         else:
             self._num_cached_tokens = first * self._block_size
         if keys and self._store:
-            self._store.touch(keys)
+            self._store.touch(keys, self._use)
         return num_loading
 
     def _share(self, end: int) -> None:

@@ -6,17 +6,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
 
 from dynamo.kvcache.events import EventLog
+from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.pool import Allocation, BlockPool
+from dynamo.kvcache.policies import Policies
+from dynamo.kvcache.pool import Allocation, BlockPlace, BlockPool
+from dynamo.kvcache.recovery import recover
+from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.host import HostTier
-from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.tier import Rows, SlotIds
 
 __all__ = ["Digests", "Hold", "Shelf", "digest_seeds"]
@@ -39,12 +43,14 @@ class Hold:
     Attributes:
         host: host slots held, in chain order; its owner appends slots of which it has a reference.
         disk: disk slots held, likewise.
+        uses: what the chains are held for, one for each; none at all where nobody knows.
     """
 
     chains: Sequence[Sequence[BlockKey]]
     host: SlotIds
     disk: SlotIds
     num_users: int = 1
+    uses: Sequence[OpenUse | None] = ()
 
 
 class Shelf:
@@ -61,14 +67,22 @@ class Shelf:
     """
 
     def __init__(
-        self, arena: HostTier, num_host_slots: int, disk: DiskTier | None, events: EventLog, counters: CacheCounters
+        self,
+        arena: HostTier,
+        num_host_slots: int,
+        disk: DiskTier | None,
+        events: EventLog,
+        counters: CacheCounters,
+        policies: Policies | None = None,
     ) -> None:
         """Takes up where the disk tier's journal left off. `arena` has at least one row more than `num_host_slots`."""
         self.changed = threading.Condition()
         self.counters = counters
-        self.host = BlockPool(num_host_slots)
-        self.disk = BlockPool(disk.num_slots if disk else 0)
+        self._policies = policies or Policies()
+        self.host = BlockPool(num_host_slots, self._policies.new_order())
+        self.disk = BlockPool(disk.num_slots if disk else 0, self._policies.new_order())
         self.staging = BlockPool(arena.num_slots - num_host_slots)
+        self._first_staging_row = num_host_slots
         self.disk_digests: Digests = np.zeros(self.disk.num_slots, dtype=np.uint64)
         self.events = events
         self._arena = arena
@@ -76,7 +90,8 @@ class Shelf:
         self._generation = disk.generation if disk else 0
         self._withheld_until = math.inf
         if disk:
-            self._recover(disk)
+            self.disk_digests[disk.recovered.slots] = disk.recovered.digests
+            recover(self.disk, disk.recovered)
 
     @property
     def rows(self) -> Rows:
@@ -111,17 +126,43 @@ class Shelf:
         with self.changed:
             return len(self.host.find_prefix(keys)), len(self.disk.find_prefix(keys))
 
-    def touch(self, chain: Sequence[BlockKey]) -> None:
-        """Makes a sequence's blocks the last to be evicted, so that no tier drops a prefix before what follows it."""
+    def touch(self, chain: Sequence[BlockKey], use: OpenUse | None = None) -> None:
+        """Files a sequence's blocks under its use, or, without one, under a use now."""
         with self.changed:
             for pool in (self.host, self.disk):
-                pool.touch(pool.find_any(chain))
+                pool.touch(pool.find_any(chain), use and use.latest)
 
-    def hold(self, chains: Sequence[Sequence[BlockKey]]) -> "Hold":
-        """Pins what host and disk have of `chains`, so that none of it is evicted while more of them is moved."""
+    def admitted(self, tier: str, chain: Sequence[BlockKey], use: OpenUse | None) -> int:
+        """How many leading blocks of a sequence's `chain` so far may lie in "host" or "disk", as the policy of admission says.
+
+        Counts the others as dropped, once for each use. Called by one thread for each use.
+        """
+        admission = self._policies.admission
+        if admission is None or use is None:
+            return len(chain)
+        pool = self.host if tier == "host" else self.disk
+        seen, end = use.admitted.get(tier, (0, 0)), len(chain)
+        with self.changed:
+            is_lacking = pool.locate(chain) < 0
+            # What was admitted before is on its way: it is not asked for twice.
+            first = max(seen[1], int(is_lacking.argmax()) if is_lacking.any() else end)
+            if first < end:
+                end = first + admission.admit(tier, chain, use.latest, end - first)
+            refused = [chain[i] for i in range(max(end, seen[0]), len(chain)) if is_lacking[i]]
+            pool.removals.add(refused, "not_admitted")
+        use.admitted[tier] = (len(chain), end)
+        self.counters.count_dropped("not_admitted", len(refused))
+        return end
+
+    def hold(self, chains: Sequence[Sequence[BlockKey]], uses: Sequence[OpenUse | None] = ()) -> "Hold":
+        """Pins what host and disk have of `chains`, so that none of it is evicted while more of them is moved.
+
+        Args:
+            uses: what the chains are held for, one for each; none at all where nobody knows.
+        """
         keys = list(dict.fromkeys(key for chain in chains for key in chain))
         with self.changed:
-            hold = Hold(chains, self.host.find_any(keys), self.disk.find_any(keys))
+            hold = Hold(chains, self.host.find_any(keys), self.disk.find_any(keys), uses=uses)
             self.host.acquire(hold.host)
             self.disk.acquire(hold.disk)
         return hold
@@ -139,8 +180,8 @@ class Shelf:
                 return
             self.host.release(hold.host)
             self.disk.release(hold.disk)
-            for chain in hold.chains:
-                self.touch(chain)
+            for chain, use in zip_longest(hold.chains, hold.uses):
+                self.touch(chain, use)
             self.changed.notify_all()
 
     def take_rows(
@@ -167,17 +208,18 @@ class Shelf:
             room = pool.allocate(min(count, pool.num_available))
             assert room is not None, "no more was asked for than there is"
             self.events.removed("host", room.evicted_keys)
-            return room.slots if pool is self.host else room.slots + self.host.num_slots
+            return room.slots if pool is self.host else room.slots + self._first_staging_row
 
-    def take_disk_slots(self, count: int, chains: Sequence[Sequence[BlockKey]]) -> Allocation:
-        """Up to `count` disk slots with one reference each, evicting for them no block of `chains`, which they continue."""
+    def take_disk_slots(self, count: int, hold: "Hold") -> Allocation:
+        """Up to `count` disk slots with one reference each, evicting for them no block of the held chains they continue."""
         with self.changed:
             self._retry_withheld_slots()
-            # Of what is there now: a hold made earlier lacks what was written since.
-            hold = self.hold(chains) if count > self.disk.num_free else None
+            # A hold made earlier lacks what was written since.
+            keys = dict.fromkeys(key for chain in hold.chains for key in chain)
+            added = np.setdiff1d(self.disk.find_any(list(keys)), hold.disk)
+            self.disk.acquire(added)
+            hold.disk = np.concatenate((hold.disk, added))
             room = self.disk.allocate(min(count, self.disk.num_available))
-            if hold is not None:
-                self.let_go(hold)
             assert room is not None, "no more was asked for than there is"
             self.events.removed("disk", room.evicted_keys)
             return room
@@ -202,12 +244,12 @@ class Shelf:
             if self.is_host_row(rows):
                 self.host.release(rows)
             else:
-                self.staging.release(rows - self.host.num_slots)
+                self.staging.release(rows - self._first_staging_row)
             self.changed.notify_all()
 
     def is_host_row(self, rows: SlotIds) -> bool:
         """Whether `rows`, which are not empty, are slots of the host tier and not staging rows."""
-        return bool(rows[0] < self.host.num_slots)
+        return bool(rows[0] < self._first_staging_row)
 
     def keep_in_host(self, keys: list[BlockKey], rows: SlotIds, parents: list[BlockKey | None]) -> SlotIds:
         """Registers host rows, whose bytes are right, under their keys.
@@ -216,7 +258,7 @@ class Shelf:
             The rows on which the caller holds its references now; others than `rows` where a key was known already.
         """
         with self.changed:
-            registered = self.host.register(keys, rows)
+            registered = self.host.register(keys, rows, parents=parents)
             self.events.stored_runs("host", [keys[i] for i in registered.new], [parents[i] for i in registered.new])
             self.changed.notify_all()
         return registered.slots
@@ -227,7 +269,7 @@ class Shelf:
         """Registers disk slots, written and recorded, under their keys; returns the slots now held, as `keep_in_host`."""
         with self.changed:
             self.disk_digests[slots] = digests
-            registered = self.disk.register(keys, slots)
+            registered = self.disk.register(keys, slots, parents=parents)
             self.events.stored_runs("disk", [keys[i] for i in registered.new], [parents[i] for i in registered.new])
         return registered.slots
 
@@ -273,6 +315,41 @@ class Shelf:
             self.events.cleared("disk")
             return True
 
+    def explain(self, key: BlockKey) -> dict[str, BlockPlace | Removal | None]:
+        """Where a block lies in host and disk, or why it does not; see `BlockPool.explain`."""
+        with self.changed:
+            return {
+                name: pool.explain(key) for name, pool in (("host", self.host), ("disk", self.disk)) if pool.num_slots
+            }
+
+    def keys(self) -> dict[str, list[BlockKey]]:
+        """All blocks in host and disk."""
+        with self.changed:
+            return {name: pool.keys() for name, pool in (("host", self.host), ("disk", self.disk)) if pool.num_slots}
+
+    def resize(self, tier: str, num_slots: int, timeout_s: float) -> bool:
+        """Gives "host" or "disk" another number of slots, in the books alone, while they are in use.
+
+        Blocks in slots that go, and those that continue them, are forgotten. The tier's storage must have the slots before
+        the books are made larger, and keep them until this returns True.
+
+        Returns:
+            Whether nobody uses a slot beyond any more; False if that took longer than `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        pool = self.host if tier == "host" else self.disk
+        with self.changed:
+            removed, slots = pool.resize(num_slots)
+            self.events.removed(tier, removed)
+            if tier == "disk" and num_slots > len(self.disk_digests):
+                added = np.zeros(num_slots - len(self.disk_digests), dtype=np.uint64)
+                self.disk_digests = np.concatenate((self.disk_digests, added))
+            self.changed.notify_all()
+        if tier == "disk":
+            self.record_drop(removed, slots)
+        with self.changed:
+            return self.changed.wait_for(lambda: not pool.num_leaving, deadline - time.monotonic())
+
     def check_invariants(self) -> None:
         """Raises AssertionError if a pool's books do not balance."""
         with self.changed:
@@ -284,42 +361,6 @@ class Shelf:
         for pool in (self.host, self.disk, self.staging):
             if is_idle() and (num_pinned := pool.num_pinned) and is_idle():
                 raise AssertionError(f"{num_pinned} slots below the device are held by nobody")
-
-    def _recover(self, disk: DiskTier) -> None:
-        """Fills the disk pool from the journal, in the order in which blocks are to be evicted: leaves before parents.
-
-        A block counts as used when the last of its descendants was recorded.
-        """
-        recovered = disk.recovered
-        names, parent_of = recovered.names, dict(zip(recovered.names, recovered.parents, strict=True))
-        last_use = {name: position for position, name in enumerate(names)}
-        for use in range(len(names) - 1, -1, -1):
-            ancestor = parent_of[names[use]]
-            while last_use.get(ancestor, use) < use:
-                last_use[ancestor] = use
-                ancestor = parent_of[ancestor]
-        depth = _depths(names, parent_of)
-        positions = np.lexsort(([-depth[name] for name in names], [last_use[name] for name in names]))
-        keys = [BlockKey(names[position]) for position in positions.tolist()]
-        self.disk_digests[recovered.slots] = recovered.digests
-        self.disk.restore(keys, recovered.slots[positions])
-        parents = [BlockKey(parent) if parent != ROOT_NAME else None for parent in recovered.parents]
-        self.events.stored_runs("disk", [BlockKey(name) for name in names], parents)
-
-
-def _depths(names: list[bytes], parent_of: dict[bytes, bytes]) -> dict[bytes, int]:
-    """How many of its ancestors, without a gap, each block has."""
-    depth: dict[bytes, int] = {}
-    for name in names:
-        path = []
-        while name in parent_of and name not in depth:
-            path.append(name)
-            depth[name] = 0  # in case damaged records make a ring
-            name = parent_of[name]
-        below = depth[name] + 1 if name in depth else 0
-        for steps, descendant in enumerate(reversed(path)):
-            depth[descendant] = below + steps
-    return depth
 
 
 def digest_seeds(keys: Sequence[BlockKey]) -> Digests:

@@ -30,6 +30,7 @@ DropReason = Literal[
     "disk_write_failed",
     "no_disk_slot",
     "no_host_row",
+    "not_admitted",
     "offload_error",
     "offload_queue_full",
 ]

@@ -13,11 +13,14 @@ from typing import Self
 from dynamo.kvcache.config import DiskPlace, format_size
 from dynamo.kvcache.errors import CacheConfigError, UnsupportedError
 from dynamo.kvcache.events import EventLog
+from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.leases import HeldSlots
 from dynamo.kvcache.offload import Offloader, SaveRequest
 from dynamo.kvcache.onboard import LoadRequest, Onboarder
-from dynamo.kvcache.pool import BlockPool
+from dynamo.kvcache.policies import Policies
+from dynamo.kvcache.pool import BlockPlace, BlockPool
+from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, TierUsage, tier_usage
@@ -56,6 +59,7 @@ class BlockStore:
         counters: CacheCounters,
         *,
         disk_fault: str | None = None,
+        policies: Policies | None = None,
     ) -> None:
         """Starts the threads. `open` is the usual way to make one.
 
@@ -68,7 +72,7 @@ class BlockStore:
         self._arena = arena
         self._disk = disk
         self._disk_fault = disk_fault
-        self._shelf = Shelf(arena, num_host_slots, disk, events, counters)
+        self._shelf = Shelf(arena, num_host_slots, disk, events, counters, policies)
         # As many device slots may be pinned for offloading as leave the sequences most of the pool.
         self._offloader = Offloader(
             self._shelf, device, part_blocks=part_blocks, max_pending_blocks=max(1, device.num_slots // 4)
@@ -89,12 +93,14 @@ class BlockStore:
         host_bytes: int,
         disk: DiskPlace | None,
         io_threads: int,
+        policies: Policies | None = None,
     ) -> Self:
         """Makes the tiers. A disk folder that cannot be used is logged and counted, and the store goes on without it.
 
         Args:
             host_bytes: size of the host tier; 0 for none.
             disk: folder and size of the disk tier; None for none.
+            policies: of eviction and admission; None: leaf-first LRU, and everything is admitted.
 
         Raises:
             CacheConfigError: a size does not hold one block.
@@ -119,7 +125,9 @@ class BlockStore:
             num_staging = _part_blocks(slot_bytes) * (1 if num_host_slots else _STAGING_PARTS)
             arena = HostTier(spec.layout, num_host_slots + num_staging)
             undo.callback(arena.close)
-            store = cls(device, arena, num_host_slots, disk_tier, events, counters, disk_fault=disk_fault)
+            store = cls(
+                device, arena, num_host_slots, disk_tier, events, counters, disk_fault=disk_fault, policies=policies
+            )
             undo.pop_all()
         return store
 
@@ -154,9 +162,9 @@ class BlockStore:
         """Offers blocks; waits while too many are pending, at most `timeout_s`. Returns whether the offer was taken."""
         return self._offloader.save(request, timeout_s)
 
-    def touch(self, chain: list[BlockKey]) -> None:
-        """Says that a sequence uses these blocks. Takes effect a little later."""
-        self._offloader.touch(chain)
+    def touch(self, chain: list[BlockKey], use: OpenUse | None = None) -> None:
+        """Says that a sequence uses these blocks, or has. Takes effect a little later."""
+        self._offloader.touch(chain, use)
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until everything offered so far is in its tiers or dropped; False if that took longer than `timeout_s`."""
@@ -209,6 +217,14 @@ class BlockStore:
             yield self._arena.stats()
         if self._disk:
             yield self._disk.stats()
+
+    def explain(self, key: BlockKey) -> dict[str, BlockPlace | Removal | None]:
+        """Where a block lies in host and disk, or why it does not; see `BlockPool.explain`."""
+        return self._shelf.explain(key)
+
+    def keys(self) -> dict[str, list[BlockKey]]:
+        """All blocks in host and disk."""
+        return self._shelf.keys()
 
     def usage(self) -> Iterator[TierUsage]:
         """Occupancy and counters of each tier. A disk tier that could not be opened is told with its fault."""

@@ -1,379 +1,289 @@
-"""G3: slots in one preallocated file, found again after a restart through the journal beside it."""
+"""G3: slots in preallocated files of one or several directories, found again after a restart through a journal."""
 
-import contextlib
-import errno
 import logging
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Condition, Lock
+from threading import Lock
 
 import numpy as np
 
 from dynamo.kernels.checks import Rows, SlotIds, check_ids, check_rows
-from dynamo.tiers.errors import (
-    JournalFormatError,
-    TierBusyError,
-    TierClosedError,
-    TierConfigError,
-    TierUnavailableError,
-)
-from dynamo.tiers.file_io import BlockFile, FileIO, IOResult
+from dynamo.tiers.errors import TierConfigError, TierUnavailableError
+from dynamo.tiers.file_io import FileIO, SlotIO, check_aligned
 from dynamo.tiers.journal import Journal, RecoveredBlocks
 from dynamo.tiers.layout import BlockLayout
-from dynamo.tiers.namespace import Namespace
 from dynamo.tiers.stats import TierRecorder, TierStats
+from dynamo.tiers.stripe import FaultReport, Generations
+from dynamo.tiers.stripe_set import StripePlan, StripeSet
 from dynamo.tiers.tier import Outcomes
+from dynamo.tiers.write_budget import WriteBudget
 
 __all__ = ["DiskTier"]
 
 logger = logging.getLogger(__name__)
 
-_MAX_EXTENT_BYTES = 64 << 20
-_MIN_EXTENTS = 16  # a small capacity is taken in smaller steps, so that other models do not make way for nothing
-_CLOSE_TIMEOUT_S = 30.0
-
 _FAULT_MESSAGES = {
     "truncated": "the file is shorter than its blocks; those lost are computed again",
-    "missing": "the index is there but the blocks are gone; starting empty",
+    "missing": "the index is there but the blocks are gone; going on without them",
+    "restriped": "the directories are others than last time; starting empty",
     "deleted": "the file was deleted; its blocks are lost and a new file is started",
     "disk_full": "the disk is full; blocks are not kept until there is space",
+    "quota_exceeded": "the disk quota is used up; blocks are not kept until there is space",
     "over_capacity": "other models in use fill the directory's capacity; blocks are not kept",
+    "write_budget": "the write budget is used up; blocks are not kept until it has grown again",
     "io_error": "the disk reports I/O errors; blocks affected are computed again",
+    "read_only": "the file system is read-only now; blocks are not kept",
+    "no_permission": "the permission to use the file was taken away; blocks affected are computed again",
+    "resting": "the disk failed several times in a row; it is left alone for a while, then tried again",
+    "overwritten": "slots were overwritten while they were read; what was read is thrown away",
     "direct_refused": "O_DIRECT stopped working; going on through the page cache",
     "index_format": "the index cannot be used; starting empty",
     "index_damaged": "the index has damaged records; the blocks they named are forgotten",
     "unavailable": "the file cannot be made again; nothing is kept on disk",
+    "still_used": "calls are still running; closing anyway",
 }
 
 
 class DiskTier:
-    """Slots in `blocks.dat` with a `Journal` beside it, in a folder locked against other processes.
+    """Slots striped over `blocks.dat` of one or several folders, each locked against other processes, and a `Journal`.
 
-    Owns the folder, file, index and I/O threads. Knows nothing of names: whoever writes a block calls `journal.put` when
-    `write` has succeeded, `journal.drop` before a slot goes to another block, and checks digests of what `read` gives.
+    Slot `s` lies in directory `s % n` at place `s // n`, so that the slots of one prefix keep all devices busy and still are
+    consecutive on each of them. Owns folders, files, index and I/O threads. Knows nothing of names: whoever writes a block
+    calls `journal.put` when `write` has succeeded, `journal.drop` before a slot goes to another block, and checks digests of
+    what `read` gives.
 
-    The file grows in extents as higher slots are first used, so use low slots first. Faults are counted by kind in
+    What a read gives is one content of its slot, whole: see `Stripe` for the argument, `generations` for the numbers. That
+    it is the content meant is for the digest to say, which is seeded with the block's key.
+
+    Files grow in extents as higher slots are first used, so use low slots first. Faults are counted by kind in
     `stats().faults` and logged at the first of each kind.
+
+    Attributes:
+        write_budget: what may be written; None without limit. `write` refuses what goes beyond it.
     """
 
     name = "disk"
 
     def __init__(
         self,
-        namespace: Namespace,
-        file: BlockFile,
-        journal: Journal,
-        io: FileIO,
+        stripes: StripeSet,
         layout: BlockLayout,
         num_slots: int,
-        capacity_bytes: int,
+        recorder: TierRecorder,
+        report: FaultReport,
+        write_budget: WriteBudget | None,
     ) -> None:
         """Takes over what it is given; use `open`."""
         self.layout = layout
-        self.num_slots = num_slots
-        self.folder = namespace.folder
-        self._namespace = namespace
-        self._journal = journal
-        self._recovered = journal.recovered
-        self._io = io
-        self._capacity_bytes = capacity_bytes
-        extent_slots = min(_MAX_EXTENT_BYTES // layout.slot_bytes, num_slots // _MIN_EXTENTS)
-        self._extent_bytes = max(1, extent_slots) * layout.slot_bytes
-        self._recorder = TierRecorder(layout.block_bytes)
-        self._growing = Lock()  # taken before _state
-        self._state = Condition()  # guards all below
-        self._closed = False
-        self._file: BlockFile | None = file
-        self._users: dict[BlockFile, int] = {}
-        self._allocated_bytes = 0
-        self._is_present = np.zeros(num_slots, dtype=np.bool_)
-        self._generation = 0
+        self.write_budget = write_budget
+        self._num_slots = num_slots
+        self._stripes = stripes
+        self._recorder = recorder
+        self._report = report
+        self._resizing = Lock()
 
     @classmethod
     def open(
-        cls, directory: Path, layout: BlockLayout, capacity_bytes: int, fingerprint: bytes, io_threads: int = 8
+        cls,
+        directories: Path | Sequence[Path],
+        layout: BlockLayout,
+        capacity_bytes: int,
+        fingerprint: bytes,
+        io_threads: int = 16,
+        *,
+        write_bytes_per_day: int | None = None,
+        new_io: Callable[[int], SlotIO] = FileIO,
     ) -> "DiskTier":
-        """Opens, or creates, the folder of one model inside `directory`.
+        """Opens, or creates, the folder of one model inside each of `directories`.
 
         Args:
-            directory: may be shared with other models' tiers; created where needed.
+            directories: one, or several on different devices, always in the same order; the index lies in the first. May be
+                shared with other models' tiers; created where needed.
             layout: sizes of a block.
-            capacity_bytes: what all models in `directory` may take together. Folders of models not in use, the least
-                recently used first, make way when this one grows.
+            capacity_bytes: what all models in `directories` may take together, in equal shares. Folders of models not in
+                use, the least recently used first, make way when this one grows.
             fingerprint: names model, dtype and layout; blocks of another fingerprint are never seen.
-            io_threads: calls in flight at the disk. More help only when small slots lie far from one another.
+            io_threads: calls in flight at each device.
+            write_bytes_per_day: how much may be written in a day, an hour's share of it at once; None for no limit.
+            new_io: makes the I/O back-end of a directory, given the number of threads.
 
         Raises:
-            TierConfigError: the capacity does not hold one block.
-            TierBusyError: another process uses this folder.
-            TierUnavailableError: the folder cannot be created, read or written; go on without a disk tier.
+            TierConfigError: the capacity does not hold one block in each directory, or a directory is given twice.
+            TierBusyError: another process uses a folder.
+            TierUnavailableError: a folder cannot be created, read or written, or is not this tier's; go on without a disk
+                tier.
         """
-        num_slots = capacity_bytes // layout.slot_bytes
-        if num_slots < 1:
+        directories = [directories] if isinstance(directories, Path) else list(directories)
+        _check_directories(directories)
+        stripe_slots = capacity_bytes // len(directories) // layout.slot_bytes
+        if stripe_slots < 1:
             raise TierConfigError(
-                f"a disk capacity of {capacity_bytes} bytes holds no block of {layout.slot_bytes} bytes; give it more"
+                f"a disk capacity of {capacity_bytes} bytes over {len(directories)} directories holds no block of "
+                f"{layout.slot_bytes} bytes in each; give it more"
+                if len(directories) > 1
+                else f"a disk capacity of {capacity_bytes} bytes holds no block of {layout.slot_bytes} bytes; give it more"
             )
-        with contextlib.ExitStack() as undo:
-            try:
-                namespace = Namespace(directory, fingerprint)
-                undo.callback(namespace.close)
-                existed = namespace.blocks_path.exists()
-                file = BlockFile(namespace.blocks_path)
-                undo.callback(file.close)
-                journal, refusal = _open_journal(namespace.journal_path, num_slots, layout, fingerprint)
-                undo.callback(journal.close)
-                io = FileIO(io_threads)
-                undo.callback(io.close)
-                tier = cls(namespace, file, journal, io, layout, num_slots, capacity_bytes)
-                tier._recover(file, existed, refusal)
-            except OSError as error:
-                raise TierUnavailableError(
-                    f"the disk tier's folder {directory} cannot be used: {error}; check that this user may write there",
-                    path=directory,
-                ) from error
-            undo.pop_all()
-        return tier
+        recorder = TierRecorder(layout.block_bytes)
+        report = _reporter(recorder, directories)
+        plan = StripePlan(
+            directories,
+            fingerprint,
+            layout,
+            stripe_slots,
+            capacity_bytes // len(directories),
+            lambda: new_io(io_threads),
+            report,
+        )
+        try:
+            stripes = StripeSet.open(plan)
+        except OSError as error:
+            where = error.filename or ", ".join(str(directory) for directory in directories)
+            raise TierUnavailableError(
+                f"the disk tier's folder {where} cannot be used: {error}; check that this user may write there",
+                path=Path(str(error.filename or directories[0])),
+            ) from error
+        budget = None
+        if write_bytes_per_day is not None:
+            budget = WriteBudget(write_bytes_per_day, stripes.stripes[0].namespace.budget_path)
+        return cls(stripes, layout, stripe_slots * len(directories), recorder, report, budget)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots are numbered [0, num_slots)."""
+        return self._num_slots
+
+    @property
+    def folder(self) -> Path:
+        """This model's folder in the first directory."""
+        return self.folders[0]
+
+    @property
+    def folders(self) -> list[Path]:
+        """This model's folder in each directory."""
+        return [stripe.namespace.folder for stripe in self._stripes.stripes]
 
     @property
     def journal(self) -> Journal:
         """The index."""
-        return self._journal
+        return self._stripes.journal
 
     @property
     def recovered(self) -> RecoveredBlocks:
-        """Blocks of an earlier run that lie within the file, least recently put first. Their bytes are not checked yet."""
-        return self._recovered
+        """Blocks of an earlier run that lie within the files, least recently put first. Their bytes are not checked yet."""
+        return self._stripes.recovered
 
     @property
     def generation(self) -> int:
-        """Goes up when everything stored was lost (the file was deleted): forget the index of this tier then."""
-        return self._generation
+        """Goes up when everything stored was lost (the only file was deleted): forget the index of this tier then.
+
+        Of several files the others still hold theirs: reads of lost slots fail, block by block.
+        """
+        return self._stripes.num_losses
 
     @property
     def num_allocated_slots(self) -> int:
-        """Slots for which the file has room already; the others may be refused when the disk is full."""
-        return self._allocated_bytes // self.layout.slot_bytes
+        """Slots, from the first on, for which the files have room already; others may be refused when a disk is full."""
+        return min(self._stripes.num_whole_slots, self._num_slots)
 
-    def read(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
-        """Reads slots into rows; see `Tier.read`. Also False for slots not written since the file was made."""
-        check_rows(rows, "rows", self.layout.slot_bytes, writable=True)
-        check_ids(slots, "slots", self.num_slots)
-        check_ids(row_ids, "row_ids", rows.shape[0], slots.size)
+    def generations(self, slots: SlotIds) -> Generations:
+        """A number for what each slot holds now, uint64 [n]; 0 for nothing. It changes whenever the slot is written.
+
+        Raises:
+            KernelArgumentError: ids do not fit.
+        """
+        check_ids(slots, "slots", self._num_slots)
+        return self._stripes.generations(slots)
+
+    def read(self, slots: SlotIds, rows: Rows, row_ids: SlotIds, *, generations: Generations | None = None) -> Outcomes:
+        """Reads slots into rows; see `Tier.read`.
+
+        Also False for slots not written since their file was made, for slots that were written to while they were read, and,
+        given `generations`, uint64 [n], for slots that hold something else than they did when those were asked for.
+        """
+        self._check(slots, rows, row_ids, writable=True)
         started = time.perf_counter()
-        with self._using_file() as file:
-            outcomes = self._is_present[slots]
-            if file is None:
-                outcomes[:] = False
-                self._fault("unavailable", slots.size)
-            elif outcomes.any():
-                result = self._io.read(file, slots[outcomes], rows, row_ids[outcomes])
-                self._count_faults(result)
-                outcomes[outcomes] = result.outcomes
+        outcomes = self._stripes.read(slots, rows, row_ids, generations)
         num_good = int(np.count_nonzero(outcomes))
         self._recorder.add_read(num_good, slots.size - num_good, time.perf_counter() - started)
         return outcomes
 
     def write(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
-        """Writes rows to slots; see `Tier.write`. Not synced: after a power cut digests tell what is good."""
-        check_rows(rows, "rows", self.layout.slot_bytes)
-        check_ids(slots, "slots", self.num_slots)
-        check_ids(row_ids, "row_ids", rows.shape[0], slots.size)
+        """Writes rows to slots; see `Tier.write`. Not synced: after a power cut digests tell what is good.
+
+        Also False for slots at the end of the call that the write budget does not allow; those keep what they held.
+        """
+        self._check(slots, rows, row_ids)
         started = time.perf_counter()
         outcomes = np.zeros(slots.size, dtype=np.bool_)
-        with self._using_file() as file:
-            if file is None:
-                self._fault("unavailable", slots.size)
-            elif slots.size:
-                outcomes = self._write(file, slots, rows, row_ids)
+        num_allowed = self._allowed(slots.size)
+        outcomes[:num_allowed] = self._stripes.write(slots[:num_allowed], rows, row_ids[:num_allowed])
         num_good = int(np.count_nonzero(outcomes))
+        if self.write_budget and num_good < num_allowed:
+            self.write_budget.give_back((num_allowed - num_good) * self.layout.slot_bytes)
         self._recorder.add_write(num_good, slots.size - num_good, time.perf_counter() - started)
         return outcomes
 
+    def resize(self, num_slots: int) -> None:
+        """Changes the number of slots while in use. What lies beyond is lost and its space given back.
+
+        Call it when nobody uses slots beyond any more: not for a read, a write, nor in the index above.
+
+        Raises:
+            TierConfigError: less than one slot in each directory.
+            TierClosedError: the tier is closed.
+        """
+        if num_slots < len(self._stripes.stripes):
+            raise TierConfigError(
+                f"a disk tier of {num_slots} slots leaves a directory empty; give at least {len(self._stripes.stripes)}"
+            )
+        with self._resizing:
+            if num_slots < self._num_slots:
+                self._num_slots = num_slots
+            self._stripes.resize(num_slots)
+            self._num_slots = num_slots
+
     def stats(self) -> TierStats:
-        """Counters; `path` is "O_DIRECT", "buffered" or "unavailable"."""
-        file = self._file
-        path = "unavailable" if file is None else "O_DIRECT" if file.is_direct else "buffered"
-        return self._recorder.snapshot(self.name, self.num_slots, path)
+        """Counters; `path` is "O_DIRECT", "buffered" or "unavailable", the worst of all directories."""
+        return self._recorder.snapshot(self.name, self._num_slots, self._stripes.path)
 
     def close(self) -> None:
-        """Waits up to 30 s for calls in progress, closes the index and gives the lock back. Idempotent."""
-        with self._state:
-            if self._closed:
-                return
-            self._closed = True
-            if not self._state.wait_for(lambda: not self._users, _CLOSE_TIMEOUT_S):
-                logger.warning("%s: calls still running after %g s; closing anyway", self.folder, _CLOSE_TIMEOUT_S)
-            file, self._file = self._file, None
-            if file is not None and file not in self._users:
-                file.close()  # otherwise its last user closes it
-        self._io.close()
-        self._journal.close()
-        self._namespace.close()
+        """Waits up to 30 s for calls in progress, closes the index and gives the locks back. Idempotent."""
+        if self.write_budget:
+            self.write_budget.close()
+        self._stripes.close()
 
-    def _recover(self, file: BlockFile, existed: bool, refusal: str | None) -> None:
-        """Compares what the index says with how long the file is."""
-        if refusal is not None:
-            self._fault("index_format", detail=refusal)
-        self._fault("index_damaged", self._journal.num_damaged)
-        found = self._journal.recovered
-        size_bytes = os.fstat(file.fd).st_size
-        is_whole = (found.slots + 1) * self.layout.slot_bytes <= size_bytes
-        if found.names and not existed:
-            self._fault("missing")
-            self._journal.clear()
-        elif not is_whole.all():
-            lost = _selected(found, ~is_whole)
-            self._fault("truncated", len(lost.names))
-            self._journal.drop(lost.names, lost.slots)
-        self._recovered = _selected(found, is_whole)
-        self._is_present[self._recovered.slots] = True
-        limit_bytes = self.num_slots * self.layout.slot_bytes
-        if size_bytes > limit_bytes:  # the capacity is smaller than last time
-            os.ftruncate(file.fd, limit_bytes)
-        self._allocated_bytes = min(size_bytes, limit_bytes)
-        self._namespace.make_room(self._allocated_bytes, self._capacity_bytes)
+    def _check(self, slots: SlotIds, rows: Rows, row_ids: SlotIds, *, writable: bool = False) -> None:
+        check_rows(rows, "rows", self.layout.slot_bytes, writable=writable)
+        check_ids(slots, "slots", self._num_slots)
+        check_ids(row_ids, "row_ids", rows.shape[0], slots.size)
+        check_aligned(rows)
 
-    @contextlib.contextmanager
-    def _using_file(self) -> Iterator[BlockFile | None]:
-        """The file, kept open during the call; None when it is gone and cannot be made again."""
-        with self._state:
-            if self._closed:
-                raise TierClosedError(f"the disk tier in {self.folder} is closed")
-            file = self._checked_file()
-            if file is None:
-                users = 0
-            else:
-                users = self._users.get(file, 0)
-                self._users[file] = users + 1
-        try:
-            yield file
-        finally:
-            if file is not None:
-                with self._state:
-                    self._users[file] -= 1
-                    if self._users[file] == 0:
-                        del self._users[file]
-                        if file is not self._file:
-                            file.close()
-                        self._state.notify_all()
+    def _allowed(self, num_blocks: int) -> int:
+        """How many of the blocks of a write the budget allows, which takes them out of it."""
+        if self.write_budget is None:
+            return num_blocks
+        granted = self.write_budget.take(num_blocks, self.layout.slot_bytes)
+        if granted < num_blocks:
+            self._report("write_budget", num_blocks - granted, "")
+        return granted
 
-    def _checked_file(self) -> BlockFile | None:
-        """The current file after a look at whether it still exists under its name; holds `_state`."""
-        file = self._file
-        if file is not None:
-            status = os.fstat(file.fd)
-            if status.st_nlink:
-                if status.st_size < self._allocated_bytes:
-                    self._forget_beyond(status.st_size)
-                return file
-            self._fault("deleted")
-            self._is_present[:] = False
-            self._generation += 1
-            self._file = None
-            if file not in self._users:
-                file.close()
-        try:
-            self._namespace.restore()
-            self._file = BlockFile(self._namespace.blocks_path)
-        except (OSError, TierBusyError):
-            return None
-        self._allocated_bytes = 0
-        self._journal.clear()
-        return self._file
 
-    def _forget_beyond(self, size_bytes: int) -> None:
-        """Takes note that somebody cut the file; holds `_state`."""
-        cut = self._is_present[size_bytes // self.layout.slot_bytes :]
-        self._fault("truncated", int(np.count_nonzero(cut)))
-        cut[:] = False
-        self._allocated_bytes = size_bytes
+def _check_directories(directories: Sequence[Path]) -> None:
+    if not directories:
+        raise TierConfigError("a disk tier needs at least one directory")
+    for i, directory in enumerate(directories):
+        if directory.absolute() in [other.absolute() for other in directories[:i]]:
+            raise TierConfigError(f"the disk tier's directory {directory} is given twice; give each once")
 
-    def _write(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
-        ends = (slots + 1) * self.layout.slot_bytes
-        if int(ends.max()) > self._allocated_bytes:
-            self._grow(file, int(ends.max()))
-        outcomes = ends <= self._allocated_bytes
-        if not outcomes.any():
-            return outcomes
-        written_slots = slots[outcomes]
-        with self._state:
-            self._is_present[written_slots] = False
-        result = self._io.write(file, written_slots, rows, row_ids[outcomes])
-        self._count_faults(result)
-        outcomes[outcomes] = result.outcomes
-        with self._state:
-            if file is not self._file:  # deleted meanwhile: the bytes went with it
-                outcomes[:] = False
-            self._is_present[slots[outcomes]] = True
-        return outcomes
 
-    def _grow(self, file: BlockFile, end: int) -> None:
-        """Preallocates at least up to byte `end`; where that fails, `_allocated_bytes` stays as it is."""
-        limit_bytes = self.num_slots * self.layout.slot_bytes
-        with self._growing:
-            start = self._allocated_bytes
-            if end <= start or file is not self._file:
-                return
-            target = min(-(-end // self._extent_bytes) * self._extent_bytes, limit_bytes)
-            if not self._namespace.make_room(target, self._capacity_bytes):
-                target = end
-                if not self._namespace.make_room(target, self._capacity_bytes):
-                    self._fault("over_capacity")
-                    return
-            try:
-                try:
-                    _allocate(file.fd, start, target)
-                except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or target == end:
-                        raise
-                    target = end  # not a whole extent left: take what this call needs
-                    _allocate(file.fd, start, target)
-            except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                self._fault("disk_full" if full else "io_error", detail=str(error))
-                return
-            with self._state:
-                if file is self._file:
-                    self._allocated_bytes = max(self._allocated_bytes, target)
+def _reporter(recorder: TierRecorder, directories: Sequence[Path]) -> FaultReport:
+    """Counts faults, and logs the first of each kind."""
+    where = ", ".join(str(directory) for directory in directories)
 
-    def _count_faults(self, result: IOResult) -> None:
-        for kind, count in result.faults.items():
-            self._fault(kind, count)
-
-    def _fault(self, kind: str, count: int = 1, detail: str = "") -> None:
-        if self._recorder.add_fault(kind, count):
+    def report(kind: str, count: int, detail: str) -> None:
+        if recorder.add_fault(kind, count):
             suffix = f" ({detail})" if detail else ""
-            logger.warning("disk tier %s: %s%s", self.folder, _FAULT_MESSAGES[kind], suffix)
+            logger.warning("disk tier %s: %s%s", where, _FAULT_MESSAGES[kind], suffix)
 
-
-def _open_journal(path: Path, num_slots: int, layout: BlockLayout, fingerprint: bytes) -> tuple[Journal, str | None]:
-    """The index, and why what was there before could not be used, if so: then it starts empty."""
-    fingerprint += layout.slot_bytes.to_bytes(8, "little")
-    try:
-        return Journal.open(path, num_slots, fingerprint), None
-    except JournalFormatError as error:
-        return Journal.create(path, num_slots, fingerprint), str(error)
-
-
-def _allocate(fd: int, start: int, end: int) -> None:
-    """Reserves [start, end) of a file, or only extends it where the file system cannot reserve."""
-    try:
-        os.posix_fallocate(fd, start, end - start)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        os.ftruncate(fd, end)
-
-
-def _selected(blocks: RecoveredBlocks, chosen: Outcomes) -> RecoveredBlocks:
-    if chosen.all():
-        return blocks
-    picks = np.flatnonzero(chosen).tolist()
-    return RecoveredBlocks(
-        [blocks.names[i] for i in picks],
-        [blocks.parents[i] for i in picks],
-        blocks.slots[chosen],
-        blocks.digests[chosen],
-    )
+    return report

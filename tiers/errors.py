@@ -5,7 +5,7 @@ TierError
 ├── TierMemoryError        the memory asked for cannot be had
 ├── TierClosedError        a tier is used after close()
 ├── TierBusyError          another process holds the disk tier's folder
-├── TierUnavailableError   the disk tier's folder cannot be used at all
+├── TierUnavailableError   the disk tier's folder cannot be used at all, or belongs to something else
 └── JournalFormatError     an index file is foreign, from another version, or damaged in its header
 
 Faults of single blocks (a short read, a full disk) are results, not exceptions: see `Tier.read` and `Tier.write`.
@@ -67,7 +67,7 @@ class TierBusyError(TierError):
 
 
 class TierUnavailableError(TierError):
-    """The disk tier's folder cannot be created, read or written; the caller may go on without a disk tier.
+    """The disk tier's folder cannot be created, read or written, or is not this tier's; go on without a disk tier.
 
     Attributes:
         path: the file or folder at fault.
@@ -83,8 +83,10 @@ class JournalFormatError(TierError):
 
     Attributes:
         path: the index file.
+        is_other_version: whether another version of this program wrote it, and may still want it.
     """
 
-    def __init__(self, message: str, *, path: Path) -> None:
+    def __init__(self, message: str, *, path: Path, is_other_version: bool = False) -> None:
         super().__init__(message)
         self.path = path
+        self.is_other_version = is_other_version

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Event, Lock, Thread
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds
 from dynamo.tiers.layout import SLOT_ALIGNMENT_BYTES
 from dynamo.tiers.tier import Outcomes
 
-__all__ = ["BlockFile", "FileIO", "IOResult"]
+__all__ = ["BlockFile", "FileIO", "IOResult", "PendingIO", "SlotIO", "check_aligned", "fault_kind"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,16 @@ _MAX_CALL_BYTES = 2 << 20  # larger calls gain nothing and leave other threads i
 _MIN_CALL_BYTES = 256 << 10  # smaller ones are not worth splitting
 _MAX_IOVECS = 1024  # IOV_MAX of Linux
 _MAX_IDLE_CALLS = 8  # calls in a row that end inside the page they began with
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_MAX_SHARE_CALLS = 8  # a thread takes up to so many calls at once ...
+_SHARES_PER_THREAD = 2  # ... but leaves enough that all threads end at about the same time
+_FAULT_KINDS = {
+    errno.ENOSPC: "disk_full",
+    errno.EFBIG: "disk_full",
+    errno.EDQUOT: "quota_exceeded",
+    errno.EROFS: "read_only",
+    errno.EACCES: "no_permission",
+    errno.EPERM: "no_permission",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +49,9 @@ class IOResult:
 
     Attributes:
         outcomes: bool [n], in the order of the slots asked for.
-        faults: failed slots by kind: "truncated" (the file ends before the slot does), "disk_full", "io_error"; and
-            "direct_refused" once when O_DIRECT stopped working and the file went on buffered.
+        faults: failed slots by kind: "truncated" (the file ends before the slot does), "disk_full", "quota_exceeded",
+            "read_only", "no_permission", "io_error"; and "direct_refused" once when O_DIRECT stopped working and the file
+            went on buffered.
     """
 
     outcomes: Outcomes
@@ -64,6 +75,27 @@ class BlockFile:
         self.fd = os.open(path, flags, 0o600)
         self._lock = Lock()
 
+    @classmethod
+    def open_to_read(cls, path: Path) -> Self:
+        """Opens an existing file for reading only and creates nothing beside it; with O_DIRECT where that opens.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        file = cls.__new__(cls)
+        file.path = path
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            file.fd = os.open(path, flags | os.O_DIRECT)
+            file.is_direct = True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            file.fd = os.open(path, flags)
+            file.is_direct = False
+        file._lock = Lock()
+        return file
+
     def use_buffered(self) -> bool:
         """Gives up O_DIRECT for this file. True for the one caller that changed it."""
         with self._lock:
@@ -78,22 +110,53 @@ class BlockFile:
         os.close(self.fd)
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Consecutive slots, done in one call: positions [start, stop) of the batch's sorted slots."""
+class SlotIO(Protocol):
+    """A way to move slots between one file and rows of host memory. Calls may come from any thread."""
 
-    start: int
-    stop: int
+    def start(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds, *, writes: bool) -> "PendingIO":
+        """Begins to move `slots` of the file into rows, or rows to slots; slot i lies at `i * row_bytes`.
+
+        Args:
+            file: where the slots lie; stays open until `PendingIO.result`.
+            slots: int64 [n], distinct, not negative.
+            rows: uint8 [num_rows, row_bytes], C-contiguous and page-aligned, row_bytes a multiple of 4096.
+            row_ids: int64 [n], within the rows.
+            writes: whether rows go to the file. Not durable: nothing is synced.
+
+        Raises:
+            KernelArgumentError: the rows are not aligned.
+        """
+
+    def close(self) -> None:
+        """Ends the threads after what they are at. Idempotent."""
+
+
+class PendingIO(Protocol):
+    """A read or write under way."""
+
+    def result(self) -> IOResult:
+        """Helps, then blocks until the kernel is done with the rows; call once.
+
+        There is no deadline: memory that a stuck disk may still write to cannot be given back to anybody.
+        """
 
 
 class _Batch:
-    """One read or write: its pieces, and what has become of them. Pieces touch disjoint positions of `outcomes`."""
+    """One read or write: its calls, and what has become of them. Calls touch disjoint positions of `outcomes`.
 
-    def __init__(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds, writes: bool) -> None:
+    `cuts[i]:cuts[i + 1]` are the positions, in order of slots, of call i: consecutive slots. Threads take several calls at a
+    time, so that small slots do not cost a lock each.
+    """
+
+    def __init__(
+        self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds, num_threads: int, writes: bool
+    ) -> None:
         self.file = file
-        self.order = np.argsort(slots, kind="stable")
-        self.slots = slots[self.order]
-        self.row_ids: list[int] = row_ids[self.order].tolist()
+        self.order = None if (slots[1:] > slots[:-1]).all() else np.argsort(slots, kind="stable")
+        if self.order is not None:
+            slots, row_ids = slots[self.order], row_ids[self.order]
+        self.slots = slots
+        self.row_ids: list[int] = row_ids.tolist()
         self.slot_bytes = rows.shape[1]
         self.memory = rows.reshape(-1).data
         self.writes = writes
@@ -101,33 +164,20 @@ class _Batch:
         self.outcomes = np.zeros(slots.size, dtype=np.bool_)  # in sorted order
         self.faults: Counter[str] = Counter()
         self.lock = Lock()
-        self.pieces: deque[_Piece] = deque()
-        self.num_unfinished = 0
+        self.cuts = _cuts(slots, self.slot_bytes, num_threads)
+        num_calls = len(self.cuts) - 1
+        share_calls = max(1, min(_MAX_SHARE_CALLS, -(-num_calls // (_SHARES_PER_THREAD * num_threads))))
+        self.shares = deque(range(0, num_calls, share_calls))
+        self.num_shares = self.num_unfinished = len(self.shares)
+        self.share_calls = share_calls
         self.done = Event()
 
-    def split(self, num_threads: int) -> None:
-        """Cuts the slots into pieces that keep every thread busy."""
-        target_bytes = self.slots.size * self.slot_bytes // num_threads
-        target_bytes = max(_MIN_CALL_BYTES, min(_MAX_CALL_BYTES, target_bytes))
-        step = max(1, min(_MAX_IOVECS, target_bytes // self.slot_bytes))
-        breaks = (np.flatnonzero(np.diff(self.slots) != 1) + 1).tolist()
-        for start, stop in zip([0, *breaks], [*breaks, self.slots.size], strict=True):
-            self.pieces.extend(_Piece(at, min(at + step, stop)) for at in range(start, stop, step))
-        self.num_unfinished = len(self.pieces)
-
-    def run(self, piece: _Piece) -> None:
-        """Moves one piece and records its outcome."""
+    def run(self, first: int) -> None:
+        """Makes the calls of one share, and records their outcomes."""
         try:
-            good, fault = self._transfer(piece)
-            self.outcomes[piece.start : piece.start + good] = True
-            failed_at = piece.start + good
-            if fault == "io_error" and piece.stop - piece.start > 1:
-                for at in range(failed_at, piece.stop):  # one bad sector must not take its neighbours along
-                    good, fault = self._transfer(_Piece(at, at + 1))
-                    self.outcomes[at] = good == 1
-                    self._count(fault, 1 - good)
-            else:
-                self._count(fault, piece.stop - failed_at)
+            cuts = self.cuts
+            for i in range(first, min(first + self.share_calls, len(cuts) - 1)):
+                self._run_call(cuts[i], cuts[i + 1])
         finally:
             with self.lock:
                 self.num_unfinished -= 1
@@ -136,52 +186,72 @@ class _Batch:
 
     def result(self) -> IOResult:
         """Outcomes in the caller's order; call when `done` is set."""
+        if self.order is None:
+            return IOResult(self.outcomes, dict(self.faults))
         outcomes = np.empty_like(self.outcomes)
         outcomes[self.order] = self.outcomes
         return IOResult(outcomes, dict(self.faults))
+
+    def _run_call(self, start: int, stop: int) -> None:
+        good, fault = self._transfer(start, stop)
+        self.outcomes[start : start + good] = True
+        if fault is None:
+            return
+        failed_at = start + good
+        if fault == "io_error" and stop - start > 1:
+            for at in range(failed_at, stop):  # one bad sector must not take its neighbours along
+                good, fault = self._transfer(at, at + 1)
+                self.outcomes[at] = good == 1
+                self._count(fault, 1 - good)
+        else:
+            self._count(fault, stop - failed_at)
 
     def _count(self, fault: str | None, blocks: int) -> None:
         if fault is not None and blocks > 0:
             with self.lock:
                 self.faults[fault] += blocks
 
-    def _transfer(self, piece: _Piece) -> tuple[int, str | None]:
-        """Reads or writes one piece.
+    def _transfer(self, start: int, stop: int) -> tuple[int, str | None]:
+        """Reads or writes consecutive slots.
 
         Returns:
             (slots moved whole, what stopped the rest or None).
         """
-        start_offset = int(self.slots[piece.start]) * self.slot_bytes
-        total_bytes = (piece.stop - piece.start) * self.slot_bytes
+        start_offset = int(self.slots[start]) * self.slot_bytes
+        total_bytes = (stop - start) * self.slot_bytes
         done_bytes = num_idle_calls = 0
         while done_bytes < total_bytes:
             was_direct = self.file.is_direct
             try:
-                count = self.call(self.file.fd, self._iovecs(piece, done_bytes), start_offset + done_bytes)
+                count = self.call(self.file.fd, self._iovecs(start, stop, done_bytes), start_offset + done_bytes)
             except OSError as error:
                 if error.errno == errno.EINVAL and was_direct:
                     self._fall_back()
                     continue
-                return done_bytes // self.slot_bytes, "disk_full" if error.errno in _FULL else "io_error"
+                return done_bytes // self.slot_bytes, fault_kind(error)
+            if count == total_bytes:
+                break
             # What is short goes on from a page that O_DIRECT accepts, so a call may gain nothing; some do so for ever.
             gained_bytes = count - count % SLOT_ALIGNMENT_BYTES
             done_bytes += gained_bytes
             num_idle_calls = 0 if gained_bytes else num_idle_calls + 1
             if count == 0 or (not self.writes and gained_bytes < count) or num_idle_calls == _MAX_IDLE_CALLS:
                 return done_bytes // self.slot_bytes, "disk_full" if self.writes else "truncated"
-        return piece.stop - piece.start, None
+        return stop - start, None
 
     def _fall_back(self) -> None:
         """After EINVAL on a direct call: the file is buffered from now on, whoever of the callers was first."""
         if self.file.use_buffered():
             self._count("direct_refused", 1)
 
-    def _iovecs(self, piece: _Piece, done_bytes: int) -> list[memoryview]:
-        """Memory of a piece from `done_bytes` on; rows that follow one another in memory are one vector."""
+    def _iovecs(self, start: int, stop: int, done_bytes: int) -> list[memoryview]:
+        """Memory of some slots from `done_bytes` on; rows that follow one another in memory are one vector."""
         width = self.slot_bytes
-        rows = self.row_ids[piece.start + done_bytes // width : piece.stop]
-        vectors = []
+        rows = self.row_ids[start + done_bytes // width : stop]
         begin = rows[0] * width + done_bytes % width
+        if rows[-1] - rows[0] == len(rows) - 1 and all(map(int.__lt__, rows, rows[1:])):
+            return [self.memory[begin : (rows[-1] + 1) * width]]
+        vectors = []
         end = (rows[0] + 1) * width
         for row in rows[1:]:
             if row * width != end:
@@ -195,7 +265,7 @@ class _Batch:
 class FileIO:
     """Threads that read and write slots. Batches of different callers take turns, so none waits for another's end.
 
-    A caller works on its own batch too: a single piece needs no hand-over, and a batch ends even after `close`.
+    A caller works on its own batch too: a single call needs no hand-over, and a batch ends even after `close`.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -208,53 +278,29 @@ class FileIO:
         for thread in self._threads:
             thread.start()
 
+    def start(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds, *, writes: bool) -> "PendingIO":
+        """Begins a read or write; see `SlotIO.start`."""
+        check_aligned(rows)
+        batch = _Batch(file, slots, rows, row_ids, self.num_threads, writes)
+        if batch.num_shares > 1:
+            with self._wake:
+                self._batches.append(batch)
+                self._wake.notify(batch.num_shares - 1)
+        return _PendingBatch(batch)
+
     def read(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> IOResult:
-        """Reads `slots` of the file into rows; slot i lies at `i * row_bytes`. Blocks until the kernel is done with `rows`.
-
-        There is no deadline: memory that a stuck disk may still write to cannot be given back to anybody.
-
-        Args:
-            file: where the slots lie; must stay open.
-            slots: int64 [n], distinct, not negative.
-            rows: uint8 [num_rows, row_bytes], C-contiguous and page-aligned, row_bytes a multiple of 4096; checked ids.
-            row_ids: int64 [n].
-
-        Raises:
-            KernelArgumentError: the rows are not aligned.
-        """
-        return self._run(_Batch(file, slots, rows, row_ids, writes=False), rows)
+        """Reads `slots` of the file into rows and waits for them; as `start`."""
+        return self.start(file, slots, rows, row_ids, writes=False).result()
 
     def write(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> IOResult:
-        """Writes rows to `slots` of the file; as `read`. Not durable: nothing is synced."""
-        return self._run(_Batch(file, slots, rows, row_ids, writes=True), rows)
+        """Writes rows to `slots` of the file and waits for them; as `start`."""
+        return self.start(file, slots, rows, row_ids, writes=True).result()
 
     def close(self) -> None:
-        """Ends the threads after the pieces they are working on; callers finish their own batches. Idempotent."""
+        """Ends the threads after the calls they are working on; callers finish their own batches. Idempotent."""
         with self._wake:
             self._closed = True
             self._wake.notify_all()
-
-    def _run(self, batch: _Batch, rows: Rows) -> IOResult:
-        if batch.slots.size == 0:
-            return batch.result()
-        if rows.ctypes.data % mmap.PAGESIZE or rows.shape[1] % SLOT_ALIGNMENT_BYTES:
-            raise KernelArgumentError(
-                f"rows must start at a page and be a multiple of {SLOT_ALIGNMENT_BYTES} bytes wide for O_DIRECT, "
-                f"got address {rows.ctypes.data:#x} and {rows.shape[1]} bytes; use HostTier.rows"
-            )
-        batch.split(self.num_threads)
-        if len(batch.pieces) > 1:
-            with self._wake:
-                self._batches.append(batch)
-                self._wake.notify(len(batch.pieces) - 1)
-        while True:
-            try:
-                piece = batch.pieces.popleft()
-            except IndexError:
-                break
-            batch.run(piece)
-        batch.done.wait()
-        return batch.result()
 
     def _work(self) -> None:
         while True:
@@ -265,13 +311,64 @@ class FileIO:
                     return
                 batch = self._batches.popleft()
                 try:
-                    piece = batch.pieces.popleft()
+                    first = batch.shares.popleft()
                 except IndexError:
                     continue
-                if batch.pieces:
+                if batch.shares:
                     self._batches.append(batch)
-            batch.run(piece)
+            batch.run(first)
             del batch  # an idle thread must not keep the rows' memory
+
+
+class _PendingBatch:
+    def __init__(self, batch: _Batch) -> None:
+        self._batch = batch
+
+    def result(self) -> IOResult:
+        batch = self._batch
+        if not batch.num_shares:
+            return batch.result()
+        while True:
+            try:
+                first = batch.shares.popleft()
+            except IndexError:
+                break
+            batch.run(first)
+        batch.done.wait()
+        return batch.result()
+
+
+def check_aligned(rows: Rows) -> None:
+    """Checks that rows can be read and written with O_DIRECT.
+
+    Raises:
+        KernelArgumentError: they cannot.
+    """
+    if rows.ctypes.data % mmap.PAGESIZE or rows.shape[1] % SLOT_ALIGNMENT_BYTES:
+        raise KernelArgumentError(
+            f"rows must start at a page and be a multiple of {SLOT_ALIGNMENT_BYTES} bytes wide for O_DIRECT, "
+            f"got address {rows.ctypes.data:#x} and {rows.shape[1]} bytes; use HostTier.rows"
+        )
+
+
+def fault_kind(error: OSError) -> str:
+    """What the counters call a failed system call."""
+    return _FAULT_KINDS.get(error.errno or 0, "io_error")
+
+
+def _cuts(slots: SlotIds, slot_bytes: int, num_threads: int) -> list[int]:
+    """Where to cut ascending `slots` into calls that keep every thread busy: the first position of each, and the end."""
+    if not slots.size:
+        return [0]
+    target_bytes = slots.size * slot_bytes // num_threads
+    target_bytes = max(_MIN_CALL_BYTES, min(_MAX_CALL_BYTES, target_bytes))
+    step = max(1, min(_MAX_IOVECS, target_bytes // slot_bytes))
+    breaks = (np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1).tolist()
+    cuts: list[int] = []
+    for start, stop in zip([0, *breaks], [*breaks, slots.size], strict=True):
+        cuts.extend(range(start, stop, step))
+    cuts.append(slots.size)
+    return cuts
 
 
 def _can_use_direct(folder: Path) -> bool:
@@ -293,7 +390,7 @@ def _can_use_direct(folder: Path) -> bool:
         read = os.preadv(fd, [view[mmap.PAGESIZE :]], 0)
         return written == read == mmap.PAGESIZE and view[: mmap.PAGESIZE] == view[mmap.PAGESIZE :]
     except OSError as error:
-        if error.errno in _FULL:
+        if fault_kind(error) in ("disk_full", "quota_exceeded"):
             return True  # nothing can be proven on a full disk; a later EINVAL still falls back
         logger.info("%s does not support O_DIRECT (%s): the disk tier goes through the page cache", folder, error)
         return False

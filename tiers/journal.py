@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from dynamo.kernels.checks import SlotIds, check_ids
 from dynamo.tiers.errors import JournalFormatError, TierClosedError
+from dynamo.tiers.name_table import Names, NameTable, name_words
 from dynamo.tiers.records import (
     DROP,
     HEADER_BYTES,
@@ -35,7 +36,7 @@ from dynamo.tiers.records import (
     surviving_puts,
 )
 
-__all__ = ["NAME_BYTES", "ROOT_NAME", "Journal", "RecoveredBlocks"]
+__all__ = ["NAME_BYTES", "ROOT_NAME", "IndexScan", "Journal", "RecoveredBlocks", "scan_index"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +50,46 @@ class RecoveredBlocks:
     """Blocks found in an index, least recently put first; names are distinct, and so are slots.
 
     Attributes:
-        names: 16-byte block names, [n].
-        parents: name of each block's parent, ROOT_NAME for none, [n].
+        names: 16-byte block names, uint8 [n, 16], C-contiguous: `names.tobytes()` is all of them in a row.
+        parents: name of each block's parent, ROOT_NAME for none, uint8 [n, 16], C-contiguous.
+        parent_index: position of each block's parent in these arrays, int64 [n]; -1 for a block without a parent, or whose
+            parent is not there. A parent is usually, not always, put before its children.
         slots: int64 [n].
         digests: uint64 [n].
     """
 
-    names: list[bytes]
-    parents: list[bytes]
+    names: Names
+    parents: Names
+    parent_index: SlotIds
     slots: SlotIds
     digests: npt.NDArray[np.uint64]
+
+    @classmethod
+    def from_records(cls, records: Records) -> "RecoveredBlocks":
+        """The blocks of surviving PUT records."""
+        names, parents = names_of(records, "name"), names_of(records, "parent")
+        return cls(
+            names,
+            parents,
+            _parent_index(name_words(names), name_words(parents)),
+            records["slot"].astype(np.int64),
+            records["digest"].astype(np.uint64),
+        )
+
+    def __len__(self) -> int:
+        return self.slots.size
+
+    def selected(self, which: npt.NDArray[np.bool_]) -> "RecoveredBlocks":
+        """The blocks chosen by a mask, bool [n]; parents among those left out are not there any more."""
+        if which.all():
+            return self
+        position = np.cumsum(which) - 1
+        parent_index = self.parent_index[which]
+        has_parent = (parent_index >= 0) & which[parent_index]
+        parent_index = np.where(has_parent, position[parent_index], -1)
+        return RecoveredBlocks(
+            self.names[which], self.parents[which], parent_index, self.slots[which], self.digests[which]
+        )
 
 
 class Journal:
@@ -82,7 +113,7 @@ class Journal:
         self._fd: int | None = None
         self._seed = np.uint64(0)
         self._num_damaged = 0
-        self._recovered = _as_blocks(np.zeros(0, dtype=RECORD))
+        self._recovered = RecoveredBlocks.from_records(np.zeros(0, dtype=RECORD))
 
     @classmethod
     def open(cls, path: Path, num_slots: int, fingerprint: bytes) -> "Journal":
@@ -127,15 +158,19 @@ class Journal:
         return self._num_damaged
 
     def put(
-        self, names: Sequence[bytes], parents: Sequence[bytes], slots: SlotIds, digests: npt.NDArray[np.uint64]
+        self,
+        names: Sequence[bytes] | Names,
+        parents: Sequence[bytes] | Names,
+        slots: SlotIds,
+        digests: npt.NDArray[np.uint64],
     ) -> bool:
         """Records that blocks lie in slots; call it when their bytes are there. One write for the whole list.
 
         A later put wins over an earlier one of the same name or slot.
 
         Args:
-            names: 16 bytes each, [n].
-            parents: 16 bytes each, ROOT_NAME for none, [n].
+            names: 16 bytes each, [n]; a list, or an array uint8 [n, 16].
+            parents: 16 bytes each, ROOT_NAME for none, likewise.
             slots: int64 [n].
             digests: uint64 [n], given back at recovery.
 
@@ -148,7 +183,7 @@ class Journal:
         """
         return self._append(PUT, names, parents, slots, digests)
 
-    def drop(self, names: Sequence[bytes], slots: SlotIds) -> bool:
+    def drop(self, names: Sequence[bytes] | Names, slots: SlotIds) -> bool:
         """Records that blocks no longer lie in their slots. A name that is not in its slot is ignored.
 
         Returns:
@@ -160,6 +195,34 @@ class Journal:
             TierClosedError: the journal is closed.
         """
         return self._append(DROP, names, [ROOT_NAME] * len(names), slots, np.zeros(len(names), dtype=np.uint64))
+
+    def forget(self, slots: SlotIds) -> bool:
+        """Drops whatever blocks lie in `slots`, one write for all; as `drop`."""
+        check_ids(slots, "slots", self.num_slots)
+        live = self.records_in(slots)
+        return self.drop(names_of(live, "name"), live["slot"].astype(np.int64))
+
+    def records_in(self, slots: SlotIds) -> Records:
+        """The records of those of `slots` that hold a block, as they are now; RECORD [m], in the order of `slots`."""
+        check_ids(slots, "slots", self.num_slots)
+        with self._lock:
+            return chosen(chosen(self._live, slots), self._live["kind"][slots] == PUT)
+
+    def resize(self, num_slots: int) -> None:
+        """Changes the number of slots; blocks in slots beyond are forgotten, on disk not before the next rewrite.
+
+        A log that still names them is read right: they are beyond the number of slots then too.
+
+        Raises:
+            TierClosedError: the journal is closed.
+        """
+        with self._lock:
+            self._open_fd()
+            live = np.zeros(num_slots, dtype=RECORD)
+            num_kept = min(num_slots, self.num_slots)
+            live.view(f"V{RECORD_BYTES}")[:num_kept] = self._live.view(f"V{RECORD_BYTES}")[:num_kept]
+            self._live = live
+            self.num_slots = num_slots
 
     def clear(self) -> bool:
         """Forgets everything, on disk too before it returns.
@@ -214,8 +277,8 @@ class Journal:
     def _append(
         self,
         kind: int,
-        names: Sequence[bytes],
-        parents: Sequence[bytes],
+        names: Sequence[bytes] | Names,
+        parents: Sequence[bytes] | Names,
         slots: SlotIds,
         digests: npt.NDArray[np.uint64],
     ) -> bool:
@@ -313,7 +376,7 @@ class Journal:
         self._num_damaged = records.size - good.size
         live = surviving_puts(good)
         live = chosen(live, live["slot"] < self.num_slots)
-        self._recovered = _as_blocks(live)
+        self._recovered = RecoveredBlocks.from_records(live)
         if good.size:
             self._next_sequence = int(good["sequence"].max()) + 1
         self._adopt(header, live, records.size)
@@ -332,7 +395,7 @@ class Journal:
 
     def _adopt(self, header: Header, live: Records, num_records: int) -> None:
         self._seed = header.seed
-        self._live[:] = 0
+        self._live = np.zeros(self.num_slots, dtype=RECORD)  # fresh pages, faster than clearing the old ones
         self._live.view(f"V{RECORD_BYTES}")[live["slot"].astype(np.int64)] = live.view(f"V{RECORD_BYTES}")
         self._num_records = num_records
         self._compact_at = _COMPACT_ABOVE_LIVE * live.size + _COMPACT_ABOVE_RECORDS
@@ -343,13 +406,56 @@ class Journal:
             logger.warning("the disk tier's index %s cannot be written (%s): new blocks are not kept", self.path, error)
 
 
-def _as_blocks(records: Records) -> RecoveredBlocks:
-    return RecoveredBlocks(
-        names_of(records, "name"),
-        names_of(records, "parent"),
-        records["slot"].astype(np.int64),
-        records["digest"].astype(np.uint64),
-    )
+def _parent_index(names: npt.NDArray[np.uint64], parents: npt.NDArray[np.uint64]) -> SlotIds:
+    """Where each of `parents` stands among `names`, both uint64 [n, 2]; -1 where it does not.
+
+    Most blocks were put right behind their parent, or start a sequence; only the others are looked up in a table.
+    """
+    parent_index = np.full(len(names), -1, dtype=np.int64)
+    is_open = (parents[:, 0] | parents[:, 1]) != 0
+    follows = np.zeros(len(names), dtype=np.bool_)
+    follows[1:] = (parents[1:, 0] == names[:-1, 0]) & (parents[1:, 1] == names[:-1, 1]) & is_open[1:]
+    parent_index[follows] = np.flatnonzero(follows) - 1
+    is_open &= ~follows
+    if is_open.any():
+        parent_index[is_open] = NameTable(names).find(parents[is_open])
+    return parent_index
+
+
+@dataclass(frozen=True, slots=True)
+class IndexScan:
+    """What an index file holds, found without changing it.
+
+    Attributes:
+        blocks: the blocks it names.
+        num_records: whole records in the file.
+        num_damaged: those of them whose check fails.
+        num_torn_bytes: bytes of an unfinished record at the end, as a crash leaves them.
+    """
+
+    blocks: RecoveredBlocks
+    num_records: int
+    num_damaged: int
+    num_torn_bytes: int
+
+
+def scan_index(path: Path) -> IndexScan:
+    """Reads an index whatever model it belongs to.
+
+    Raises:
+        JournalFormatError: the file is foreign, another version's, or its header is damaged.
+        OSError: it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        header = Header.from_bytes(os.pread(fd, HEADER_BYTES, 0), None, path)
+        records = _read_records(fd)
+        num_torn_bytes = max(0, os.fstat(fd).st_size - HEADER_BYTES) % RECORD_BYTES
+    finally:
+        os.close(fd)
+    good = chosen(records, record_checks(records, header.seed) == records["check"])
+    live = surviving_puts(good)
+    return IndexScan(RecoveredBlocks.from_records(live), records.size, records.size - good.size, num_torn_bytes)
 
 
 def _temporary(path: Path) -> Path:

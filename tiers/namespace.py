@@ -3,7 +3,9 @@
 directory/
     <16 hex digits>/      one per model and block layout
         LOCK              flock of the process using it; holds its process id; its time is that of the last use
-        journal.log       index
+        STRIPE            what this folder is part of, see `identity`; written before what follows
+        journal.log       index; in the first of several directories only
+        budget.dat        what may still be written today, likewise, if that is limited
         blocks.dat        slots
 """
 
@@ -16,15 +18,27 @@ import re
 import stat
 from pathlib import Path
 
-from dynamo.tiers.errors import TierBusyError
+from dynamo.tiers.errors import TierBusyError, TierUnavailableError
+from dynamo.tiers.identity import IDENTITY_NAME, read_identity
 
-__all__ = ["Namespace"]
+__all__ = ["BLOCKS_NAME", "JOURNAL_NAME", "LOCK_NAME", "Namespace", "find_namespaces", "namespace_folder"]
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[0-9a-f]{16}")
-_LOCK, _JOURNAL, _BLOCKS = "LOCK", "journal.log", "blocks.dat"
-_OWN_FILES = frozenset({_LOCK, _JOURNAL, _BLOCKS, _JOURNAL + ".tmp", "direct.probe"})
+LOCK_NAME, JOURNAL_NAME, BLOCKS_NAME, _BUDGET = "LOCK", "journal.log", "blocks.dat", "budget.dat"
+# In the order in which they are deleted: after a crash in between, nothing that is left is believed, and it is still ours.
+_OWN_FILES = (
+    JOURNAL_NAME,
+    JOURNAL_NAME + ".tmp",
+    BLOCKS_NAME,
+    _BUDGET,
+    "direct.probe",
+    IDENTITY_NAME + ".tmp",
+    IDENTITY_NAME,
+    LOCK_NAME,
+)
+_FIRST_FILES = frozenset({LOCK_NAME, IDENTITY_NAME + ".tmp"})  # all that a folder may hold before it has an identity
 
 
 class Namespace:
@@ -39,22 +53,34 @@ class Namespace:
 
         Raises:
             TierBusyError: another process, or another tier of this one, holds it.
+            TierUnavailableError: there is a folder of that name with files in it, and it is none of ours.
             OSError: it cannot be created or locked.
         """
         self.directory = directory
-        self.folder = directory / fingerprint[:8].ljust(8, b"\0").hex()
+        self.folder = namespace_folder(directory, fingerprint)
         self._make_folder()
-        self._lock_fd: int | None = _lock(self.folder / _LOCK)
+        _check_is_ours_or_empty(self.folder)
+        self._lock_fd: int | None = _lock(self.folder / LOCK_NAME)
 
     @property
     def journal_path(self) -> Path:
         """Where the index lies."""
-        return self.folder / _JOURNAL
+        return self.folder / JOURNAL_NAME
+
+    @property
+    def budget_path(self) -> Path:
+        """Where a write budget is remembered."""
+        return self.folder / _BUDGET
+
+    @property
+    def identity_path(self) -> Path:
+        """Where it says what the folder is part of."""
+        return self.folder / IDENTITY_NAME
 
     @property
     def blocks_path(self) -> Path:
         """Where the slots lie."""
-        return self.folder / _BLOCKS
+        return self.folder / BLOCKS_NAME
 
     def restore(self) -> None:
         """Makes folder and lock anew when they were deleted.
@@ -66,7 +92,7 @@ class Namespace:
         self._make_folder()
         if self._lock_fd is not None and os.fstat(self._lock_fd).st_nlink:
             return
-        lock_fd = _lock(self.folder / _LOCK)
+        lock_fd = _lock(self.folder / LOCK_NAME)
         self.close()
         self._lock_fd = lock_fd
 
@@ -106,10 +132,24 @@ class Namespace:
 
     def _neighbours(self) -> list[Path]:
         try:
-            folders = [entry for entry in self.directory.iterdir() if _NAME.fullmatch(entry.name)]
+            folders = find_namespaces(self.directory)
         except OSError:
             return []
-        return [folder for folder in folders if folder.name != self.folder.name and _is_ours(folder)]
+        return [folder for folder in folders if folder.name != self.folder.name]
+
+
+def namespace_folder(directory: Path, fingerprint: bytes) -> Path:
+    """The folder inside `directory` of what `fingerprint` names; its first 8 bytes name the folder."""
+    return directory / fingerprint[:8].ljust(8, b"\0").hex()
+
+
+def find_namespaces(directory: Path) -> list[Path]:
+    """Folders of disk tiers, in use or not, that look like ours to the last file; in order of their names.
+
+    Raises:
+        OSError: the directory cannot be listed.
+    """
+    return sorted(entry for entry in directory.iterdir() if _NAME.fullmatch(entry.name) and _is_ours(entry))
 
 
 def _is_ours(folder: Path) -> bool:
@@ -117,11 +157,23 @@ def _is_ours(folder: Path) -> bool:
         if folder.is_symlink():
             return False
         names = {entry.name for entry in folder.iterdir()}
-        return {_LOCK, _JOURNAL} <= names <= _OWN_FILES and all(
-            stat.S_ISREG((folder / name).lstat().st_mode) for name in names
-        )
-    except OSError:
+        if not (names <= set(_OWN_FILES) and {LOCK_NAME, IDENTITY_NAME} <= names):
+            return False
+        read_identity(folder / IDENTITY_NAME)
+        return all(stat.S_ISREG((folder / name).lstat().st_mode) for name in names)
+    except (OSError, TierUnavailableError):
         return False
+
+
+def _check_is_ours_or_empty(folder: Path) -> None:
+    """A folder of ours has an identity before it has anything else of value; what has not is somebody else's."""
+    names = {entry.name for entry in folder.iterdir()}
+    if IDENTITY_NAME not in names and names - _FIRST_FILES:
+        raise TierUnavailableError(
+            f"{folder} holds {sorted(names - _FIRST_FILES)[0]!r} but no file {IDENTITY_NAME}, so it is not a disk tier's; "
+            "move it away or give the disk tier another directory",
+            path=folder,
+        )
 
 
 def _size(folder: Path) -> int:
@@ -135,20 +187,20 @@ def _size(folder: Path) -> int:
 
 def _last_use(folder: Path) -> float:
     times = [0.0]
-    for name in (_LOCK, _JOURNAL):
+    for name in (LOCK_NAME, JOURNAL_NAME):
         with contextlib.suppress(OSError):
             times.append((folder / name).lstat().st_mtime)
     return max(times)
 
 
 def _remove(folder: Path) -> bool:
-    """Deletes an unlocked namespace. The index goes first, so that a crash in between leaves nothing that is believed."""
+    """Deletes an unlocked namespace."""
     try:
-        lock_fd = _lock(folder / _LOCK)
+        lock_fd = _lock(folder / LOCK_NAME)
     except (TierBusyError, OSError):
         return False
     try:
-        for name in (_JOURNAL, _JOURNAL + ".tmp", _BLOCKS, "direct.probe", _LOCK):
+        for name in _OWN_FILES:
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
     except OSError as error:

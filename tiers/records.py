@@ -19,6 +19,7 @@ import xxhash
 
 from dynamo.kernels.checks import KernelArgumentError, SlotIds
 from dynamo.tiers.errors import JournalFormatError
+from dynamo.tiers.name_table import Names, NameTable, name_words
 
 __all__ = [
     "DROP",
@@ -64,6 +65,7 @@ Records = npt.NDArray[np.void]
 _MAGIC = b"DYNKVIDX"
 _VERSION = 1
 _HEADER = struct.Struct("<8sII16sQQQ")  # the check follows
+_MAX_TABLE_SLOTS = 1 << 26
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio; odd, so that multiplying loses nothing
 _SHIFT = np.uint64(29)
 
@@ -98,8 +100,8 @@ class Header:
         return np.uint64(int.from_bytes(self.to_bytes()[-8:], "little"))
 
     @classmethod
-    def from_bytes(cls, data: bytes, fingerprint: bytes, path: Path) -> "Header":
-        """Reads a header and checks that it belongs to `fingerprint`.
+    def from_bytes(cls, data: bytes, fingerprint: bytes | None, path: Path) -> "Header":
+        """Reads a header and checks that it belongs to `fingerprint`, unless that is None.
 
         Raises:
             JournalFormatError: it does not, or is no header at all; the message says which.
@@ -112,8 +114,10 @@ class Header:
         ):
             raise JournalFormatError(f"{path} has a damaged header", path=path)
         if version != _VERSION or record_bytes != RECORD_BYTES:
-            raise JournalFormatError(f"{path} has format version {version}; this program reads {_VERSION}", path=path)
-        if found != xxhash.xxh3_128_digest(fingerprint):
+            raise JournalFormatError(
+                f"{path} has format version {version}; this program reads {_VERSION}", path=path, is_other_version=True
+            )
+        if fingerprint is not None and found != xxhash.xxh3_128_digest(fingerprint):
             raise JournalFormatError(f"{path} belongs to another model or block layout", path=path)
         return cls(found, num_slots, salt)
 
@@ -142,8 +146,8 @@ def record_checks(records: Records, seed: np.uint64) -> npt.NDArray[np.uint64]:
 
 def make_records(
     kind: int,
-    names: Sequence[bytes],
-    parents: Sequence[bytes],
+    names: Sequence[bytes] | Names,
+    parents: Sequence[bytes] | Names,
     slots: SlotIds,
     digests: npt.NDArray[np.uint64],
     first_sequence: int,
@@ -170,10 +174,12 @@ def make_records(
     return records
 
 
-def names_of(records: Records, field: str) -> list[bytes]:
-    """The 16-byte names in "name" or "parent" of each record."""
-    data = records[field].tobytes()
-    return [data[i : i + NAME_BYTES] for i in range(0, len(data), NAME_BYTES)]
+def names_of(records: Records, field: str) -> Names:
+    """The 16-byte names in "name" or "parent" of each record; a copy, uint8 [n, 16]."""
+    first = {"name": 2, "parent": 4}[field]
+    words = records.view("<u8").reshape(-1, RECORD_BYTES // 8)[:, first : first + 2]
+    names: Names = np.ascontiguousarray(words).view(np.uint8)
+    return names
 
 
 def surviving_puts(records: Records) -> Records:
@@ -187,14 +193,26 @@ def surviving_puts(records: Records) -> Records:
     Returns:
         RECORD [m]; names and slots are distinct.
     """
-    if records.size > 1 and not (np.diff(records["sequence"].astype(np.int64)) > 0).all():
-        records = chosen(records, np.argsort(records["sequence"], kind="stable"))
-    puts = chosen(records, records["kind"] == PUT)
-    alive = chosen(puts, _is_last_of_slot(puts["slot"]) & _is_last_of_name(puts["name"]))
-    drops = chosen(records, records["kind"] == DROP)
-    if drops.size and alive.size:
-        alive = chosen(alive, ~_is_dropped(alive, drops))
-    return alive
+    sequences = records["sequence"]
+    if not (sequences[:-1] < sequences[1:]).all():
+        records = chosen(records, np.argsort(sequences, kind="stable"))
+    slots = records["slot"]
+    if records.size and slots.max() >= _MAX_TABLE_SLOTS:  # too sparse for a table; no tier writes that
+        slots = np.unique(slots, return_inverse=True)[1]
+    is_put, is_drop = records["kind"] == PUT, records["kind"] == DROP
+    puts = chosen(records, is_put)
+    put_slots, positions = slots[is_put], np.arange(puts.size)
+    last_of_slot = np.full(int(slots.max()) + 1 if records.size else 0, -1, dtype=np.int64)
+    last_of_slot[put_slots] = positions  # of equal slots the last one stays
+    names = name_words(names_of(puts, "name"))
+    alive = (last_of_slot[put_slots] == positions) & NameTable(names).is_last
+    if is_drop.any():
+        drops = chosen(records, is_drop)
+        at = last_of_slot[slots[is_drop]]
+        drops, at = chosen(drops, at >= 0), at[at >= 0]
+        is_same = (names[at] == name_words(names_of(drops, "name"))).all(axis=1)
+        alive[at[is_same & (puts["sequence"][at] < drops["sequence"])]] = False
+    return chosen(puts, alive)
 
 
 def chosen(records: Records, which: SlotIds | npt.NDArray[np.bool_]) -> Records:
@@ -205,40 +223,13 @@ def chosen(records: Records, which: SlotIds | npt.NDArray[np.bool_]) -> Records:
     return picked
 
 
-def _words(names: Sequence[bytes], what: str) -> npt.NDArray[np.uint64]:
+def _words(names: Sequence[bytes] | Names, what: str) -> npt.NDArray[np.uint64]:
+    if isinstance(names, np.ndarray):
+        if names.dtype != np.uint8 or names.shape[1:] != (NAME_BYTES,):
+            raise KernelArgumentError(f"a block's {what} must have {NAME_BYTES} bytes, got an array {names.shape}")
+        return name_words(np.ascontiguousarray(names))
     data = b"".join(names)
     if len(data) != NAME_BYTES * len(names) or any(len(name) != NAME_BYTES for name in names):
         wrong = next(name for name in names if len(name) != NAME_BYTES)
         raise KernelArgumentError(f"a block's {what} must have {NAME_BYTES} bytes, got {len(wrong)}: {wrong.hex()}")
     return np.frombuffer(data, dtype="<u8").reshape(-1, 2)
-
-
-def _is_last_of_slot(slots: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
-    order = np.argsort(slots, kind="stable")
-    is_last = np.ones(slots.size, dtype=np.bool_)
-    is_last[order[:-1]] = slots[order[:-1]] != slots[order[1:]]
-    return is_last
-
-
-def _is_last_of_name(names: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    low, high = names[:, 0], names[:, 1]
-    is_last = np.ones(low.size, dtype=np.bool_)
-    by_low = np.argsort(low)
-    is_twin = low[by_low[:-1]] == low[by_low[1:]]
-    twins = np.unique(np.concatenate([by_low[:-1][is_twin], by_low[1:][is_twin]]))  # few: sort only these fully
-    order = twins[np.lexsort((high[twins], low[twins]))]  # stable, so equal names stay in order of time
-    now, later = order[:-1], order[1:]
-    is_last[now] = (low[now] != low[later]) | (high[now] != high[later])
-    return is_last
-
-
-def _is_dropped(alive: Records, drops: Records) -> npt.NDArray[np.bool_]:
-    """Which of the PUTs `alive`, all in different slots, are undone by a later DROP of the same name in the same slot."""
-    by_slot = np.argsort(alive["slot"], kind="stable")
-    at = np.minimum(np.searchsorted(alive["slot"][by_slot], drops["slot"]), by_slot.size - 1)
-    put = by_slot[at]
-    hits = (alive["slot"][put] == drops["slot"]) & (alive["sequence"][put] < drops["sequence"])
-    hits &= (alive["name"][put] == drops["name"]).all(axis=1)
-    is_dropped = np.zeros(alive.size, dtype=np.bool_)
-    is_dropped[put[hits]] = True
-    return is_dropped

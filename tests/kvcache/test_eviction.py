@@ -9,6 +9,7 @@ from dynamo.kvcache import OutOfBlocksError
 from dynamo.kvcache.hashing import block_keys, chain_root
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.stripe import Stripe
 
 
 def run_in_pieces(cache, content, tokens, piece: int) -> int:
@@ -98,7 +99,7 @@ def test_a_full_disk_goes_on_with_the_room_it_has(make_cache, content, tmp_path,
     for start in range(0, 400, 100):
         content.run(cache, list(range(start, start + 17)))
     assert cache.flush()
-    monkeypatch.setattr(DiskTier, "_grow", refuse)
+    monkeypatch.setattr(Stripe, "_grow", refuse)
     for start in range(1000, 3000, 100):
         content.run(cache, list(range(start, start + 17)))
         assert cache.flush()

@@ -225,7 +225,7 @@ def test_a_load_nobody_waits_for_ends_at_its_deadline(make_cache, content, disk,
 
 def test_closing_a_cache_does_not_wait_for_a_disk_that_hangs(spec, content, disk, gate, monkeypatch, caplog):
     monkeypatch.setattr("dynamo.kvcache.cache._CLOSE_TIMEOUT_S", 0.5)
-    monkeypatch.setattr("dynamo.tiers.disk._CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("dynamo.tiers.stripe_set._CLOSE_TIMEOUT_S", 0.5)
     cache = KVCache(spec, device="cpu", device_blocks=16, host="1MiB", disk=disk)
     content.run(cache, TOKENS)
     forget_memory(cache)
@@ -266,7 +266,8 @@ def test_kill_9_while_saving_leaves_only_right_blocks(spec, content, tmp_path):
     place = f"{tmp_path}:4MiB"
     done = 0
     for _ in range(3):
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         process = subprocess.Popen(
             [sys.executable, "-c", CRASHING, place], stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
         )

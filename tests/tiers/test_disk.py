@@ -49,6 +49,10 @@ def store(tier: DiskTier, slots: list[int], rows: Rows) -> None:
     assert tier.journal.put([name(slot) for slot in slots], [ROOT_NAME] * where.size, where, digests)
 
 
+def recovered_names(tier: DiskTier) -> list[bytes]:
+    return [found.tobytes() for found in tier.recovered.names]
+
+
 def readable(tier: DiskTier, slots: list[int], rows: Rows) -> list[int]:
     """Slots whose read succeeds with the bytes that `store` wrote."""
     target = map_rows(tier.layout, len(slots))
@@ -60,11 +64,11 @@ def readable(tier: DiskTier, slots: list[int], rows: Rows) -> list[int]:
 
 def test_a_restart_is_warm(tmp_path: Path, layout: BlockLayout, rows: Rows) -> None:
     tier = open_disk(tmp_path, layout)
-    assert tier.recovered.names == []
+    assert recovered_names(tier) == []
     store(tier, [5, 0, 63], rows)
     tier.close()
     tier = open_disk(tmp_path, layout)
-    assert tier.recovered.names == [name(5), name(0), name(63)]
+    assert recovered_names(tier) == [name(5), name(0), name(63)]
     assert tier.recovered.slots.tolist() == [5, 0, 63]
     assert readable(tier, [5, 0, 63], rows) == [5, 0, 63]
     assert tier.stats().faults == {}
@@ -105,7 +109,7 @@ def test_a_smaller_capacity_shrinks_the_file(tmp_path: Path, layout: BlockLayout
     tier.close()
     tier = open_disk(tmp_path, layout, num_slots=10)
     assert tier.num_slots == 10
-    assert tier.recovered.names == [name(1)]
+    assert recovered_names(tier) == [name(1)]
     assert readable(tier, [1], rows) == [1]
     assert (tier.folder / "blocks.dat").stat().st_size == 10 * layout.slot_bytes
     tier.close()
@@ -150,12 +154,12 @@ def test_blocks_missing_beside_their_index_start_empty(tmp_path: Path, layout: B
     tier.close()
     (tier.folder / "blocks.dat").unlink()
     tier = open_disk(tmp_path, layout)
-    assert tier.recovered.names == []
+    assert recovered_names(tier) == []
     assert tier.stats().faults == {"missing": 1}
     store(tier, [3], rows)
     tier.close()
     tier = open_disk(tmp_path, layout)
-    assert tier.recovered.names == [name(3)]
+    assert recovered_names(tier) == [name(3)]
     tier.close()
 
 
@@ -166,7 +170,7 @@ def test_an_unusable_index_starts_empty(tmp_path: Path, layout: BlockLayout, row
     tier.close()
     (tier.folder / "journal.log").write_bytes(index)
     tier = open_disk(tmp_path, layout)
-    assert tier.recovered.names == []
+    assert recovered_names(tier) == []
     assert tier.stats().faults == {"index_format": 1}
     store(tier, [3], rows)
     assert readable(tier, [3], rows) == [3]
@@ -314,9 +318,10 @@ def test_models_do_not_see_each_other(tmp_path: Path, layout: BlockLayout, rows:
     first.close()
     second.close()
     wider = BlockLayout(num_layers=6, block_size=4, num_kv_heads=2, head_dim=20, itemsize=4)
-    tier = open_disk(tmp_path, wider)  # same fingerprint, other slots: never mixed up
-    assert tier.recovered.names == []
-    assert tier.stats().faults == {"index_format": 1}
+    with pytest.raises(TierUnavailableError, match="holds blocks of another model or block layout"):
+        open_disk(tmp_path, wider)  # same fingerprint, other slots: never mixed up
+    tier = open_disk(tmp_path, layout)
+    assert readable(tier, [1], rows) == [1]
     tier.close()
 
 
@@ -366,7 +371,13 @@ def test_foreign_files_are_never_touched(tmp_path: Path, layout: BlockLayout, ro
     assert tier.write(ids(15), rows, ids(0)).all()
     tier.close()
     assert (tmp_path / "0123456789abcdef" / "thesis.txt").exists()
-    assert sorted(path.name for path in with_guest.iterdir()) == ["LOCK", "blocks.dat", "journal.log", "notes.txt"]
+    assert sorted(path.name for path in with_guest.iterdir()) == [
+        "LOCK",
+        "STRIPE",
+        "blocks.dat",
+        "journal.log",
+        "notes.txt",
+    ]
     assert (tmp_path / "blocks.dat").exists()
 
 
@@ -459,11 +470,11 @@ def test_kill_9_during_writes_leaves_an_index_whose_blocks_are_good_or_found_out
     recovered = tier.recovered
     assert tier.stats().faults == {}
     assert len(recovered.names) > 40
-    assert max(int.from_bytes(block, "little") for block in recovered.names) >= int(line)
+    assert max(int.from_bytes(block.tobytes(), "little") for block in recovered.names) >= int(line)
     rows = map_rows(layout, len(recovered.names))
     row_ids = np.arange(len(recovered.names))
     assert tier.read(recovered.slots, rows, row_ids).all()
-    seeds = np.array([int.from_bytes(block, "little") for block in recovered.names], dtype=np.uint64)
+    seeds = np.array([int.from_bytes(block.tobytes(), "little") for block in recovered.names], dtype=np.uint64)
     bad = digest_rows(rows, row_ids, seeds, layout.block_bytes) != recovered.digests
     assert np.count_nonzero(bad) <= 8  # only slots being overwritten when the kill came, and the digest tells
     tier.close()

@@ -161,14 +161,24 @@ def test_a_bad_sector_fails_only_its_slot(
     assert rows[3].tobytes() == slot_bytes_of(content, 7, rows)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_fails_the_slots_not_written(
-    block_file: BlockFile, file_io_pool: FileIO, rows: Rows, monkeypatch: pytest.MonkeyPatch, code: int
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.ENOSPC, "disk_full"),
+        (errno.EFBIG, "disk_full"),
+        (errno.EDQUOT, "quota_exceeded"),
+        (errno.EROFS, "read_only"),
+        (errno.EACCES, "no_permission"),
+        (errno.EPERM, "no_permission"),
+    ],
+)
+def test_a_refused_write_fails_the_slots_not_written(
+    block_file: BlockFile, file_io_pool: FileIO, rows: Rows, monkeypatch: pytest.MonkeyPatch, code: int, kind: str
 ) -> None:
     patched(monkeypatch, "pwritev", failing_at(6, code, rows.shape[1]))
     result = file_io_pool.write(block_file, ids(2, 6, 7), rows, ids(0, 1, 2))
     assert result.outcomes.tolist() == [True, False, False]
-    assert result.faults == {"disk_full": 2}
+    assert result.faults == {kind: 2}
 
 
 def test_refused_direct_io_goes_on_buffered_and_is_counted_once(

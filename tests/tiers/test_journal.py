@@ -37,8 +37,8 @@ def put(journal: Journal, *blocks: tuple[int, int]) -> bool:
 
 def found(recovered: RecoveredBlocks) -> list[tuple[int, int]]:
     """(name, slot) pairs, after checking that parents and digests belong to them."""
-    numbers = [int.from_bytes(name, "big") for name in recovered.names]
-    assert [int.from_bytes(parent, "big") for parent in recovered.parents] == [max(0, n - 1) for n in numbers]
+    numbers = [int.from_bytes(name.tobytes(), "big") for name in recovered.names]
+    assert [int.from_bytes(parent.tobytes(), "big") for parent in recovered.parents] == [max(0, n - 1) for n in numbers]
     assert recovered.digests.tolist() == [10 * n for n in numbers]
     return list(zip(numbers, recovered.slots.tolist(), strict=True))
 

@@ -59,7 +59,7 @@ def test_replay_agrees_with_one_step_at_a_time(steps: list[tuple[int, int, int]]
     shuffled = records[np.random.default_rng(len(steps)).permutation(records.size)]
     for given_order in (records, shuffled):
         survivors = surviving_puts(given_order)
-        found = list(zip(names_of(survivors, "name"), survivors["slot"].tolist(), strict=True))
+        found = list(zip(map(bytes, names_of(survivors, "name")), survivors["slot"].tolist(), strict=True))
         assert found == naive_replay(steps)
 
 

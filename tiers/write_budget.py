@@ -1,0 +1,141 @@
+"""How much may be written to a disk in a day, so that a cache does not wear a drive out before its time."""
+
+import contextlib
+import os
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+
+import xxhash
+
+from dynamo.tiers.errors import TierConfigError
+
+__all__ = ["WriteBudget"]
+
+_DAY_S = 86_400.0
+_BURST_SHARE = 1 / 24  # of a day's bytes may be written at once: an hour's
+_SAVE_SHARE = 1 / 16  # of a burst; so much is forgotten at most when the process is killed
+_MAGIC = b"DYNKVWB1"
+_BODY = struct.Struct("<8sddQ")  # magic, available bytes, wall-clock time, bytes written ever; the check follows
+
+
+class WriteBudget:
+    """A token bucket of bytes: fills at `bytes_per_day`, holds an hour's share. Thread-safe.
+
+    Refills by the monotonic clock, so setting the machine's clock changes nothing. What is left is remembered in a small
+    file, so that restarts do not refill the bucket; the time between two runs is taken from the wall clock, which counts as
+    none when it went backwards and never fills more than the bucket.
+    """
+
+    def __init__(
+        self,
+        bytes_per_day: int,
+        path: Path | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Goes on where the file at `path` left off; starts with a full bucket without one, or if it is not readable.
+
+        Raises:
+            TierConfigError: `bytes_per_day` is not positive.
+        """
+        if bytes_per_day <= 0:
+            raise TierConfigError(f"a write budget of {bytes_per_day} bytes a day lets nothing be written; give more")
+        self.bytes_per_day = bytes_per_day
+        self.burst_bytes = bytes_per_day * _BURST_SHARE
+        self._path = path
+        self._clock, self._wall_clock = clock, wall_clock
+        self._lock = Lock()
+        self._available_bytes = self.burst_bytes
+        self._total_bytes = 0
+        self._spent_bytes = 0
+        self._unsaved_bytes = 0
+        self._filled_at_s = clock()
+        if path is not None:
+            self._load(path)
+
+    @property
+    def spent(self) -> int:
+        """Bytes written since this object was made."""
+        return self._spent_bytes
+
+    @property
+    def total_spent(self) -> int:
+        """Bytes written since the file was made, over restarts."""
+        return self._total_bytes
+
+    @property
+    def available_bytes(self) -> int:
+        """Bytes that may be written now."""
+        with self._lock:
+            self._fill()
+            return int(self._available_bytes)
+
+    def allows(self, num_bytes: int) -> bool:
+        """Whether `num_bytes` may be written now; takes nothing."""
+        return self.available_bytes >= num_bytes
+
+    def take(self, num_units: int, unit_bytes: int) -> int:
+        """Takes as many of `num_units` units as the bucket holds; returns how many."""
+        with self._lock:
+            self._fill()
+            granted = max(0, min(num_units, int(self._available_bytes // unit_bytes)))
+            self._book(granted * unit_bytes)
+        return granted
+
+    def give_back(self, num_bytes: int) -> None:
+        """Returns bytes that were taken and not written."""
+        with self._lock:
+            self._book(-num_bytes)
+
+    def close(self) -> None:
+        """Remembers what is left. Idempotent."""
+        with self._lock:
+            self._save()
+
+    def _book(self, num_bytes: int) -> None:
+        self._available_bytes -= num_bytes
+        self._spent_bytes += num_bytes
+        self._total_bytes += num_bytes
+        self._unsaved_bytes += num_bytes
+        if self._unsaved_bytes >= self.burst_bytes * _SAVE_SHARE:
+            self._save()
+
+    def _fill(self) -> None:
+        now_s = self._clock()
+        gained_bytes = (now_s - self._filled_at_s) * self.bytes_per_day / _DAY_S
+        self._filled_at_s = now_s
+        self._available_bytes = min(self.burst_bytes, self._available_bytes + gained_bytes)
+
+    def _load(self, path: Path) -> None:
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return
+        if len(data) != _BODY.size + 8 or data[_BODY.size :] != _check(data[: _BODY.size]):
+            return
+        magic, available_bytes, saved_at_s, total_bytes = _BODY.unpack(data[: _BODY.size])
+        if magic != _MAGIC:
+            return
+        gained_bytes = max(0.0, self._wall_clock() - saved_at_s) * self.bytes_per_day / _DAY_S
+        self._available_bytes = min(self.burst_bytes, available_bytes + gained_bytes)
+        self._total_bytes = total_bytes
+
+    def _save(self) -> None:
+        if self._path is None:
+            return
+        self._unsaved_bytes = 0
+        body = _BODY.pack(_MAGIC, self._available_bytes, self._wall_clock(), max(0, self._total_bytes))
+        with contextlib.suppress(OSError):  # a disk that cannot keep this keeps no blocks either
+            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                os.pwrite(fd, body + _check(body), 0)
+            finally:
+                os.close(fd)
+
+
+def _check(body: bytes) -> bytes:
+    return xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")

@@ -178,13 +178,17 @@ class KVCache:
     def lookup(self, tokens: Tokens, *, salt: str = "", lora: str = "") -> Residency:
         """How many leading tokens each tier holds; changes nothing, not even the order of eviction."""
         self._check_open()
-        keys = block_keys(tokens, self.block_size, self._root(salt, lora))
+        keys = self.block_keys(tokens, salt=salt, lora=lora)
         num_device = self._pool.count_prefix(keys)
         num_host, num_disk, num_cached = 0, 0, num_device
         if self._store:
             num_host, num_disk = self._store.count_prefix(keys)
             num_cached += self._store.count_loadable(keys[num_device:])
         return Residency(*(count * self.block_size for count in (num_device, num_host, num_disk, num_cached)))
+
+    def block_keys(self, tokens: Tokens, *, salt: str = "", lora: str = "") -> list[BlockKey]:
+        """Keys of the full blocks of `tokens`: what `explain` takes, and what events and other caches name them by."""
+        return block_keys(tokens, self.block_size, self._root(salt, lora))
 
     def prefetch(self, tokens: Tokens, *, salt: str = "", lora: str = "") -> Future[int]:
         """Starts bringing the cached prefix of `tokens` into device memory, where it stays until evicted.
@@ -245,7 +249,7 @@ class KVCache:
             _check_ttl(ttl_s)
         for tier in tiers:
             _check_tier(tier)
-        keys = block_keys(tokens, self.block_size, self._root(salt, lora))
+        keys = self.block_keys(tokens, salt=salt, lora=lora)
         held = [self._store.pin(keys, tier) for tier in ("host", "disk") if self._store and tier in tiers]
         if "device" in tiers:
             slots = self._pool.hold(keys)

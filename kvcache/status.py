@@ -3,13 +3,28 @@
 This module loads no torch, so that a server can describe its endpoints before it loads a model.
 """
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.leases import PinInfo
+from dynamo.kvcache.pool import BlockPlace
+from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.stats import CacheStats
 from dynamo.kvcache.window import WindowStats
 
-__all__ = ["CacheStatus", "Residency", "TierStatus", "Verification", "cache_status"]
+__all__ = [
+    "BlockStatus",
+    "CacheStatus",
+    "Residency",
+    "TierBlock",
+    "TierStatus",
+    "Verification",
+    "block_status",
+    "cache_status",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +106,77 @@ class CacheStatus:
     num_pending_disk_blocks: int
     pins: tuple[PinInfo, ...]
     window: WindowStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierBlock:
+    """One block in one tier, or why it is not there.
+
+    Attributes:
+        tier: "device", "host" or "disk".
+        state: "held" by somebody; "idle", to be evicted when room is needed; "removed"; or "unknown": never there, as far
+            back as the tier remembers.
+        num_users: who hold it.
+        num_children: blocks in the tier that continue it, and are evicted before it.
+        is_orphan: the block before it is not in the tier, so that nobody can get at it there.
+        used_s: how long ago its last use began; None unless it is idle.
+        turn: how many earlier uses that one continued; None unless it is idle.
+        priority: of that use; None unless it is idle.
+        removal: why it was removed: "evicted", "cleared", "lost" and the like; None unless it was.
+        removed_s: how long ago.
+    """
+
+    tier: str
+    state: Literal["held", "idle", "removed", "unknown"]
+    num_users: int = 0
+    num_children: int = 0
+    is_orphan: bool = False
+    used_s: float | None = None
+    turn: int | None = None
+    priority: int | None = None
+    removal: str | None = None
+    removed_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockStatus:
+    """One block in all tiers.
+
+    Attributes:
+        key: 32 hexadecimal digits.
+        position: its place in the prompt it was asked for with, counted from 0; None where it was asked for by key.
+        tiers: device first.
+    """
+
+    key: str
+    position: int | None
+    tiers: tuple[TierBlock, ...]
+
+
+def block_status(key: BlockKey, position: int | None, places: Mapping[str, BlockPlace | Removal | None]) -> BlockStatus:
+    """What `KVCache.explain` says of a block, in plain values."""
+    now = time.monotonic()
+
+    def in_tier(tier: str, place: BlockPlace | Removal | None) -> TierBlock:
+        match place:
+            case BlockPlace():
+                return TierBlock(
+                    tier=tier,
+                    state="held" if place.num_users else "idle",
+                    num_users=place.num_users,
+                    num_children=place.num_children,
+                    is_orphan=place.is_orphan,
+                    used_s=now - use.time_s if (use := place.use) else None,
+                    turn=use.turn if use else None,
+                    priority=use.priority if use else None,
+                )
+            case Removal():
+                return TierBlock(tier=tier, state="removed", removal=place.reason, removed_s=now - place.time_s)
+        return TierBlock(tier=tier, state="unknown")
+
+    return BlockStatus(
+        key=key.hex(), position=position, tiers=tuple(in_tier(tier, place) for tier, place in places.items())
+    )
 
 
 def cache_status(stats: CacheStats, pins: tuple[PinInfo, ...]) -> CacheStatus:

@@ -26,13 +26,15 @@ from dynamo.kvcache.errors import (
     PinLimitError,
     UnsupportedError,
 )
-from dynamo.kvcache.status import CacheStatus, Residency, Verification
+from dynamo.kvcache.hashing import BlockKey
+from dynamo.kvcache.status import BlockStatus, CacheStatus, Residency, Verification, block_status
 from dynamo.serve.admin_bodies import (
     DEFAULT_PREFETCH_S,
     DEFAULT_TTL_S,
     DEFAULT_VERIFY_S,
     ClearAnswer,
     ClearRequest,
+    ExplainRequest,
     ExtendPinRequest,
     LookupRequest,
     PinAnswer,
@@ -147,6 +149,27 @@ class CacheAdmin:
         timeout_s = DEFAULT_VERIFY_S if body.timeout_s is None else body.timeout_s
         return await self._run(lambda: self._cache.verify(timeout_s), timeout_s + _GRACE_S, long="verify")
 
+    async def explain(self, body: ExplainRequest, place: Mapping[str, str]) -> BlockStatus:
+        if body.key is not None:
+            if body.prompt is not None or body.messages is not None:
+                raise RequestError("send either key or a prompt", param="key", code="invalid_value")
+            key = BlockKey(bytes.fromhex(body.key))
+            return await self._run(lambda: block_status(key, None, self._cache.explain(key)), _SHORT_S)
+        tokens, salt = await self._tokens(body)
+
+        def work() -> BlockStatus:
+            cache = self._cache
+            keys = cache.block_keys(tokens, salt=salt)
+            if not keys:
+                raise CacheConfigError(
+                    f"{len(tokens)} tokens fill no block of {cache.block_size}; send a longer prompt"
+                )
+            num_cached = cache.lookup(tokens, salt=salt).cached_tokens // cache.block_size
+            position = min(num_cached, len(keys) - 1)
+            return block_status(keys[position], position, cache.explain(keys[position]))
+
+        return await self._run(work, _SHORT_S)
+
     async def _tokens(self, body: PromptFields) -> tuple[list[int], str]:
         """What a generating request with these fields would look for in the cache."""
         served = self._served
@@ -252,6 +275,15 @@ OPERATIONS: Final = (
     _operation("GET", "", "getCache", "Tiers, pins and what is on its way", CacheAdmin.status, CacheStatus),
     _operation(
         "POST", "/lookup", "lookup", "How much of a prompt each tier holds", CacheAdmin.lookup, Residency, LookupRequest
+    ),
+    _operation(
+        "POST",
+        "/explain",
+        "explain",
+        "Where a block lies and why, or why not",
+        CacheAdmin.explain,
+        BlockStatus,
+        ExplainRequest,
     ),
     _operation(
         "POST",

@@ -9,6 +9,7 @@ from dynamo.serve.openai import Label, MessageParam, TokenId
 __all__ = [
     "ClearAnswer",
     "ClearRequest",
+    "ExplainRequest",
     "ExtendPinRequest",
     "LookupRequest",
     "PinAnswer",
@@ -93,6 +94,23 @@ class VerifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of POST /admin/cache/verify."""
 
     timeout_s: Annotated[Seconds, Meta(description="The longest it may take; 60 by default.")] | None = None
+
+
+class ExplainRequest(PromptFields, kw_only=True):
+    """Body of POST /admin/cache/explain: `key`, or a prompt, of which the first block that is not cached is explained."""
+
+    key: (
+        Annotated[
+            str,
+            Meta(
+                pattern="^[0-9a-fA-F]{32}$",
+                min_length=32,
+                max_length=32,
+                description="A block's key as 32 hexadecimal digits.",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class PrefetchAnswer(Struct):

@@ -128,6 +128,30 @@ def test_a_pin_that_would_hold_too_much_is_refused(serve: Any, cache: KVCache) -
     assert cache.pins() == ()
 
 
+def test_explain_tells_where_a_prompts_cached_part_ends_and_why(serve: Any, cache: KVCache) -> None:
+    server = serve(cache=cache)
+    keys = cache.block_keys(list(TEXT.encode()))
+    whole = call(server, "POST", "/explain", {"prompt": TEXT}).json()
+    assert (whole["position"], whole["key"]) == (8, keys[8].hex())
+    assert [(tier["tier"], tier["state"]) for tier in whole["tiers"]] == [
+        ("device", "idle"),
+        ("host", "idle"),
+        ("disk", "idle"),
+    ]
+    assert whole["tiers"][0]["num_children"] == 0
+    with cache.pin(list(TEXT.encode())[:12], tiers=["host"]):
+        first = call(server, "POST", "/explain", {"key": keys[0].hex().upper()}).json()
+        assert (first["position"], first["tiers"][1]["state"], first["tiers"][1]["num_users"]) == (None, "held", 1)
+        assert first["tiers"][1]["num_children"] == 1
+    cache.clear()
+    gone = call(server, "POST", "/explain", {"prompt": TEXT}).json()
+    assert gone["position"] == 0
+    assert [tier["state"] for tier in gone["tiers"]] == ["removed"] * 3
+    assert gone["tiers"][0]["removal"] == "cleared" and gone["tiers"][0]["removed_s"] >= 0
+    never = call(server, "POST", "/explain", {"key": "0" * 32}).json()
+    assert [tier["state"] for tier in never["tiers"]] == ["unknown"] * 3
+
+
 def test_clear_empties_a_tier_or_all(serve: Any, cache: KVCache) -> None:
     server = serve(cache=cache)
     assert call(server, "POST", "/clear", {"tier": "host"}).json() == {
@@ -240,6 +264,12 @@ PROMPT = {"prompt": TEXT}
         ("/pins", {**PROMPT, "tiers": "host"}, "invalid_type", "tiers"),
         ("/pins", {**PROMPT, "name": "x" * 513}, "invalid_value", "name"),
         ("/pins/pin_x", {}, "missing_required_parameter", "ttl_s"),
+        ("/explain", {}, "invalid_value", "prompt"),
+        ("/explain", {"key": "0" * 31}, "invalid_value", "key"),
+        ("/explain", {"key": "g" * 32}, "invalid_value", "key"),
+        ("/explain", {"key": "0" * 32 + "\n"}, "invalid_value", "key"),
+        ("/explain", {"key": "0" * 32, "prompt": "x"}, "invalid_value", "key"),
+        ("/explain", {"prompt": "abc"}, "invalid_value", None),
         ("/clear", {}, "missing_required_parameter", "tier"),
         ("/clear", {"tier": "tape"}, "invalid_value", "tier"),
         ("/clear", {"tier": None}, "invalid_type", "tier"),
@@ -454,7 +484,14 @@ def test_the_document_lists_them_all(serve: Any, cache: KVCache) -> None:
 def test_answers_are_as_described(serve: Any, cache: KVCache) -> None:
     server = serve(cache=cache)
     document = openapi_document(admin=True)
-    bodies = {"lookup": PROMPT, "prefetch": PROMPT, "pin": PROMPT, "clear": {"tier": "host"}, "verify": {}}
+    bodies = {
+        "lookup": PROMPT,
+        "explain": PROMPT,
+        "prefetch": PROMPT,
+        "pin": PROMPT,
+        "clear": {"tier": "host"},
+        "verify": {},
+    }
     for operation in OPERATIONS:
         if operation.method == "GET" or operation.operation_id in bodies:
             answer = httpx.request(

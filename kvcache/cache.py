@@ -17,7 +17,7 @@ from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemor
 from dynamo.kvcache.events import Event, EventLog, Snapshot
 from dynamo.kvcache.hashing import BlockKey, ChainRoot, KeyChain, Tokens, block_keys, chain_root, pack_tokens
 from dynamo.kvcache.leases import HeldSlots, Lease, LeaseBook, PinInfo
-from dynamo.kvcache.policies import AdmissionName, BeginUse, EvictionName, make_policies
+from dynamo.kvcache.policies import AdmissionName, BeginUse, EvictionName, Policies
 from dynamo.kvcache.pool import BlockPlace
 from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.sequence import Sequence
@@ -57,7 +57,7 @@ class KVCache:
         disk: str | DiskPlace | None = None,
         load_timeout_s: float = 30.0,
         io_threads: int = 8,
-        eviction: EvictionName = "lru",
+        eviction: EvictionName = "hit_density",
         admission: AdmissionName = "always",
     ) -> None:
         """Allocates all tiers. A disk folder that cannot be used is logged and counted; the cache goes on without it.
@@ -90,7 +90,7 @@ class KVCache:
         self._roots_lock = threading.Lock()
         self._is_closed = False
         self._store: BlockStore | None = None
-        self._policies = make_policies(eviction, admission)
+        self._policies = Policies(eviction, admission)
         with _translated_errors(), ExitStack() as undo:
             self._device = DeviceTier(spec.layout, spec.dtype, device_blocks, device)
             undo.callback(self._device.close)
@@ -106,7 +106,7 @@ class KVCache:
                     policies=self._policies,
                 )
             undo.pop_all()
-        self._pool = DevicePool(self._device, self._events, self._counters, self._policies.new_order())
+        self._pool = DevicePool(self._device, self._events, self._counters, self._policies.new_order("device"))
         self._leases = LeaseBook()
         self._window = RequestWindow(self._tier_stats)
 

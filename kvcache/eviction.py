@@ -8,10 +8,20 @@ an entry whose tail still has descendants in the pool, so that no block outlives
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from itertools import count
 from typing import Protocol
 
-__all__ = ["EvictionOrder", "LeafFirstLRU", "OpenUse", "Use", "UseTracker", "anonymous_use"]
+__all__ = ["EvictionOrder", "LeafFirstLRU", "OpenUse", "Part", "Use", "UseCounter", "UseTracker", "anonymous_use"]
+
+
+class Part(IntEnum):
+    """Which part of its chain a use speaks for. The parts of one chain come back with different chances."""
+
+    PROMPT = 0  # or the whole chain, where it is not told apart
+    ANSWER = 1  # blocks behind the prompt's last full one: lost where a template drops reasoning from the history
+    SHARED = 2  # leading blocks that many chains have in common, such as a system prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,11 @@ class Use:
         num_output_tokens: length of the answer; 0 while it is not known.
         priority: entries of a higher priority outlive all those of a lower one.
         expires_s: from this time on the entry goes before all others; None: never.
+        num_new_tokens: prompt tokens that the use it continues did not have; all of them in turn 0.
+        part: what of the chain this is about; `reuse.parts` takes a use apart.
+        num_shared_blocks: leading blocks that other chains have too.
+        num_sharers: how many chains have been seen to go on from those blocks.
+        num_prompt_blocks: blocks of the chain before the answer; None: not known, all of them.
     """
 
     number: int
@@ -35,6 +50,11 @@ class Use:
     num_output_tokens: int = 0
     priority: int = 0
     expires_s: float | None = None
+    num_new_tokens: int = 0
+    part: Part = Part.PROMPT
+    num_shared_blocks: int = 0
+    num_sharers: int = 0
+    num_prompt_blocks: int | None = None
 
 
 def anonymous_use() -> Use:
@@ -58,6 +78,29 @@ class UseTracker(Protocol):
 
     def finish(self, use: Use, keys: Sequence[Hashable], num_output_tokens: int) -> Use:
         """A use ends: `keys` is its whole chain. Returns all that is known of the use now."""
+
+
+class UseCounter:
+    """Numbers uses, and learns nothing. Implements UseTracker."""
+
+    def __init__(self) -> None:
+        self._numbers = count(1)
+
+    def observe(
+        self,
+        keys: Sequence[Hashable],
+        now_s: float,
+        *,
+        num_prompt_tokens: int,
+        priority: int = 0,
+        expires_s: float | None = None,
+    ) -> Use:
+        """A use of which nothing is known but what is given."""
+        return Use(next(self._numbers), now_s, 0, num_prompt_tokens, priority=priority, expires_s=expires_s)
+
+    def finish(self, use: Use, keys: Sequence[Hashable], num_output_tokens: int) -> Use:
+        """The same use with the length of its answer."""
+        return replace(use, num_output_tokens=num_output_tokens)
 
 
 class OpenUse:

@@ -15,6 +15,7 @@ from dynamo.kvcache.eviction import EvictionOrder, LeafFirstLRU, Use, anonymous_
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.lineage import NO_PARENT, Lineage
 from dynamo.kvcache.removals import Removal, RemovalLog
+from dynamo.kvcache.reuse import parts
 from dynamo.tiers.tier import SlotIds
 
 __all__ = ["Allocation", "BlockPlace", "BlockPool", "Registration"]
@@ -188,7 +189,7 @@ class BlockPool:
         A slot without references left becomes idle if it is registered, else free.
 
         Args:
-            use: what the slots were held for; None: an anonymous use now.
+            use: what the slots were held for, which are then a chain's from its first block on; None: an anonymous use now.
         """
         refs = self._refs[slots] - 1
         self._refs[slots] = refs
@@ -197,14 +198,28 @@ class BlockPool:
         idle = unused[registered]
         if len(idle) < len(unused):
             self._push_free(unused[~registered])
-        if len(idle):
-            self._entries.file(idle, use or anonymous_use())
+        if len(idle) == len(slots):
+            for start, end, part in _parts(use, len(slots)):
+                self._entries.file(slots[start:end], part)
+        elif len(idle):
+            is_idle = (refs == 0) & self._registered[slots]
+            for start, end, part in _parts(use, len(slots)):
+                piece = slots[start:end][is_idle[start:end]]
+                if len(piece):
+                    self._entries.file(piece, part)
 
     def touch(self, slots: SlotIds, use: Use | None = None) -> None:
-        """Files the idle ones of the distinct `slots`, given in chain order, anew, but for those that a later use filed."""
-        idle = self._entries.idle(slots)
-        if len(idle):
-            self._entries.file_again(idle, use or anonymous_use())
+        """Files the idle ones of the distinct `slots` anew, but for those that a later use filed.
+
+        Args:
+            slots: in chain order.
+            use: as for `release`.
+        """
+        if self._entries.num_slots:
+            for start, end, part in _parts(use, len(slots)):
+                piece = self._entries.idle(slots[start:end])
+                if len(piece):
+                    self._entries.file_again(piece, part)
 
     def allocate(self, count: int) -> Allocation | None:
         """Takes `count` slots, each with one reference, evicting idle blocks as needed: all of them or, as None, none."""
@@ -508,3 +523,10 @@ class BlockPool:
         """Keys of registered slots."""
         names = self._keys
         return cast("list[BlockKey]", [names[slot] for slot in slots.tolist()])
+
+
+def _parts(use: Use | None, num_blocks: int) -> list[tuple[int, int, Use]]:
+    """What to file of a chain of that length, as (first block, end, use): last part first, as leaves go first."""
+    if use is None:
+        return [(0, num_blocks, anonymous_use())] if num_blocks else []
+    return list(parts(use, num_blocks))[::-1]

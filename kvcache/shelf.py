@@ -75,14 +75,13 @@ class Shelf:
         counters: CacheCounters,
         policies: Policies | None = None,
     ) -> None:
-        """Takes up where the disk tier's journal left off. `arena` has at least one row more than `num_host_slots`."""
+        """Takes up where the disk tier's journal left off. `arena` has at least `num_host_slots` slots and a staging row."""
         self.changed = threading.Condition()
         self.counters = counters
         self._policies = policies or Policies()
-        self.host = BlockPool(num_host_slots, self._policies.new_order())
-        self.disk = BlockPool(disk.num_slots if disk else 0, self._policies.new_order())
-        self.staging = BlockPool(arena.num_slots - num_host_slots)
-        self._first_staging_row = num_host_slots
+        self.host = BlockPool(num_host_slots, self._policies.new_order("host"))
+        self.disk = BlockPool(disk.num_slots if disk else 0, self._policies.new_order("disk"))
+        self.staging = BlockPool(arena.num_staging)
         self.disk_digests: Digests = np.zeros(self.disk.num_slots, dtype=np.uint64)
         self.events = events
         self._arena = arena
@@ -208,7 +207,7 @@ class Shelf:
             room = pool.allocate(min(count, pool.num_available))
             assert room is not None, "no more was asked for than there is"
             self.events.removed("host", room.evicted_keys)
-            return room.slots if pool is self.host else room.slots + self._first_staging_row
+            return room.slots if pool is self.host else room.slots + self._arena.max_slots
 
     def take_disk_slots(self, count: int, hold: "Hold") -> Allocation:
         """Up to `count` disk slots with one reference each, evicting for them no block of the held chains they continue."""
@@ -244,12 +243,12 @@ class Shelf:
             if self.is_host_row(rows):
                 self.host.release(rows)
             else:
-                self.staging.release(rows - self._first_staging_row)
+                self.staging.release(rows - self._arena.max_slots)
             self.changed.notify_all()
 
     def is_host_row(self, rows: SlotIds) -> bool:
         """Whether `rows`, which are not empty, are slots of the host tier and not staging rows."""
-        return bool(rows[0] < self._first_staging_row)
+        return bool(rows[0] < self._arena.max_slots)
 
     def keep_in_host(self, keys: list[BlockKey], rows: SlotIds, parents: list[BlockKey | None]) -> SlotIds:
         """Registers host rows, whose bytes are right, under their keys.

@@ -31,6 +31,7 @@ from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
 from dynamo.tiers.host import HostTier
 from dynamo.tiers.mover import Transfer
+from dynamo.tiers.numa import pci_address
 from dynamo.tiers.stats import MovedBlocks, TierStats
 
 __all__ = ["BlockStore"]
@@ -64,7 +65,7 @@ class BlockStore:
         """Starts the threads. `open` is the usual way to make one.
 
         Args:
-            arena: rows `[0, num_host_slots)` are the host tier; the others, at least one, are staging rows.
+            arena: its first `num_host_slots` slots are the host tier; it has at least one staging row.
             disk_fault: why there is no disk tier although one was asked for.
         """
         part_blocks = _part_blocks(device.layout.slot_bytes)
@@ -123,7 +124,7 @@ class BlockStore:
                 undo.callback(disk_tier.close)
             num_host_slots = host_bytes // slot_bytes
             num_staging = _part_blocks(slot_bytes) * (1 if num_host_slots else _STAGING_PARTS)
-            arena = HostTier(spec.layout, num_host_slots + num_staging)
+            arena = HostTier(spec.layout, num_host_slots, num_staging=num_staging, gpu=pci_address(device.device))
             undo.callback(arena.close)
             store = cls(
                 device, arena, num_host_slots, disk_tier, events, counters, disk_fault=disk_fault, policies=policies

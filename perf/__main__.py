@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dynamo.kvcache import KVCacheError
-from dynamo.perf import blocks, index, kernels, serve, store, ttft
+from dynamo.perf import blocks, disk, doctor, index, kernels, serve, store, ttft
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.report import Report, print_report, write_report
 
@@ -28,6 +28,8 @@ class _Command:
 _COMMANDS = (
     _Command("cache", "blocks", blocks.SUMMARY, blocks.add_arguments, blocks.run),
     _Command("cache", "store", store.SUMMARY, store.add_arguments, store.run),
+    _Command("cache", "disk", disk.SUMMARY, disk.add_arguments, disk.run),
+    _Command("cache", "doctor", doctor.SUMMARY, doctor.add_arguments, doctor.run),
     _Command("cache", "index", index.SUMMARY, index.add_arguments, index.run),
     _Command("cache", "kernels", kernels.SUMMARY, kernels.add_arguments, kernels.run),
     _Command("server", "serve", serve.SUMMARY, serve.add_arguments, serve.run),
@@ -71,12 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What a user can put right: a path, a size, a peer or a server that does not start. Bugs keep their traceback.
         progress.print(f"error: {error}", markup=False, highlight=False)
         return 1
+    except KeyboardInterrupt:
+        progress.print("interrupted; what was written for measuring is removed")
+        return 130
     print_report(report, console)
     if options.out is None:
         progress.print("results not written; --out DIR keeps them as JSON lines", style="dim")
     else:
         console.print(f"written to {write_report(report, options.out)}", markup=False, highlight=False)
-    return 0
+    return report.exit_status
 
 
 if __name__ == "__main__":

@@ -6,15 +6,11 @@ vLLM's KVCacheManager does the same work, measured in turn with ours where its i
 """
 
 import argparse
-import json
-import os
 import random
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from rich.console import Console
@@ -23,6 +19,7 @@ from dynamo.kvcache import KVCache, KVSpec
 from dynamo.kvcache.hashing import block_keys, chain_root
 from dynamo.perf.harness import BenchmarkError, median, quiet_collector
 from dynamo.perf.machine import machine_record
+from dynamo.perf.peer_process import PeerProcess
 from dynamo.perf.report import MEASURED, Report, Result
 
 __all__ = ["CASES", "SUMMARY", "CacheTimer", "VllmPeer", "add_arguments", "run"]
@@ -37,7 +34,6 @@ Sample = dict[str, float]
 _STEPS = ("hash", "open", "commit", "close", "total")
 _BLOCK_SIZE = 16
 _ROUNDS = 3  # ours and the peer take turns, so that a busy moment of the machine does not hit one alone
-_PEER_TIMEOUT_S = 120.0
 
 _REFERENCE_SOURCE = (
     "reference: vLLM 0.33.0 KVCacheManager, 512 blocks of 16 tokens, 2-core AMD EPYC VM; not measured in this run"
@@ -167,27 +163,14 @@ class VllmPeer:
     def __init__(self, python: Path, num_blocks: int, num_tokens: int, hash_name: str) -> None:
         script = Path(__file__).with_name("vllm_peer.py")
         sizes = (f"--blocks={num_blocks}", f"--tokens={num_tokens}", f"--block-size={_BLOCK_SIZE}")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        try:
-            self._process = subprocess.Popen(
-                [python, "-P", script, *sizes, f"--hash={hash_name}"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment | {"CUDA_VISIBLE_DEVICES": "", "VLLM_LOGGING_LEVEL": "ERROR"},
-            )
-        except OSError as error:
-            raise BenchmarkError(f"--vllm-python {python} does not start: {error}") from error
-        self._errors: list[str] = []
-        self._drain = threading.Thread(target=self._keep_errors, daemon=True)
-        self._drain.start()
-        try:
-            hello = self._reply()
-        except BaseException:
-            self.close()
-            raise
-        self.name = f"vLLM {hello['vllm']} ({hello['hash']})"
+        self._process = PeerProcess(
+            "vLLM",
+            "vllm",
+            "--vllm-python",
+            [python, "-P", script, *sizes, f"--hash={hash_name}"],
+            {"VLLM_LOGGING_LEVEL": "ERROR"},
+        )
+        self.name = f"vLLM {self._process.hello['vllm']} ({self._process.hello['hash']})"
 
     def __enter__(self) -> Self:
         return self
@@ -197,9 +180,6 @@ class VllmPeer:
 
     def run(self, case: str, repeats: int) -> list[Sample]:
         """Times `case` as `CacheTimer.run` does."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"case": case, "repeats": repeats}) + "\n")
-        self._process.stdin.flush()
         return [
             {
                 "hash": sample["hash"] / 1000,
@@ -207,37 +187,12 @@ class VllmPeer:
                 "close": sample["free"] / 1000,
                 "total": sum(sample.values()) / 1000,
             }
-            for sample in self._reply()
+            for sample in self._process.ask({"case": case, "repeats": repeats})
         ]
 
     def close(self) -> None:
         """Ends the process. Idempotent."""
-        self._process.kill()
-        self._process.wait()
-        self._drain.join()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                pipe.close()
-
-    def _reply(self) -> Any:
-        assert self._process.stdout is not None
-        deadline = threading.Timer(_PEER_TIMEOUT_S, self._process.kill)
-        deadline.start()
-        try:
-            line = self._process.stdout.readline()
-        finally:
-            deadline.cancel()
-        if not line:
-            self._process.wait()
-            self._drain.join()
-            said = self._errors[-1].strip() if self._errors else f"no answer in {_PEER_TIMEOUT_S:.0f} s"
-            raise BenchmarkError(f"the vLLM peer ended: {said}. Does this interpreter run `import vllm`?")
-        return json.loads(line)
-
-    def _keep_errors(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self._errors = [*self._errors[-9:], line] if line.strip() else self._errors
+        self._process.close()
 
 
 def _results(

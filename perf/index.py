@@ -146,7 +146,7 @@ def _restart(folder: Path, num_blocks: int, chain: list[BlockKey]) -> _Sample:
     journal = timed(lambda: made.append(_open(folder, num_blocks)))
     tier = made[0]
     assert isinstance(tier, DiskTier)
-    arena = HostTier(_LAYOUT, 1)
+    arena = HostTier(_LAYOUT, 0, num_staging=1)
     try:
         pool = timed(lambda: made.append(Shelf(arena, 0, tier, EventLog(), CacheCounters())))
         grown = _resident_bytes() - before

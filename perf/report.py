@@ -46,6 +46,8 @@ class Report:
     Attributes:
         parameters: what the run was asked to do; no paths, so that results can be published.
         notes: what a reader must know to read the numbers right.
+        epilogue: lines printed after all else, never written to a file: they may name paths.
+        exit_status: of the command that made this report.
     """
 
     benchmark: str
@@ -54,6 +56,8 @@ class Report:
     parameters: dict[str, str | int | float]
     results: Sequence[Result]
     notes: Sequence[str] = ()
+    epilogue: Sequence[str] = ()
+    exit_status: int = 0
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -88,6 +92,8 @@ def print_report(report: Report, console: Console) -> None:
         markup=False,
         highlight=False,
     )
+    for line in report.epilogue:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def write_report(report: Report, folder: Path) -> Path:

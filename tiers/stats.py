@@ -57,6 +57,7 @@ class TierStats:
         faults: number of faults by kind, such as {"truncated": 1}; kinds that never happened are absent.
         read_latency: of the calls that read.
         write_latency: of the calls that wrote.
+        page_bytes: size of the memory pages that hold most of the tier; None where it is no host memory, or not known.
     """
 
     name: str
@@ -67,6 +68,7 @@ class TierStats:
     faults: Mapping[str, int]
     read_latency: LatencyCounts = field(default_factory=LatencyCounts)
     write_latency: LatencyCounts = field(default_factory=LatencyCounts)
+    page_bytes: int | None = None
 
 
 class TierRecorder:

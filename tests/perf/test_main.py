@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from dynamo.perf.__main__ import main
+from dynamo.serve.config import SECTIONS
 
 # A new option needs a measured reason; this list is where it is argued.
 OPTIONS = {
     "blocks": {"--tokens", "--blocks", "--repeats", "--vllm-python", "--vllm-hash", "--out"},
     "store": {"--shape", "--size", "--repeats", "--threads", "--path", "--out"},
+    "disk": {"--path", "--size", "--quick", "--lmcache-python", "--out"},
+    "doctor": {"--config", "--size", "--device", "--out", *(str(entry.flag) for entry in SECTIONS["cache"])},
     "serve": {
         "--streams",
         "--pace",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dynamo.tiers.arena import available_memory_bytes, map_rows, prefault
+from dynamo.tiers.arena import Arena, map_rows, prefault, resident_pages
 from dynamo.tiers.errors import TierMemoryError
 from dynamo.tiers.layout import BlockLayout
 
@@ -48,45 +48,51 @@ def test_impossible_address_space_is_refused_with_the_size(layout: BlockLayout) 
     assert caught.value.needed_bytes == layout.slot_bytes << 50
 
 
-def test_available_memory_is_known_on_linux() -> None:
-    available_bytes = available_memory_bytes()
-    assert available_bytes is not None
-    assert available_bytes > 0
+def test_only_what_was_touched_is_resident_and_can_be_given_back() -> None:
+    layout = BlockLayout(num_layers=16, block_size=16, num_kv_heads=8, head_dim=64, itemsize=4)  # 1 MiB
+    arena = Arena(layout, 1 << 20, is_sparse=True)  # a tebibyte of addresses
+    prefault(arena.rows[:64])
+    arena.rows[3] = 7
+    pages = resident_pages(arena.rows)
+    assert pages is not None
+    assert 64 << 20 <= pages.resident_bytes < 80 << 20
+    assert pages.page_bytes in (mmap.PAGESIZE, 2 << 20)
+    assert (pages.page_bytes > mmap.PAGESIZE) == (2 * pages.huge_bytes >= pages.resident_bytes)
+    arena.give_back(4, 64)
+    assert (arena.rows[3] == 7).all()
+    assert not arena.rows[4].any()
+    pages = resident_pages(arena.rows)
+    assert pages is not None
+    assert pages.resident_bytes < 16 << 20
 
 
-def lay_out(
-    root: Path, available_kib: int, own_group: str, limits: dict[str, tuple[str, int, int]]
-) -> tuple[Path, Path]:
-    """Makes procfs and cgroup folders; limits are group -> (memory.max, memory.current, page cache)."""
-    proc, cgroups = root / "proc", root / "cgroup"
-    (proc / "self").mkdir(parents=True)
-    (proc / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable: {available_kib} kB\n")
-    (proc / "self" / "cgroup").write_text(f"0::{own_group}\n")
-    for group, (limit, used, cache) in limits.items():
-        folder = cgroups / group
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "memory.max").write_text(f"{limit}\n")
-        (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\nactive_file 0\n")
-    return proc, cgroups
+SMAPS = """\
+{low:x}-{high:x} rw-p 00000000 00:00 0
+Size:               4096 kB
+Rss:                3000 kB
+AnonHugePages:      {huge} kB
+VmFlags: rd wr
+7fffff000000-7fffff001000 rw-p 00000000 00:00 0          [stack]
+Rss:                  99 kB
+AnonHugePages:        99 kB
+"""
 
 
-@pytest.mark.parametrize(
-    ("own_group", "limits", "expected_bytes"),
-    [
-        pytest.param("/", {}, 8 << 20, id="no-limit"),
-        pytest.param("/", {".": ("3000000", 1000000, 500000)}, 2500000, id="container"),
-        pytest.param("/a/b", {"a/b": ("max", 9, 9), "a": ("2000000", 500000, 0)}, 1500000, id="limit-of-the-parent"),
-        pytest.param("/a", {"a": ("1000", 5000, 0)}, 0, id="over-the-limit"),
-        pytest.param("/a", {"a": ("999999999999", 0, 0)}, 8 << 20, id="machine-is-tighter"),
-    ],
-)
-def test_available_memory_is_the_tightest_rest(
-    tmp_path: Path, own_group: str, limits: dict[str, tuple[str, int, int]], expected_bytes: int
+@pytest.mark.parametrize(("huge_kib", "page_bytes"), [(2048, 2 << 20), (1000, mmap.PAGESIZE)])
+def test_page_size_is_that_of_most_of_the_memory(
+    tmp_path: Path, layout: BlockLayout, huge_kib: int, page_bytes: int
 ) -> None:
-    proc, cgroups = lay_out(tmp_path, 8 << 10, own_group, limits)
-    assert available_memory_bytes(proc, cgroups) == expected_bytes
+    rows = map_rows(layout, 2)
+    low = rows.ctypes.data - 4096
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nHugepagesize:    2048 kB\n")
+    (tmp_path / "self" / "smaps").write_text(SMAPS.format(low=low, high=low + (4 << 20), huge=huge_kib))
+    pages = resident_pages(rows, tmp_path)
+    assert pages is not None
+    assert pages.resident_bytes == 3000 << 10
+    assert pages.huge_bytes == huge_kib << 10
+    assert pages.page_bytes == page_bytes
 
 
-def test_unknown_memory_is_none(tmp_path: Path) -> None:
-    assert available_memory_bytes(tmp_path, tmp_path) is None
+def test_pages_are_unknown_without_procfs(tmp_path: Path, layout: BlockLayout) -> None:
+    assert resident_pages(map_rows(layout, 1), tmp_path) is None

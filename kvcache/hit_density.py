@@ -1,0 +1,106 @@
+"""Least hit density: what promises the fewest hits for each second it stays goes first."""
+
+from bisect import insort
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from dynamo.kvcache.eviction import Use
+from dynamo.kvcache.hazards import ReuseTables, group_of
+from dynamo.kvcache.reuse import ReuseTracker
+
+__all__ = ["HitDensity"]
+
+_RESORT_S = 1.0  # ranks change with age, whose bins are wider than this
+
+_Place = tuple[bool, int, float, int]
+"""What the order goes by: not expired, priority, index, entry. Entries grow with time, so that of equals the oldest goes."""
+
+
+class HitDensity:
+    """Orders entries by the Gittins index of keeping them, least first; of equals, the one filed first.
+
+    Implements EvictionOrder for one pool; several pools share a tracker. Expired entries go before all others, and those of
+    a lower priority before those of a higher one. The order is sorted anew once a second, if it is asked for, and whenever
+    the tracker has learned; in between, new entries are inserted, and `candidates` costs what is taken from it.
+    """
+
+    def __init__(self, tracker: ReuseTracker) -> None:
+        self.price = 0.0
+        """Index of the entry that was asked for last: the hits per second for which a block stays. 0: there is room."""
+        self._tracker = tracker
+        self._tables: ReuseTables | None = None  # those that `_sorted` was ranked with
+        self._sorted_s = float("-inf")
+        self._sorted: list[_Place] = []  # removed entries are skipped
+        self._first = 0  # places before this one are of removed entries
+        self._rows: dict[int, int] = {}  # entry -> row of the arrays
+        self._free: list[int] = []
+        self._entry = np.empty(0, dtype=np.int64)  # -1: free row
+        self._used_s = np.empty(0)
+        self._group = np.empty(0, dtype=np.int64)
+        self._priority = np.empty(0, dtype=np.int64)
+        self._expires_s = np.empty(0)
+
+    def __len__(self) -> int:
+        """Entries known."""
+        return len(self._rows)
+
+    def add(self, entry: int, use: Use, num_blocks: int) -> None:
+        """Files an entry."""
+        if not self._free:
+            self._grow()
+        row = self._free.pop()
+        group = group_of(use)
+        self._rows[entry] = row
+        self._entry[row] = entry
+        self._used_s[row] = use.time_s
+        self._group[row] = group
+        self._priority[row] = use.priority
+        self._expires_s[row] = np.inf if use.expires_s is None else use.expires_s
+        if self._tables is not None:
+            index = float(self._tables.index[group, 0])
+            insort(self._sorted, (True, use.priority, index, entry), lo=self._first)
+
+    def remove(self, entry: int) -> None:
+        """Forgets an entry."""
+        row = self._rows.pop(entry, None)
+        if row is not None:
+            self._entry[row] = -1
+            self._free.append(row)
+
+    def candidates(self, now_s: float) -> Iterator[int]:
+        """Least hit density first."""
+        if now_s - self._sorted_s >= _RESORT_S or self._tables is not self._tracker.tables:
+            self._sort(now_s)
+        known = self._rows
+        while self._first < len(self._sorted) and self._sorted[self._first][3] not in known:
+            self._first += 1
+        for i in range(self._first, len(self._sorted)):
+            _, _, index, entry = self._sorted[i]
+            if entry in known:
+                self.price = index
+                yield entry
+
+    def _sort(self, now_s: float) -> None:
+        tables = self._tracker.tables
+        rows: npt.NDArray[np.int64] = np.flatnonzero(self._entry >= 0)
+        index = tables.ranks(self._group[rows], now_s - self._used_s[rows])
+        lives = self._expires_s[rows] > now_s
+        entries, priorities = self._entry[rows], self._priority[rows]
+        order = np.lexsort((entries, index, priorities, lives))
+        columns = (lives[order].tolist(), priorities[order].tolist(), index[order].tolist(), entries[order].tolist())
+        self._sorted = list(zip(*columns, strict=True))
+        self._first = 0
+        self._tables = tables
+        self._sorted_s = now_s
+
+    def _grow(self) -> None:
+        size = len(self._entry)
+        more = max(1024, size)
+        self._entry = np.concatenate((self._entry, np.full(more, -1, dtype=np.int64)))
+        self._used_s = np.concatenate((self._used_s, np.zeros(more)))
+        self._group = np.concatenate((self._group, np.zeros(more, dtype=np.int64)))
+        self._priority = np.concatenate((self._priority, np.zeros(more, dtype=np.int64)))
+        self._expires_s = np.concatenate((self._expires_s, np.zeros(more)))
+        self._free.extend(range(size + more - 1, size - 1, -1))

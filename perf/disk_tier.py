@@ -1,0 +1,216 @@
+"""The real disk tier, and LMCache's back-end, on the same disk and in turn with the raw device at its best depths."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from dynamo.kvcache.config import format_size
+from dynamo.perf.disk_raw import RawDisk, Way
+from dynamo.perf.harness import BenchmarkError, median, timed
+from dynamo.perf.peer_process import PeerProcess
+from dynamo.perf.report import Result
+from dynamo.tiers.arena import map_rows
+from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.layout import BlockLayout
+
+__all__ = ["Comparison", "LMCachePeer", "TierSide", "Windows", "compare"]
+
+_FINGERPRINT = b"dynamo.perf disk"
+_SPARE_BLOCKS = 16
+_METRICS = {True: "write", False: "read"}  # by whether it writes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """The blocks that are moved: so many windows of so many blocks each. One call moves one window, in shuffled order."""
+
+    block_bytes: int
+    num_blocks: int
+    num_windows: int
+
+    @property
+    def window_bytes(self) -> int:
+        """Of one call."""
+        return self.num_blocks * self.block_bytes
+
+
+class TierSide:
+    """A disk tier full of windows. Every byte that comes back is compared, off the clock."""
+
+    def __init__(self, folders: Sequence[Path], windows: Windows, io_threads: int) -> None:
+        """Opens the tier and writes all windows once, so that the file has its place on the disk."""
+        layout = BlockLayout(num_layers=1, block_size=1, num_kv_heads=1, head_dim=windows.block_bytes // 2, itemsize=1)
+        total_blocks = windows.num_windows * windows.num_blocks
+        self._random = np.random.default_rng(1)
+        self._source, self._target = (map_rows(layout, windows.num_blocks) for _ in range(2))
+        for row in self._source:
+            row[:] = np.frombuffer(self._random.bytes(row.size), dtype=np.uint8)
+        self._target[:] = 0
+        capacity_bytes = (total_blocks + _SPARE_BLOCKS) * layout.slot_bytes
+        self._tier = DiskTier.open(_place(folders), layout, capacity_bytes, _FINGERPRINT, io_threads=io_threads)
+        self.name = f"disk tier ({self._tier.stats().path}, {io_threads} threads)"
+        order = self._random.permutation(total_blocks).astype(np.int64)
+        self._slots = [
+            order[start : start + windows.num_blocks] for start in range(0, total_blocks, windows.num_blocks)
+        ]
+        self._row_ids = [np.arange(windows.num_blocks) for _ in self._slots]
+        try:
+            for window in range(windows.num_windows):
+                self.store(window)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def store(self, window: int) -> float:
+        """Seconds to write a window anew, with its rows in another order."""
+        row_ids = self._row_ids[window] = self._random.permutation(len(self._source)).astype(np.int64)
+        outcomes = np.zeros(0, dtype=np.bool_)
+
+        def write() -> None:
+            nonlocal outcomes
+            outcomes = self._tier.write(self._slots[window], self._source, row_ids)
+
+        seconds = timed(write).wall_s
+        if not outcomes.all():
+            raise BenchmarkError(f"the disk tier did not take all blocks: {dict(self._tier.stats().faults)}")
+        return seconds
+
+    def load(self, window: int) -> float:
+        """Seconds to read a window."""
+        row_ids = np.arange(len(self._target))
+        outcomes = np.zeros(0, dtype=np.bool_)
+
+        def read() -> None:
+            nonlocal outcomes
+            outcomes = self._tier.read(self._slots[window], self._target, row_ids)
+
+        seconds = timed(read).wall_s
+        if not outcomes.all():
+            raise BenchmarkError(f"the disk tier did not give all blocks: {dict(self._tier.stats().faults)}")
+        for row, source in zip(self._target, self._row_ids[window].tolist(), strict=True):
+            if not np.array_equal(row, self._source[source]):
+                raise RuntimeError("the disk tier gave other bytes than it was given")
+        return seconds
+
+    def close(self) -> None:
+        """Closes the tier; whoever made the folders deletes the files."""
+        self._tier.close()
+
+
+class LMCachePeer:
+    """LMCache's `fs_native` back-end with O_DIRECT in an interpreter of its own; see `lmcache_peer.py`."""
+
+    def __init__(self, python: Path, folder: Path, windows: Windows, workers: int) -> None:
+        script = Path(__file__).with_name("lmcache_peer.py")
+        command: list[str | Path] = [
+            *(python, "-P", script, f"--folder={folder}", f"--workers={workers}"),
+            *(f"--blocks={windows.num_blocks}", f"--block-bytes={windows.block_bytes}"),
+        ]
+        folder.mkdir(parents=True)
+        self._process = PeerProcess("LMCache", "lmcache", "--lmcache-python", command, {"LMCACHE_LOG_LEVEL": "ERROR"})
+        self.name = f"LMCache {self._process.hello['lmcache']} (fs_native, O_DIRECT, {workers} workers)"
+        try:
+            self._ask("fill", windows.num_windows)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def store(self, window: int) -> float:
+        """Seconds to store a window."""
+        return self._ask("store", window)
+
+    def load(self, window: int) -> float:
+        """Seconds to load a window, whose bytes it has compared."""
+        return self._ask("load", window)
+
+    def close(self) -> None:
+        """Ends its process."""
+        self._process.close()
+
+    def _ask(self, order: str, number: int) -> float:
+        return float(self._process.ask({order: number})["seconds"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Who is measured beside whom.
+
+    Attributes:
+        depths: of the raw device, by direction (True: write); the better one's median is the ceiling.
+    """
+
+    windows: Windows
+    depths: dict[bool, list[int]]
+    repeats: int
+
+
+def compare(
+    disk: RawDisk, sides: Sequence[TierSide | LMCachePeer], plan: Comparison, advance: Callable[[str], object]
+) -> list[Result]:
+    """Writes and reads windows with all sides and the raw device in turn; medians of rates, and of shares turn by turn.
+
+    Args:
+        sides: the first is ours.
+    """
+    windows = plan.windows
+    order = random.Random(3)
+    case = f"{format_size(windows.block_bytes)} blocks"
+    rates: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
+    for writes, metric in _METRICS.items():
+        runs = {_raw_name(depth): _raw_run(disk, windows, depth, writes=writes) for depth in plan.depths[writes]}
+        runs |= {side.name: _side_run(side, windows, writes=writes) for side in sides}
+        for turn in range(plan.repeats):
+            advance(f"{case}, {metric}, turn {turn + 1} of {plan.repeats}")
+            for name in order.sample(list(runs), len(runs)):
+                rates[writes].setdefault(name, []).append(runs[name](turn))
+    best = {writes: _best_depth(rates[writes], depths) for writes, depths in plan.depths.items()}
+    results: list[Result] = []
+    for writes, metric in _METRICS.items():
+        ceiling = rates[writes][_raw_name(best[writes])]
+        shown = {f"raw O_DIRECT, depth {best[True]} writing, {best[False]} reading": ceiling}
+        for name, values in (shown | {side.name: rates[writes][side.name] for side in sides}).items():
+            shares = [100 * value / top for value, top in zip(values, ceiling, strict=True)]
+            for column, value, unit in ((metric, median(values), "GB/s"), (f"{metric} share", median(shares), "%")):
+                results.append(
+                    Result(case=case, subject=name, metric=column, value=value, unit=unit, samples=len(values))
+                )
+    return results
+
+
+def _best_depth(rates: dict[str, list[float]], depths: Sequence[int]) -> int:
+    return max(depths, key=lambda depth: median(rates[_raw_name(depth)]))
+
+
+def _raw_name(depth: int) -> str:
+    return f"raw, depth {depth}"
+
+
+def _raw_run(disk: RawDisk, windows: Windows, depth: int, *, writes: bool) -> Callable[[int], float]:
+    way = Way(call_bytes=windows.block_bytes, depth=depth)
+    return lambda _: disk.run(way, writes=writes, limit_bytes=windows.window_bytes).gb_per_s
+
+
+def _side_run(side: TierSide | LMCachePeer, windows: Windows, *, writes: bool) -> Callable[[int], float]:
+    move = side.store if writes else side.load
+    return lambda turn: windows.window_bytes / move(turn % windows.num_windows) / 1e9
+
+
+def _place(folders: Sequence[Path]) -> Any:
+    """One folder as it is; several are a striped tier."""
+    return folders[0] if len(folders) == 1 else list(folders)

@@ -1,0 +1,111 @@
+"""Reading request traces: Mooncake's format, and the key log that a server of ours records."""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import msgspec
+import numpy as np
+
+from dynamo.perf.harness import BenchmarkError
+
+__all__ = ["MOONCAKE_BLOCK_TOKENS", "TracedRequest", "read_trace"]
+
+MOONCAKE_BLOCK_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class TracedRequest:
+    """One request.
+
+    Attributes:
+        time_s: when it came; the trace's first request comes at 0.
+        keys: of its blocks, from the first on. Equal keys mean an equal block and an equal prefix.
+        num_prompt_blocks: those of them that the prompt fills; the others hold the answer or are not full.
+        block_tokens: tokens of a block.
+    """
+
+    time_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    keys: tuple[int, ...]
+    num_prompt_blocks: int
+    block_tokens: int
+
+
+class _MooncakeLine(msgspec.Struct):
+    timestamp: float
+    input_length: int
+    output_length: int
+    hash_ids: tuple[int, ...]
+
+    def request(self) -> TracedRequest:
+        full = min(self.input_length // MOONCAKE_BLOCK_TOKENS, len(self.hash_ids))
+        return TracedRequest(
+            self.timestamp / 1000,
+            self.input_length,
+            self.output_length,
+            self.hash_ids,
+            full,
+            MOONCAKE_BLOCK_TOKENS,
+        )
+
+
+class _KeyLogLine(msgspec.Struct):
+    time_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    block_size: int
+    keys: str
+
+    def request(self) -> TracedRequest:
+        raw = bytes.fromhex(self.keys)
+        if self.block_size < 1 or len(raw) % 8:
+            raise ValueError("block_size must be positive, and keys a multiple of 16 hex digits")
+        keys = tuple(np.frombuffer(raw, dtype="<u8").tolist())
+        full = min(self.num_prompt_tokens // self.block_size, len(keys))
+        return TracedRequest(
+            self.time_s, self.num_prompt_tokens, self.num_output_tokens, keys, full, self.block_size
+        )
+
+
+def read_trace(path: Path) -> list[TracedRequest]:
+    """All requests of a JSONL file, plain or gzipped, in order of time.
+
+    Raises:
+        BenchmarkError: a line is in neither format, or there is none. The message names the line.
+        OSError: the file cannot be read.
+    """
+    decoders = (msgspec.json.Decoder(_MooncakeLine), msgspec.json.Decoder(_KeyLogLine))
+    decoder = decoders[0]
+    requests: list[TracedRequest] = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        if not requests:
+            decoder = decoders[b'"hash_ids"' not in line]
+        try:
+            requests.append(decoder.decode(line).request())
+        except (ValueError, msgspec.DecodeError) as error:
+            raise BenchmarkError(
+                f"{path.name}:{number}: {error}; expected a line of Mooncake's format (timestamp in ms, input_length, "
+                "output_length, hash_ids) or of a key log (time_s, num_prompt_tokens, num_output_tokens, block_size, keys)"
+            ) from None
+    if not requests:
+        raise BenchmarkError(f"{path.name} holds no request")
+    requests.sort(key=lambda request: request.time_s)
+    return requests
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as raw:
+        is_gzip = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if is_gzip else raw
+        try:
+            yield from file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise BenchmarkError(f"{path.name} is no complete gzip file: {error}") from None

@@ -1,0 +1,177 @@
+"""Host memory shared out among processes."""
+
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dynamo.tiers.errors import TierConfigError, TierMemoryError
+from dynamo.tiers.host_budget import DEFAULT_SHARE, Holder, HostBudget
+from dynamo.tiers.memory import memory_limit_bytes
+
+TIMEOUT_S = 30
+LIMIT = 10 << 30
+
+# Says whether its reservation was granted; holds it until standard input ends.
+OWNER = """
+import sys
+from pathlib import Path
+from dynamo.tiers.errors import TierMemoryError
+from dynamo.tiers.host_budget import HostBudget
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    kept = HostBudget(Path(sys.argv[1]), int(sys.argv[2])).reserve(int(sys.argv[3]), sys.argv[4])
+except TierMemoryError as error:
+    print("refused", flush=True)
+else:
+    print("granted", flush=True)
+    sys.stdin.read()
+"""
+
+
+class Owner:
+    """Another process that reserves."""
+
+    def __init__(self, folder: Path, num_bytes: int, purpose: str = "another cache") -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", OWNER, str(folder), str(LIMIT), str(num_bytes), purpose],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
+
+    def say(self) -> str:
+        out = self.process.stdout
+        assert out is not None
+        assert select.select([out], [], [], TIMEOUT_S)[0], "the other process says nothing"
+        return out.readline().decode().strip()
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(TIMEOUT_S)
+
+    def close(self) -> None:
+        with self.process:
+            self.process.kill()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "budget"
+
+
+@pytest.fixture
+def owners(folder: Path) -> Iterator[list[Owner]]:
+    started: list[Owner] = []
+    yield started
+    for owner in started:
+        owner.close()
+
+
+def test_what_does_not_fit_is_refused_with_who_holds_what(folder: Path) -> None:
+    budget = HostBudget(folder, LIMIT)
+    first, second = budget.reserve(6 << 30, "the host tier"), budget.reserve(1 << 30, "scratch")
+    with pytest.raises(TierMemoryError) as caught:
+        budget.reserve(4 << 30, "a benchmark")
+    assert str(caught.value) == (
+        "a benchmark needs 4.00 GiB, but of the 10.00 GiB that KV caches may take on this machine 3.00 GiB are left "
+        f"(process {os.getpid()} holds 6.00 GiB for the host tier; process {os.getpid()} holds 1.00 GiB for scratch); "
+        "make it smaller, or end or shrink one of those"
+    )
+    assert (caught.value.needed_bytes, caught.value.available_bytes) == (4 << 30, 3 << 30)
+    first.close()
+    first.close()
+    budget.reserve(4 << 30, "a benchmark").close()
+    assert budget.holders() == [Holder(os.getpid(), 1 << 30, "scratch")]
+    second.close()
+
+
+def test_a_reservation_grows_within_the_budget_and_shrinks(folder: Path) -> None:
+    budget = HostBudget(folder, LIMIT)
+    one, other = budget.reserve(4 << 30, "one"), budget.reserve(4 << 30, "other")
+    with pytest.raises(TierMemoryError, match=r"2\.00 GiB|6\.00 GiB are left"):
+        one.resize(7 << 30)
+    assert one.num_bytes == 4 << 30
+    one.resize(6 << 30)
+    with pytest.raises(TierMemoryError):
+        other.resize((4 << 30) + 1)
+    one.resize(1 << 30)
+    other.resize(9 << 30)
+    assert [(holder.purpose, holder.num_bytes) for holder in budget.holders()] == [("other", 9 << 30), ("one", 1 << 30)]
+    one.close()
+    other.close()
+
+
+def test_a_killed_owner_leaves_nothing_behind(folder: Path, owners: list[Owner]) -> None:
+    owner = Owner(folder, 9 << 30)
+    owners.append(owner)
+    assert owner.say() == "ready"
+    owner.go()
+    assert owner.say() == "granted"
+    budget = HostBudget(folder, LIMIT)
+    with pytest.raises(TierMemoryError, match=f"process {owner.process.pid} holds 9.00 GiB for another cache"):
+        budget.reserve(2 << 30, "mine")
+    owner.kill()
+    budget.reserve(9 << 30, "mine").close()
+    assert budget.holders() == []
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_of_many_that_start_at_once_only_as_many_as_fit_get_memory(folder: Path, owners: list[Owner]) -> None:
+    owners += [Owner(folder, 3 << 30) for _ in range(6)]
+    assert [owner.say() for owner in owners] == ["ready"] * 6
+    for owner in owners:
+        owner.go()
+    assert sorted(owner.say() for owner in owners) == ["granted"] * 3 + ["refused"] * 3
+    assert sum(holder.num_bytes for holder in HostBudget(folder, LIMIT).holders()) == 9 << 30
+
+
+def test_files_are_for_this_user_only(folder: Path) -> None:
+    reservation = HostBudget(folder, LIMIT).reserve(1, "x")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    reservation.close()
+
+
+@pytest.mark.parametrize("what", ["file", "writable"])
+def test_a_folder_that_cannot_be_trusted_is_logged_and_not_used(
+    folder: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if what == "file":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    budget = HostBudget(folder, LIMIT)
+    with caplog.at_level(logging.WARNING):
+        reservation = budget.reserve(99 << 30, "x")
+    assert "not shared out with other processes" in caplog.text
+    reservation.resize(5)
+    reservation.close()
+
+
+def test_the_default_budget_is_a_share_of_the_memory() -> None:
+    total_bytes = memory_limit_bytes()
+    assert total_bytes is not None
+    assert HostBudget().limit_bytes == int(DEFAULT_SHARE * total_bytes)
+
+
+def test_an_empty_budget_is_refused(folder: Path) -> None:
+    with pytest.raises(TierConfigError, match="0 bytes"):
+        HostBudget(folder, 0)
+
+
+def test_looking_makes_no_folder(folder: Path) -> None:
+    assert HostBudget(folder, LIMIT).holders() == ()
+    assert not folder.exists()

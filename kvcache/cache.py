@@ -59,6 +59,7 @@ class KVCache:
         io_threads: int = 8,
         eviction: EvictionName = "hit_density",
         admission: AdmissionName = "always",
+        disk_write_budget: str | int | None = None,
     ) -> None:
         """Allocates all tiers. A disk folder that cannot be used is logged and counted; the cache goes on without it.
 
@@ -66,11 +67,14 @@ class KVCache:
             device: "cpu", "cuda" or "cuda:N".
             device_blocks: slots of the device pool.
             host: size of the host tier, such as "8GiB"; None or 0: no host tier.
-            disk: "PATH:SIZE" of the disk tier; None: no disk tier. The folder holds one sub-folder for each spec.
+            disk: "PATH:SIZE" of the disk tier, or "PATH,PATH:SIZE" for several devices, always in the same order; None: no
+                disk tier. The folder holds one sub-folder for each spec.
             load_timeout_s: a block that takes longer to load is computed instead.
             io_threads: threads that read and write the disk file.
             eviction: which blocks of a full tier go first.
             admission: which blocks the host and disk tiers take.
+            disk_write_budget: what may be written to the disk tier in a day, such as "500GB", a 24th of it at once; None: no
+                limit. Adaptive admission spends it on the blocks that promise most.
 
         Raises:
             CacheConfigError: a size or path is wrong.
@@ -90,7 +94,7 @@ class KVCache:
         self._roots_lock = threading.Lock()
         self._is_closed = False
         self._store: BlockStore | None = None
-        self._policies = Policies(eviction, admission)
+        self._policies = Policies(eviction, admission, write_budget=self._write_tightness)
         with _translated_errors(), ExitStack() as undo:
             self._device = DeviceTier(spec.layout, spec.dtype, device_blocks, device)
             undo.callback(self._device.close)
@@ -104,6 +108,7 @@ class KVCache:
                     disk=place,
                     io_threads=io_threads,
                     policies=self._policies,
+                    disk_write_budget=None if disk_write_budget is None else parse_size(disk_write_budget),
                 )
             undo.pop_all()
         self._pool = DevicePool(self._device, self._events, self._counters, self._policies.new_order("device"))
@@ -415,6 +420,9 @@ class KVCache:
             begin_use=begin_use,
             window=window,
         )
+
+    def _write_tightness(self) -> float:
+        return self._store.write_tightness if self._store else 0.0
 
     def _tier_stats(self) -> Iterator[TierStats]:
         yield self._device.stats()

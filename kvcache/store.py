@@ -95,13 +95,15 @@ class BlockStore:
         disk: DiskPlace | None,
         io_threads: int,
         policies: Policies | None = None,
+        disk_write_budget: int | None = None,
     ) -> Self:
         """Makes the tiers. A disk folder that cannot be used is logged and counted, and the store goes on without it.
 
         Args:
             host_bytes: size of the host tier; 0 for none.
-            disk: folder and size of the disk tier; None for none.
+            disk: folders and size of the disk tier; None for none.
             policies: of eviction and admission; None: leaf-first LRU, and everything is admitted.
+            disk_write_budget: bytes that may be written to the disk tier in a day; None: no limit.
 
         Raises:
             CacheConfigError: a size does not hold one block.
@@ -119,7 +121,7 @@ class BlockStore:
                 "give more"
             )
         with ExitStack() as undo:
-            disk_tier, disk_fault = _open_disk(spec, disk, io_threads) if disk else (None, None)
+            disk_tier, disk_fault = _open_disk(spec, disk, io_threads, disk_write_budget) if disk else (None, None)
             if disk_tier is not None:
                 undo.callback(disk_tier.close)
             num_host_slots = host_bytes // slot_bytes
@@ -146,6 +148,12 @@ class BlockStore:
     def num_loads(self) -> int:
         """Loads that have not ended, queued or running."""
         return self._onboarder.num_unfinished
+
+    @property
+    def write_tightness(self) -> float:
+        """How much of what may be written to disk at once is used up: 0, nothing, or no limit at all, to 1, everything."""
+        budget = self._disk.write_budget if self._disk else None
+        return 0.0 if budget is None else 1.0 - min(1.0, budget.available_bytes / budget.burst_bytes)
 
     def count_loadable(self, keys: Sequence[BlockKey]) -> int:
         """How many of `keys`, from the first on, lie in host or disk."""
@@ -271,11 +279,18 @@ class BlockStore:
         self._arena.close()
 
 
-def _open_disk(spec: KVSpec, place: DiskPlace, io_threads: int) -> tuple[DiskTier | None, str | None]:
+def _open_disk(
+    spec: KVSpec, place: DiskPlace, io_threads: int, write_budget: int | None
+) -> tuple[DiskTier | None, str | None]:
     """The disk tier, or why there is none."""
     try:
         tier = DiskTier.open(
-            place.directory, spec.layout, place.capacity_bytes, spec.fingerprint, io_threads=io_threads
+            place.directories,
+            spec.layout,
+            place.capacity_bytes,
+            spec.fingerprint,
+            io_threads=io_threads,
+            write_bytes_per_day=write_budget,
         )
     except TierBusyError as error:
         logger.warning("going on without a disk tier: %s", error)

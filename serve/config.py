@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, get_args, get_type_hints
 
 from dynamo.kvcache.config import DiskPlace
+from dynamo.kvcache.policies import AdmissionName, EvictionName
 from dynamo.serve.engine.dtypes import FLOAT_DTYPES
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.options import (
@@ -109,9 +110,27 @@ class CacheSettings:
     host_cache: int = option(1 << 30, "host memory tier, such as 1GiB; 0 for none", byte_size, metavar="SIZE")
     disk_cache: DiskPlace | None = option(  # noqa: RUF009  # a field's declaration, made once
         default_disk_place,
-        "disk tier, such as /mnt/nvme/kv:200GiB; off for none",
+        "disk tier, such as /mnt/nvme/kv:200GiB; several devices share the size; off for none",
         or_word(disk_place, _OFF),
-        metavar="PATH:SIZE",
+        metavar="PATH[,PATH...]:SIZE",
+    )
+    disk_write_budget: int | None = option(
+        None,
+        "most bytes written to the disk tier in a day, such as 500GB; off: no limit",
+        or_word(byte_size, _OFF),
+        metavar="SIZE",
+    )
+    eviction: EvictionName = option(  # noqa: RUF009  # a field's declaration, made once
+        "hit_density",
+        "which blocks of a full tier go first: hit_density, lru or s3_fifo",
+        one_of(*get_args(EvictionName)),
+        metavar="POLICY",
+    )
+    admission: AdmissionName = option(  # noqa: RUF009  # a field's declaration, made once
+        "always",
+        "which blocks the host and disk tiers take: always, second_sighting or adaptive",
+        one_of(*get_args(AdmissionName)),
+        metavar="POLICY",
     )
     io_threads: int = option(8, "threads that read and write the disk tier", number(int, 1, 64), metavar="N")
 

@@ -181,7 +181,7 @@ file_path = Notation(_parse_file, str)
 
 
 def _parse_disk_place(value: Any) -> DiskPlace:
-    accepted = "PATH:SIZE such as /mnt/nvme/kv:200GiB"
+    accepted = "PATH:SIZE such as /mnt/nvme/kv:200GiB, or PATH,PATH:SIZE"
     if not isinstance(value, str):
         raise ValueError(accepted)
     try:
@@ -190,8 +190,12 @@ def _parse_disk_place(value: Any) -> DiskPlace:
         raise ValueError(accepted) from None
 
 
-disk_place = Notation(_parse_disk_place, lambda place: f"{place.directory}:{_render_bytes(place.capacity_bytes)}")
-"""A folder with a size."""
+def _render_disk_place(place: DiskPlace) -> str:
+    return f"{','.join(map(str, place.directories))}:{_render_bytes(place.capacity_bytes)}"
+
+
+disk_place = Notation(_parse_disk_place, _render_disk_place)
+"""Folders with a size."""
 
 
 def default_disk_place() -> DiskPlace | None:

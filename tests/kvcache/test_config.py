@@ -36,6 +36,7 @@ def test_more_than_any_machine_has_is_refused(text):
 
 def test_a_disk_place_may_have_colons_in_its_path():
     assert parse_disk_place("/mnt/a:b/kv:1GiB") == DiskPlace(Path("/mnt/a:b/kv"), 1 << 30)
+    assert parse_disk_place("/a,/b,/c:1GiB").directories == (Path("/a"), Path("/b"), Path("/c"))
     assert parse_disk_place("~/kv:1GiB").directory == Path.home() / "kv"
 
 

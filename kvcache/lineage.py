@@ -46,9 +46,10 @@ class Lineage:
 
     def append(self, slots: SlotIds, parent: int) -> None:
         """Adds childless blocks that follow one another, the first one after `parent`."""
-        self._parent[slots[1:]] = slots[:-1]
-        self._num_children[slots[:-1]] = 1
         first = slots[0]
+        if len(slots) > 1:
+            self._parent[slots[1:]] = slots[:-1]
+            self._num_children[slots[:-1]] = 1
         self._parent[first] = parent
         if parent != NO_PARENT:
             self._num_children[parent] += 1

@@ -93,7 +93,7 @@ class BlockPool:
         self._registered = np.zeros(num_slots, dtype=np.bool_)
         self._keys: list[BlockKey | None] = [None] * num_slots  # of slots that are not registered: anything
         self._index: dict[BlockKey, int] = {}
-        self._entries = Entries(num_slots, order or LeafFirstLRU())
+        self._entries = Entries(num_slots, LeafFirstLRU() if order is None else order)
         self._lineage = Lineage(num_slots)
 
     def __len__(self) -> int:
@@ -139,15 +139,11 @@ class BlockPool:
 
     def find_prefix(self, keys: Sequence[BlockKey]) -> SlotIds:
         """Slots of the longest run of registered blocks from the first key on. They are not pinned."""
-        get = self._index.get
-        slots: list[int] = []
-        append = slots.append
-        for key in keys:
-            slot = get(key)
-            if slot is None:
-                break
-            append(slot)
-        return np.array(slots, dtype=np.int64)
+        if not keys or keys[0] not in self._index:
+            return _NO_SLOTS
+        slots = self.locate(keys)
+        is_missing = slots < 0
+        return slots[: is_missing.argmax()] if is_missing.any() else slots
 
     def find_any(self, keys: Sequence[BlockKey]) -> SlotIds:
         """Slots of those of the distinct `keys` that are registered, in their order. They are not pinned."""
@@ -337,9 +333,11 @@ class BlockPool:
         if not len(slots):
             return Registration(slots, ())
         if index.keys().isdisjoint(keys):
-            numbers = slots.tolist()
+            numbers: list[int] = slots.tolist()
             index.update(zip(keys, numbers, strict=True))
-            if numbers[-1] - numbers[0] == len(numbers) - 1 and (slots[1:] > slots[:-1]).all():
+            if len(numbers) == 1:
+                names[numbers[0]] = keys[0]
+            elif numbers[-1] - numbers[0] == len(numbers) - 1 and (slots[1:] > slots[:-1]).all():
                 names[numbers[0] : numbers[-1] + 1] = keys
             else:
                 for key, slot in zip(keys, numbers, strict=True):
@@ -354,7 +352,8 @@ class BlockPool:
                 return registered
         else:
             registered = self._register_unknown(keys, slots)
-        self._add_to_lineage(keys, registered, [parent, *keys[:-1]] if parents is None else parents)
+        if registered.new:
+            self._add_to_lineage(keys, registered, [parent, *keys[:-1]] if parents is None else parents)
         return registered
 
     def forget(self, keys: Sequence[BlockKey]) -> tuple[list[BlockKey], SlotIds]:

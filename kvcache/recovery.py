@@ -83,6 +83,8 @@ def order_recovered(parent: Positions) -> RecoveredOrder:
     runs = _find_runs(parent)
     depth, last_use, is_ringed = _follow_chains(runs)
     kept = np.flatnonzero(~is_ringed[runs.of])
+    if not len(kept):
+        return RecoveredOrder(kept, [])
     # Blocks of equal last use make up a path, which leads up from the block that was recorded then.
     use = last_use[kept]
     counts = np.bincount(use, minlength=len(parent))
@@ -90,7 +92,7 @@ def order_recovered(parent: Positions) -> RecoveredOrder:
     order = np.empty(len(kept), dtype=np.int64)
     order[begins[use] + depth[use] - depth[kept]] = kept
     ends = np.cumsum(counts)[counts > 0]
-    last_in_window = np.append(np.diff(ends // _ENTRY_BLOCKS) > 0, [True] * bool(len(ends)))
+    last_in_window = np.append(np.diff(ends // _ENTRY_BLOCKS) > 0, True)
     return RecoveredOrder(order, ends[last_in_window].tolist())
 
 

@@ -10,6 +10,7 @@ that a conversation costs about twenty marks however long it gets.
 import threading
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+from itertools import compress, count
 
 from dynamo.kvcache.eviction import Part, Use
 from dynamo.kvcache.hazards import HazardEstimator, ReuseTables, group_of
@@ -112,7 +113,7 @@ class ReuseTracker:
         """
         with self._lock:
             marks, estimator = self._marks, self._estimator
-            passed = [i for i, key in enumerate(keys) if key in marks]
+            passed = list(compress(count(), map(marks.__contains__, keys)))
             deepest = marks[keys[passed[-1]]] if passed else None
             past, turn = None, 0
             if deepest is not None:

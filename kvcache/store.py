@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from threading import Lock
 from typing import Self
 
 from dynamo.kvcache.config import DiskPlace, format_size
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 _PART_BYTES = (
     8 << 20
 )  # one part of a transfer: large enough for the disk's full speed, small enough to overlap two hops
+_RESIZE_TIMEOUT_S = 30.0  # longer than any load
 _STAGING_PARTS = 4  # without a host tier; with one, staging is for when all its slots are pinned, and one part will do
 
 
@@ -81,6 +83,7 @@ class BlockStore:
         self._onboarder = Onboarder(self._shelf, device, part_blocks=part_blocks)
         self._verifier = DiskVerifier(self._shelf, disk, device.layout, part_blocks=part_blocks) if disk else None
         self._num_pinned = 0  # references held by `pin`; guarded by the shelf's lock
+        self._resizing = Lock()
         self._is_closed = False
 
     @classmethod
@@ -94,6 +97,7 @@ class BlockStore:
         host_bytes: int,
         disk: DiskPlace | None,
         io_threads: int,
+        max_host_bytes: int = 0,
         policies: Policies | None = None,
         disk_write_budget: int | None = None,
     ) -> Self:
@@ -102,6 +106,7 @@ class BlockStore:
         Args:
             host_bytes: size of the host tier; 0 for none.
             disk: folders and size of the disk tier; None for none.
+            max_host_bytes: to what `resize` may make the host tier; less than it has now for no more than that.
             policies: of eviction and admission; None: leaf-first LRU, and everything is admitted.
             disk_write_budget: bytes that may be written to the disk tier in a day; None: no limit.
 
@@ -126,7 +131,14 @@ class BlockStore:
                 undo.callback(disk_tier.close)
             num_host_slots = host_bytes // slot_bytes
             num_staging = _part_blocks(slot_bytes) * (1 if num_host_slots else _STAGING_PARTS)
-            arena = HostTier(spec.layout, num_host_slots, num_staging=num_staging, gpu=pci_address(device.device))
+            max_slots = max_host_bytes // slot_bytes if max_host_bytes > host_bytes > 0 else None
+            arena = HostTier(
+                spec.layout,
+                num_host_slots,
+                num_staging=num_staging,
+                max_slots=max_slots,
+                gpu=pci_address(device.device),
+            )
             undo.callback(arena.close)
             store = cls(
                 device, arena, num_host_slots, disk_tier, events, counters, disk_fault=disk_fault, policies=policies
@@ -200,16 +212,6 @@ class BlockStore:
 
         return HeldSlots(tier, slots, pool.num_slots, release)
 
-    def resize(self, tier: str, num_bytes: int) -> int:
-        """Gives "host" or "disk" another size. Returns its new number of slots.
-
-        Raises:
-            UnsupportedError: the tier cannot be resized while the cache is open.
-        """
-        raise UnsupportedError(
-            f"the {tier} tier cannot be resized to {format_size(num_bytes)} while the cache is open; make it anew"
-        )
-
     def verify(self, timeout_s: float) -> Verification:
         """Checks the blocks on disk, for at most `timeout_s`; forgets and counts those that are not right.
 
@@ -234,6 +236,37 @@ class BlockStore:
     def keys(self) -> dict[str, list[BlockKey]]:
         """All blocks in host and disk."""
         return self._shelf.keys()
+
+    def resize(self, tier: str, num_bytes: int, timeout_s: float = _RESIZE_TIMEOUT_S) -> int:
+        """Gives "host" or "disk" another size while the store is in use; what has no room is evicted.
+
+        Returns:
+            The tier's number of slots from now on.
+
+        Raises:
+            CacheConfigError: there is no such tier, or the size holds no block.
+            TimeoutError: slots beyond are still in use after `timeout_s`. They are given to nobody any more, and their
+                memory or disk space is given back with the next call.
+            dynamo.tiers.errors.TierError: the tier cannot have that size.
+        """
+        storage: HostTier | DiskTier | None = self._disk if tier == "disk" else self._arena
+        pool = self._shelf.disk if tier == "disk" else self._shelf.host
+        num_slots = num_bytes // self._slot_bytes
+        if storage is None or not pool.num_slots:
+            raise CacheConfigError(f"the cache has no {tier} tier to resize")
+        if num_slots < 1:
+            raise CacheConfigError(
+                f"a {tier} tier of {format_size(num_bytes)} is less than one block of {format_size(self._slot_bytes)}; "
+                "give more"
+            )
+        with self._resizing:
+            if num_slots > storage.num_slots:
+                storage.resize(num_slots)
+            if not self._shelf.resize(tier, num_slots, timeout_s):
+                raise TimeoutError(f"{pool.num_leaving} blocks of the {tier} tier are in use beyond its new size")
+            if num_slots < storage.num_slots:
+                storage.resize(num_slots)
+        return num_slots
 
     def usage(self) -> Iterator[TierUsage]:
         """Occupancy and counters of each tier. A disk tier that could not be opened is told with its fault."""

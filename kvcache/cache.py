@@ -60,6 +60,7 @@ class KVCache:
         eviction: EvictionName = "hit_density",
         admission: AdmissionName = "always",
         disk_write_budget: str | int | None = None,
+        host_max: str | int | None = None,
     ) -> None:
         """Allocates all tiers. A disk folder that cannot be used is logged and counted; the cache goes on without it.
 
@@ -75,6 +76,7 @@ class KVCache:
             admission: which blocks the host and disk tiers take.
             disk_write_budget: what may be written to the disk tier in a day, such as "500GB", a 24th of it at once; None: no
                 limit. Adaptive admission spends it on the blocks that promise most.
+            host_max: to what `resize` may make the host tier; None: not beyond `host`. Costs addresses, not memory.
 
         Raises:
             CacheConfigError: a size or path is wrong.
@@ -107,6 +109,7 @@ class KVCache:
                     host_bytes=host_bytes,
                     disk=place,
                     io_threads=io_threads,
+                    max_host_bytes=0 if host_max is None else parse_size(host_max),
                     policies=self._policies,
                     disk_write_budget=None if disk_write_budget is None else parse_size(disk_write_budget),
                 )
@@ -285,8 +288,10 @@ class KVCache:
             The tier's number of slots from now on.
 
         Raises:
-            CacheConfigError: the size is wrong.
+            CacheConfigError: the size is wrong, or the host tier would be larger than `host_max`.
             CacheMemoryError: the host has not that much memory.
+            TimeoutError: blocks beyond the new size stay in use. They are given to nobody any more, and the next call gives
+                their memory or disk space back.
             UnsupportedError: the cache has no such tier, or the tier's size is fixed.
         """
         self._check_open()
@@ -294,7 +299,7 @@ class KVCache:
         if tier == "device":
             raise UnsupportedError("the device tier cannot be resized: the tensors that `layer` gives are views of it")
         _check_tier(tier)
-        if self._store is None:
+        if self._store is None or all(stats.name != tier for stats in self._store.tier_stats()):
             raise UnsupportedError(f"the cache was made without a {tier} tier, so there is none to resize")
         with _translated_errors():
             return self._store.resize(tier, num_bytes)

@@ -140,7 +140,10 @@ class CacheAdmin:
 
     async def resize(self, body: ResizeRequest, place: Mapping[str, str]) -> ResizeAnswer:
         def work() -> ResizeAnswer:
-            num_slots = self._cache.resize(body.tier, body.size)
+            try:
+                num_slots = self._cache.resize(body.tier, body.size)
+            except TimeoutError as error:
+                raise RequestError(f"{error}; try again when they are not", status=409, code="blocks_in_use") from error
             return ResizeAnswer(num_slots, num_slots * self._cache.spec.layout.slot_bytes)
 
         return await self._run(work, _LONG_S, long="resize")

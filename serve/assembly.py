@@ -188,6 +188,7 @@ def _open_cache(config: Config, disk: DiskPlace | None, spec: KVSpec, device: to
             eviction=settings.eviction,
             admission=settings.admission,
             disk_write_budget=settings.disk_write_budget,
+            host_max=settings.host_cache_max,
         )
     except MemoryError as error:  # the cache's own, and Python's
         raise ConfigError(

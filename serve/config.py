@@ -108,6 +108,12 @@ class CacheSettings:
         metavar="SIZE",
     )
     host_cache: int = option(1 << 30, "host memory tier, such as 1GiB; 0 for none", byte_size, metavar="SIZE")
+    host_cache_max: int | None = option(
+        None,
+        "to what the host tier may be resized while it serves; off: not beyond its size",
+        or_word(byte_size, _OFF),
+        metavar="SIZE",
+    )
     disk_cache: DiskPlace | None = option(  # noqa: RUF009  # a field's declaration, made once
         default_disk_place,
         "disk tier, such as /mnt/nvme/kv:200GiB; several devices share the size; off for none",

@@ -19,7 +19,7 @@ SLOT = 4096
 def test_operators_and_sequences_at_once(
     make_cache: Callable[..., KVCache], content: Any, tmp_path: Path, eventually: Any
 ) -> None:
-    cache = make_cache(device_blocks=64, host=48 * SLOT, disk=f"{tmp_path}:{96 * SLOT}")
+    cache = make_cache(device_blocks=64, host=48 * SLOT, host_max=96 * SLOT, disk=f"{tmp_path}:{96 * SLOT}")
     prompts = [[1000 * number + i for i in range(33)] for number in range(12)]
     deadline = time.monotonic() + 3.0
     failures: list[BaseException] = []
@@ -47,7 +47,7 @@ def test_operators_and_sequences_at_once(
         cache.prefetch(rng.choice(prompts))
         cache.status()
         cache.explain(cache.block_keys(rng.choice(prompts))[3])
-        with suppress(UnsupportedError):
+        with suppress(TimeoutError):
             cache.resize(rng.choice(["host", "disk"]), rng.choice([24, 48, 96]) * SLOT)
 
     def check(rng: random.Random) -> None:
@@ -98,6 +98,25 @@ def test_the_status_adds_up(make_cache: Callable[..., KVCache], content: Any, tm
         assert (status.num_open_sequences, len(status.pins)) == (1, 1)
     cache.close()
     assert cache.status().pins == ()
+
+
+def test_a_tier_takes_another_size_while_it_works(
+    make_cache: Callable[..., KVCache], content: Any, tmp_path: Path
+) -> None:
+    cache = make_cache(host=8 * SLOT, host_max="1MiB", disk=f"{tmp_path}:{32 * SLOT}")
+    assert cache.resize("host", 16 * SLOT) == 16
+    for number in range(4):
+        content.run(cache, [1000 * number + i for i in range(33)])
+    assert cache.flush()
+    assert cache.resize("disk", 4 * SLOT) == 4
+    assert cache.resize("host", "16KiB") == 4
+    tiers = {tier.tier: (tier.num_slots, tier.num_cached_blocks) for tier in cache.status().tiers}
+    assert (tiers["host"], tiers["disk"]) == ((4, 4), (4, 4))
+    with pytest.raises(CacheConfigError):
+        cache.resize("host", "1GiB")
+    cache.clear("device")
+    for number in range(4):
+        content.run(cache, [1000 * number + i for i in range(33)])
 
 
 def test_what_cannot_be_resized_says_so(make_cache: Callable[..., KVCache]) -> None:

@@ -164,6 +164,15 @@ def test_clear_empties_a_tier_or_all(serve: Any, cache: KVCache) -> None:
     }
 
 
+def test_resize_gives_a_tier_another_size(serve: Any, cache: KVCache) -> None:
+    server = serve(cache=cache)
+    answer = call(server, "POST", "/resize", {"tier": "disk", "size": "128KiB"}).json()
+    assert answer == {"num_slots": 32, "num_bytes": 128 << 10}
+    assert call(server, "GET", "").json()["tiers"][2]["num_slots"] == 32
+    assert error_of(call(server, "POST", "/resize", {"tier": "disk", "size": 1})) == (400, "invalid_value", None)
+    assert error_of(call(server, "POST", "/resize", {"tier": "host", "size": "1TiB"}))[:2] == (400, "invalid_value")
+
+
 def test_verify_finds_what_was_damaged(serve: Any, cache: KVCache, tmp_path: Path) -> None:
     server = serve(cache=cache)
     (path,) = tmp_path.rglob("blocks.dat")

@@ -17,6 +17,7 @@ OPTIONS = {
         "--block-size",
         "--device-cache",
         "--host-cache",
+        "--host-cache-max",
         "--disk-cache",
         "--disk-write-budget",
         "--eviction",

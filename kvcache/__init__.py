@@ -14,21 +14,24 @@ if __name__ != "dynamo.kvcache":
     raise ImportError(f"this package is dynamo.kvcache, imported as {__name__!r}; run python with -P or from elsewhere")
 
 if TYPE_CHECKING:
-    from dynamo.kvcache.cache import KVCache, Residency
+    from dynamo.kvcache.cache import KVCache
     from dynamo.kvcache.errors import KVCacheError, OutOfBlocksError
+    from dynamo.kvcache.leases import Lease
     from dynamo.kvcache.sequence import Sequence
     from dynamo.kvcache.spec import KVSpec
     from dynamo.kvcache.stats import CacheStats
+    from dynamo.kvcache.status import Residency
 
-__all__ = ["CacheStats", "KVCache", "KVCacheError", "KVSpec", "OutOfBlocksError", "Residency", "Sequence"]
+__all__ = ["CacheStats", "KVCache", "KVCacheError", "KVSpec", "Lease", "OutOfBlocksError", "Residency", "Sequence"]
 
 _HOMES = {
     "CacheStats": "stats",
     "KVCache": "cache",
     "KVCacheError": "errors",
     "KVSpec": "spec",
+    "Lease": "leases",
     "OutOfBlocksError": "errors",
-    "Residency": "cache",
+    "Residency": "status",
     "Sequence": "sequence",
 }
 

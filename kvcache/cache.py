@@ -1,21 +1,22 @@
 """The cache: a device pool over a block store."""
 
+import math
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
 import torch
 
 from dynamo.kvcache.config import DiskPlace, parse_disk_place, parse_size
 from dynamo.kvcache.device_pool import DevicePool
-from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError
+from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError, UnsupportedError
 from dynamo.kvcache.events import Event, EventLog, Snapshot
 from dynamo.kvcache.hashing import BlockKey, ChainRoot, KeyChain, Tokens, block_keys, chain_root, pack_tokens
+from dynamo.kvcache.leases import HeldSlots, Lease, LeaseBook, PinInfo
 from dynamo.kvcache.planner import LoadPlanner
 from dynamo.kvcache.policies import AdmissionName, BeginUse, EvictionName, Policies
 from dynamo.kvcache.pool import BlockPlace
@@ -23,27 +24,21 @@ from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.sequence import Sequence
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, CacheStats
+from dynamo.kvcache.status import CacheStatus, Residency, Verification, cache_status
 from dynamo.kvcache.store import BlockStore
+from dynamo.kvcache.window import RequestWindow
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.errors import TierClosedError, TierConfigError, TierMemoryError
 from dynamo.tiers.mover import Priority
+from dynamo.tiers.stats import TierStats
 
-__all__ = ["KVCache", "Residency", "TierName"]
+__all__ = ["KVCache", "TierName"]
 
 TierName = Literal["device", "host", "disk"]
 
 _CLOSE_TIMEOUT_S = 30.0
 _MAX_ROOTS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Residency:
-    """How many leading tokens lie in each tier, and in all of them together. Whole blocks only."""
-
-    device_tokens: int
-    host_tokens: int
-    disk_tokens: int
-    cached_tokens: int
+_MAX_TTL_S = 30 * 86400.0
 
 
 class KVCache:
@@ -67,6 +62,8 @@ class KVCache:
         io_threads: int = 8,
         eviction: EvictionName = "hit_density",
         admission: AdmissionName = "always",
+        disk_write_budget: str | int | None = None,
+        host_max: str | int | None = None,
     ) -> None:
         """Allocates all tiers. A disk folder that cannot be used is logged and counted; the cache goes on without it.
 
@@ -74,13 +71,17 @@ class KVCache:
             device: "cpu", "cuda" or "cuda:N".
             device_blocks: slots of the device pool.
             host: size of the host tier, such as "8GiB"; None or 0: no host tier.
-            disk: "PATH:SIZE" of the disk tier; None: no disk tier. The folder holds one sub-folder for each spec.
+            disk: "PATH:SIZE" of the disk tier, or "PATH,PATH:SIZE" for several devices, always in the same order; None: no
+                disk tier. The folder holds one sub-folder for each spec.
             load_timeout_s: a block that takes longer to load is computed instead; see also `observe_compute`.
             load_patience: share of the time to compute a prompt that its loads may cost beyond what they save, where
                 `observe_compute` has told that time; None: all that is cached is loaded and waited for.
             io_threads: threads that read and write the disk file.
             eviction: which blocks of a full tier go first.
             admission: which blocks the host and disk tiers take.
+            disk_write_budget: what may be written to the disk tier in a day, such as "500GB", a 24th of it at once; None: no
+                limit. Adaptive admission spends it on the blocks that promise most.
+            host_max: to what `resize` may make the host tier; None: not beyond `host`. Costs addresses, not memory.
 
         Raises:
             CacheConfigError: a size or path is wrong.
@@ -103,7 +104,7 @@ class KVCache:
         self._roots_lock = threading.Lock()
         self._is_closed = False
         self._store: BlockStore | None = None
-        self._policies = Policies(eviction, admission)
+        self._policies = Policies(eviction, admission, write_budget=self._write_tightness)
         with _translated_errors(), ExitStack() as undo:
             self._device = DeviceTier(spec.layout, spec.dtype, device_blocks, device)
             undo.callback(self._device.close)
@@ -117,10 +118,14 @@ class KVCache:
                     host_bytes=host_bytes,
                     disk=place,
                     io_threads=io_threads,
+                    max_host_bytes=0 if host_max is None else parse_size(host_max),
                     policies=self._policies,
+                    disk_write_budget=None if disk_write_budget is None else parse_size(disk_write_budget),
                 )
             undo.pop_all()
         self._pool = DevicePool(self._device, self._events, self._counters, self._policies.new_order("device"))
+        self._leases = LeaseBook()
+        self._window = RequestWindow(self._tier_stats)
 
     def __enter__(self) -> Self:
         return self
@@ -171,7 +176,9 @@ class KVCache:
             raise ValueError("a sequence needs at least one token")
         num_cacheable_blocks = (len(packed) - 1) // self.block_size
         begin_use = self._policies.begin_use(len(packed), priority, ttl_s)
-        sequence = self._open(packed, salt, lora, num_cacheable_blocks, spare_blocks, self._planner, begin_use)
+        sequence = self._open(
+            packed, salt, lora, num_cacheable_blocks, spare_blocks, self._planner, begin_use, window=self._window
+        )
         self._counters.count_request(num_cacheable_blocks, sequence.num_missed_blocks)
         return sequence
 
@@ -204,13 +211,17 @@ class KVCache:
     def lookup(self, tokens: Tokens, *, salt: str = "", lora: str = "") -> Residency:
         """How many leading tokens each tier holds; changes nothing, not even the order of eviction."""
         self._check_open()
-        keys = block_keys(tokens, self.block_size, self._root(salt, lora))
+        keys = self.block_keys(tokens, salt=salt, lora=lora)
         num_device = self._pool.count_prefix(keys)
         num_host, num_disk, num_cached = 0, 0, num_device
         if self._store:
             num_host, num_disk = self._store.count_prefix(keys)
             num_cached += self._store.count_loadable(keys[num_device:])
         return Residency(*(count * self.block_size for count in (num_device, num_host, num_disk, num_cached)))
+
+    def block_keys(self, tokens: Tokens, *, salt: str = "", lora: str = "") -> list[BlockKey]:
+        """Keys of the full blocks of `tokens`: what `explain` takes, and what events and other caches name them by."""
+        return block_keys(tokens, self.block_size, self._root(salt, lora))
 
     def prefetch(self, tokens: Tokens, *, salt: str = "", lora: str = "") -> Future[int]:
         """Starts bringing the cached prefix of `tokens` into device memory, where it stays until evicted.
@@ -220,7 +231,7 @@ class KVCache:
             latest after `load_timeout_s`.
 
         Raises:
-            OutOfBlocksError: the device pool cannot hold the prefix now.
+            OutOfBlocksError: the device pool cannot hold the prefix now, or would have no block left for each sequence.
         """
         done: Future[int] = Future()
         held = self.lookup(tokens, salt=salt, lora=lora).cached_tokens
@@ -229,7 +240,10 @@ class KVCache:
             return done
         packed = array("I")
         packed.frombytes(pack_tokens(tokens)[: 4 * held])
-        sequence = self._open(packed, salt, lora, held // self.block_size, 0, None, priority=Priority.PREFETCH)
+        # Each open sequence will want a block before long.
+        spare_blocks = self._pool.num_sequences
+        num_blocks = held // self.block_size
+        sequence = self._open(packed, salt, lora, num_blocks, spare_blocks, None, priority=Priority.PREFETCH)
 
         def finish() -> None:
             with sequence:
@@ -241,6 +255,101 @@ class KVCache:
         sequence.when_ready(finish)
         return done
 
+    def pin(
+        self,
+        tokens: Tokens,
+        *,
+        salt: str = "",
+        lora: str = "",
+        tiers: Collection[TierName] = ("host", "disk"),
+        ttl_s: float | None = None,
+        name: str = "",
+    ) -> Lease:
+        """Keeps what `tiers` have of the blocks of `tokens` from being evicted until the lease ends.
+
+        Nothing is moved: what is not cached now is not pinned. All pins together may hold half of a tier.
+
+        Args:
+            tiers: where to pin; absent tiers are passed over. In device memory, sequences have so much less room then.
+            ttl_s: seconds after which the pin ends by itself; None: with the lease, at the latest when that is garbage.
+            name: what `status` calls the pin.
+
+        Raises:
+            PinLimitError: pins would hold too much; nothing was pinned.
+            CacheConfigError: `tiers` names what is no tier.
+            ValueError: `ttl_s` is not above 0 and at most 30 days.
+        """
+        self._check_open()
+        if ttl_s is not None:
+            _check_ttl(ttl_s)
+        for tier in tiers:
+            _check_tier(tier)
+        keys = self.block_keys(tokens, salt=salt, lora=lora)
+        held = [self._store.pin(keys, tier) for tier in ("host", "disk") if self._store and tier in tiers]
+        if "device" in tiers:
+            slots = self._pool.hold(keys)
+            held.append(HeldSlots("device", slots, self.num_device_blocks, lambda: self._pool.let_go(slots)))
+        return self._leases.pin(held, num_tokens=len(keys) * self.block_size, name=name, ttl_s=ttl_s)
+
+    def unpin(self, pin_id: str) -> bool:
+        """Ends the pin of that id; False if there is none, or no longer."""
+        return self._leases.end(pin_id)
+
+    def extend_pin(self, pin_id: str, ttl_s: float) -> bool:
+        """Lets the pin of that id live for `ttl_s` from now on; False if there is none, or no longer.
+
+        Raises:
+            ValueError: `ttl_s` is not above 0 and at most 30 days.
+        """
+        _check_ttl(ttl_s)
+        return self._leases.extend(pin_id, ttl_s)
+
+    def pins(self) -> tuple[PinInfo, ...]:
+        """All active pins, oldest first."""
+        return self._leases.pins()
+
+    def resize(self, tier: TierName, size: str | int) -> int:
+        """Gives the host or disk tier another size, such as "8GiB", while the cache goes on; evicts what has no room.
+
+        Returns:
+            The tier's number of slots from now on.
+
+        Raises:
+            CacheConfigError: the size is wrong, or the host tier would be larger than `host_max`.
+            CacheMemoryError: the host has not that much memory.
+            TimeoutError: blocks beyond the new size stay in use. They are given to nobody any more, and the next call gives
+                their memory or disk space back.
+            UnsupportedError: the cache has no such tier, or the tier's size is fixed.
+        """
+        self._check_open()
+        num_bytes = parse_size(size)
+        if tier == "device":
+            raise UnsupportedError("the device tier cannot be resized: the tensors that `layer` gives are views of it")
+        _check_tier(tier)
+        if self._store is None or all(stats.name != tier for stats in self._store.tier_stats()):
+            raise UnsupportedError(f"the cache was made without a {tier} tier, so there is none to resize")
+        with _translated_errors():
+            return self._store.resize(tier, num_bytes)
+
+    def verify(self, timeout_s: float = 60.0) -> Verification:
+        """Reads what lies on disk and compares it with its digests; forgets and counts the blocks that are not right.
+
+        Takes as long as reading the tier does, up to `timeout_s`; the cache goes on meanwhile. May be called from any
+        thread. A second check waits for the first.
+
+        Raises:
+            UnsupportedError: there is no disk tier.
+            CacheClosedError: the cache was closed meanwhile.
+            ValueError: `timeout_s` is negative or infinite.
+        """
+        self._check_open()
+        if not 0 <= timeout_s < math.inf:
+            raise ValueError(f"timeout_s must be seconds from 0 on, not {timeout_s}")
+        if self._store is None:
+            raise UnsupportedError("there is no disk tier to verify; give the cache one")
+        with _translated_errors():
+            return self._store.verify(timeout_s)
+
     def clear(self, tier: TierName | None = None) -> None:
         """Drops every block of one tier, or of all, that is not in use at this moment. Does nothing for an absent tier.
 
@@ -248,9 +357,8 @@ class KVCache:
             CacheConfigError: `tier` names no tier.
         """
         self._check_open()
-        names = get_args(TierName)
-        if tier is not None and tier not in names:
-            raise CacheConfigError(f"{tier!r} is no tier; there are {', '.join(names)}")
+        if tier is not None:
+            _check_tier(tier)
         if tier in (None, "device"):
             self._pool.clear()
         for name in ("host", "disk"):
@@ -277,6 +385,10 @@ class KVCache:
         """Waits until all committed blocks have reached the lower tiers or were dropped; False if that took too long."""
         return self._store.flush(timeout_s) if self._store else True
 
+    def status(self) -> CacheStatus:
+        """What lies where now, who holds it, and what is on its way. May be called after `close`."""
+        return cache_status(self.stats(), self.pins())
+
     def stats(self) -> CacheStats:
         """Occupancy and counters of every tier. May be called after `close`."""
         store = self._store
@@ -291,6 +403,11 @@ class KVCache:
             num_pending_offload_blocks=store.num_pending_blocks if store else 0,
             num_pending_disk_blocks=store.num_writing_blocks if store else 0,
             planner=self._planner.stats(),
+            num_loads=store.num_loads if store else 0,
+            num_pins=len(self._leases),
+            verify_faults=counted.verify_faults,
+            load_latency=counted.load_latency,
+            window=self._window.snapshot(),
         )
 
     def check_invariants(self) -> None:
@@ -305,6 +422,7 @@ class KVCache:
             if self._is_closed:
                 return
             self._is_closed = True
+        self._leases.close(_CLOSE_TIMEOUT_S)
         if self._store:
             self._store.close(_CLOSE_TIMEOUT_S)
         self._device.close()
@@ -319,6 +437,7 @@ class KVCache:
         planner: LoadPlanner | None,
         begin_use: BeginUse | None = None,
         priority: Priority = Priority.LOAD,
+        window: RequestWindow | None = None,
     ) -> Sequence:
         self._check_open()
         chain = KeyChain(self._root(salt, lora), self.block_size)
@@ -336,7 +455,16 @@ class KVCache:
             load_timeout_s=self.load_timeout_s,
             begin_use=begin_use,
             priority=priority,
+            window=window,
         )
+
+    def _write_tightness(self) -> float:
+        return self._store.write_tightness if self._store else 0.0
+
+    def _tier_stats(self) -> Iterator[TierStats]:
+        yield self._device.stats()
+        if self._store:
+            yield from self._store.tier_stats()
 
     def _root(self, salt: str, lora: str) -> ChainRoot:
         with self._roots_lock:
@@ -353,6 +481,17 @@ class KVCache:
     def _check_open(self) -> None:
         if self._is_closed:
             raise CacheClosedError("the cache is closed")
+
+
+def _check_tier(name: str) -> None:
+    names = get_args(TierName)
+    if name not in names:
+        raise CacheConfigError(f"{name!r} is no tier; there are {', '.join(names)}")
+
+
+def _check_ttl(ttl_s: float) -> None:
+    if not 0 < ttl_s <= _MAX_TTL_S:
+        raise ValueError(f"ttl_s must be above 0 and at most {_MAX_TTL_S:g} seconds, not {ttl_s}")
 
 
 @contextmanager

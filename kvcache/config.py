@@ -14,6 +14,7 @@ _UNITS = {
     **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
     **{f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)},
 }
+_MAX_BYTES = 1 << 63
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -31,7 +32,10 @@ def parse_size(text: str | int) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise CacheConfigError(f"{text!r} is no size; write it as 64MiB, 8GiB, 500MB or a number of bytes")
-    return int(float(match[1]) * unit)
+    size = float(match[1]) * unit
+    if size >= _MAX_BYTES:
+        raise CacheConfigError(f"{text[:40]!r} is more than there is; a size is less than 8 EiB")
+    return int(size)
 
 
 def format_size(num_bytes: int) -> str:
@@ -46,19 +50,33 @@ def format_size(num_bytes: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DiskPlace:
-    """A folder and the bytes the disk tier may use in it."""
+    """Folders and the bytes the disk tier may use in them together.
+
+    Attributes:
+        directory: the first, which also holds the index.
+        further: more of them, on other devices; blocks are spread over all.
+    """
 
     directory: Path
     capacity_bytes: int
+    further: tuple[Path, ...] = ()
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """All of them."""
+        return (self.directory, *self.further)
 
 
 def parse_disk_place(text: str) -> DiskPlace:
-    """Reads "PATH:SIZE"; `~` is expanded.
+    """Reads "PATH:SIZE" or "PATH,PATH:SIZE"; `~` is expanded. A path with a comma in it can be given as a `DiskPlace`.
 
     Raises:
-        CacheConfigError: the path or the size is missing or wrong.
+        CacheConfigError: a path or the size is missing or wrong.
     """
-    path, separator, size = text.rpartition(":")
-    if not separator or not path:
-        raise CacheConfigError(f"{text!r} is no disk tier; write it as PATH:SIZE, such as /mnt/nvme/kv:200GiB")
-    return DiskPlace(Path(path).expanduser(), parse_size(size))
+    paths, separator, size = text.rpartition(":")
+    directories = [Path(path).expanduser() for path in paths.split(",") if path]
+    if not separator or not directories or len(directories) <= paths.count(","):
+        raise CacheConfigError(
+            f"{text!r} is no disk tier; write it as PATH:SIZE, such as /mnt/nvme/kv:200GiB, or PATH,PATH:SIZE"
+        )
+    return DiskPlace(directories[0], parse_size(size), tuple(directories[1:]))

@@ -44,6 +44,7 @@ class DevicePool:
         self._pool = BlockPool(tier.num_slots, order)
         self._num_sequences = 0
         self._num_pins = 0
+        self._num_held = 0
 
     @property
     def num_available(self) -> int:
@@ -127,6 +128,21 @@ class DevicePool:
             self._num_pins -= 1
             self._changed.notify_all()
 
+    def hold(self, keys: Sequence[BlockKey]) -> SlotIds:
+        """Pins what is here of `keys`, from the first on, until `let_go`. Nobody waits for such pins to end."""
+        with self._changed:
+            slots = self._pool.find_prefix(keys)
+            self._pool.acquire(slots)
+            self._num_held += len(slots)
+            return slots
+
+    def let_go(self, slots: SlotIds) -> None:
+        """Takes back what `hold` took."""
+        with self._changed:
+            self._pool.release(slots)
+            self._num_held -= len(slots)
+            self._changed.notify_all()
+
     def release(self, slots: SlotIds, use: Use | None = None) -> None:
         """Ends a sequence that holds `slots`, given in chain order, for `use`."""
         self.tier.fences()  # marks this stream, whose queued kernels may still read the slots
@@ -163,7 +179,7 @@ class DevicePool:
         """Raises AssertionError if the books do not balance."""
         with self._changed:
             self._pool.check_invariants()
-            if not self._num_sequences and not self._num_pins:
+            if not self._num_sequences and not self._num_pins and not self._num_held:
                 assert self._pool.num_pinned == 0, f"{self._pool.num_pinned} device blocks are held by nobody"
 
     def _allocate(self, count: int, spare: int) -> SlotIds:

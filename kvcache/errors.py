@@ -4,6 +4,8 @@ KVCacheError
 ├── CacheConfigError    a size, path or spec given to the constructor is wrong (also a ValueError)
 ├── CacheMemoryError    device or host memory does not suffice for the sizes asked for (also a MemoryError)
 ├── OutOfBlocksError    the device pool cannot give the blocks asked for; nothing was reserved
+├── PinLimitError       a pin would hold more of a tier than pins may; nothing was pinned
+├── UnsupportedError    the cache, as it was made, cannot do what was asked
 ├── CacheClosedError    the cache or sequence was used after close()
 ├── LayerLoadError      the device failed to take blocks that a sequence counts on already
 └── SequenceStateError  a sequence's methods were called in an order that has no meaning
@@ -19,7 +21,9 @@ __all__ = [
     "KVCacheError",
     "LayerLoadError",
     "OutOfBlocksError",
+    "PinLimitError",
     "SequenceStateError",
+    "UnsupportedError",
 ]
 
 
@@ -60,6 +64,26 @@ class OutOfBlocksError(KVCacheError):
         )
         self.needed_blocks = needed_blocks
         self.available_blocks = available_blocks
+
+
+class PinLimitError(KVCacheError):
+    """A pin would hold more of a tier, or be one more, than pins may. Nothing was pinned; end other pins first.
+
+    Attributes:
+        tier: the tier that is short; None when there are too many pins.
+        needed_blocks: what all pins would hold of it together, this one included.
+        allowed_blocks: what they may hold.
+    """
+
+    def __init__(self, message: str, *, tier: str | None, needed_blocks: int, allowed_blocks: int) -> None:
+        super().__init__(message)
+        self.tier = tier
+        self.needed_blocks = needed_blocks
+        self.allowed_blocks = allowed_blocks
+
+
+class UnsupportedError(KVCacheError):
+    """What was asked cannot be done with a cache made as this one was. The message says what can."""
 
 
 class CacheClosedError(KVCacheError):

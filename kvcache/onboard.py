@@ -13,6 +13,7 @@ from functools import partial
 from itertools import accumulate, count
 
 import numpy as np
+import numpy.typing as npt
 
 from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.eviction import OpenUse
@@ -26,7 +27,10 @@ from dynamo.tiers.mover import Mover, Part, Priority
 from dynamo.tiers.tier import Outcomes, SlotIds
 from dynamo.tiers.transfer import Capabilities, Direct, Medium, Transfer, TwoHops, Unsupported, route
 
-__all__ = ["Load", "LoadRequest", "Onboarder"]
+__all__ = ["SOURCES", "Load", "LoadRequest", "Onboarder"]
+
+SOURCES = ("host", "disk")
+"""Tiers that blocks are loaded from, nearest first."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ class LoadRequest:
         first: position in `chain` of the first wanted block.
         device_slots: where the wanted blocks go, one slot for each.
         fences: points in CUDA streams after which nothing uses the slots' former content; none on CPU.
+        sources: uint8 [n], one for each wanted block; `load` writes into it where the block is read from, as a place in
+            `SOURCES`.
         use: what the sequence uses its chain for.
         priority: who wants them.
     """
@@ -52,6 +58,7 @@ class LoadRequest:
     first: int
     device_slots: SlotIds
     fences: list[Fence]
+    sources: npt.NDArray[np.uint8]
     use: OpenUse | None = None
     priority: Priority = Priority.LOAD
 
@@ -187,6 +194,8 @@ class Onboarder:
                 else:  # evicted since the caller looked; what follows is of no use without it
                     shelf.counters.count_fault("missing", len(keys) - position)
                     break
+        if on_disk:
+            request.sources[[position for position, _ in on_disk]] = SOURCES.index("disk")
         return Load(request, hold, _places(in_host), _places(on_disk), timeout_s)
 
     def _parts(self, load: Load, number: int, tier: str, source: Medium, places: _Places) -> list[Part]:

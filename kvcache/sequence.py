@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,10 +17,11 @@ from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, pack_tokens
 from dynamo.kvcache.layerwise import LayerLoad, LayerSave
 from dynamo.kvcache.offload import SaveRequest
-from dynamo.kvcache.onboard import Load, LoadRequest
+from dynamo.kvcache.onboard import SOURCES, Load, LoadRequest
 from dynamo.kvcache.planner import LoadPlanner, LoadQuestion, LoadWatch
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
+from dynamo.kvcache.window import RequestWindow
 from dynamo.tiers.device import Fence
 from dynamo.tiers.mover import Priority
 from dynamo.tiers.tier import SlotIds
@@ -57,6 +59,7 @@ class Sequence:
         load_timeout_s: float,
         begin_use: Callable[[list[BlockKey]], OpenUse] | None = None,
         priority: Priority = Priority.LOAD,
+        window: RequestWindow | None = None,
     ) -> None:
         """Reserves blocks for all `tokens`, of which the first `num_cacheable_blocks` may come from the cache.
 
@@ -65,6 +68,7 @@ class Sequence:
             chain: keys of all full blocks of `tokens`.
             begin_use: called with the chain's keys once the blocks are reserved; None: nobody's use.
             priority: who waits for the loads.
+            window: is told, at `close`, what the sequence got from which tier; None: the sequence is no request.
 
         Raises:
             OutOfBlocksError: see `DevicePool.reserve`.
@@ -85,7 +89,11 @@ class Sequence:
         self._num_cached_tokens: int | None = None
         self._is_closed = False
         self._use: OpenUse | None = None
+        self._window = window
         self._num_prompt_tokens = len(tokens)
+        self._num_cacheable_blocks = num_cacheable_blocks
+        self._hit_blocks = [0] * len(SOURCES)
+        self._sources = np.empty(0, dtype=np.uint8)
         keys = chain.keys[:num_cacheable_blocks]
         reservation = pool.reserve(keys, -(-len(tokens) // block_size), spare_blocks)
         self._add_slots(reservation.matched)
@@ -98,6 +106,7 @@ class Sequence:
         except BaseException:
             pool.release(self.block_table.astype(np.int64))
             raise
+        self._num_matched_blocks = self._num_shared_blocks
         self._num_missed_blocks = len(keys) - self._num_shared_blocks - num_loadable
 
     def __enter__(self) -> Self:
@@ -115,6 +124,14 @@ class Sequence:
     def num_missed_blocks(self) -> int:
         """Of the full blocks that could have come from the cache, those that no tier held at the time of `open`."""
         return self._num_missed_blocks
+
+    @property
+    def block_keys(self) -> list[BlockKey]:
+        """Keys of the sequence's full blocks, as far as it has hashed them: those of `open`, and of what was committed.
+
+        The sequence's own list, which grows until it is closed; not to be changed.
+        """
+        return self._chain.keys
 
     @property
     def is_ready(self) -> bool:
@@ -153,6 +170,7 @@ class Sequence:
             self._counters.count_fault("late", transfer.num_blocks - arrived)
         if self._watch is not None:
             self._watch.settle(arrived, gave_up=transfer.is_expired)
+        self._hit_blocks = np.bincount(self._sources[:arrived], minlength=len(SOURCES)).tolist()
         self._share(self._num_shared_blocks + arrived)
         self._transfer = self._watch = None
         self._num_cached_tokens = self._num_shared_blocks * self._block_size
@@ -299,6 +317,13 @@ class Sequence:
                     self._store.touch(self._chain.keys[: self._num_shared_blocks], self._use)
         finally:
             self._pool.release(self.block_table.astype(np.int64), self._use.latest if self._use else None)
+        if self._window is not None:
+            size = self._block_size
+            host, disk = self._hit_blocks
+            asked = self._num_cacheable_blocks * size
+            self._window.add(
+                (self._num_prompt_tokens, asked, self._num_matched_blocks * size, host * size, disk * size)
+            )
 
     def when_ready(self, callback: Callable[[], None]) -> None:
         """Calls `callback` once, on some thread, when the loads have ended; at once if there are none."""
@@ -319,8 +344,14 @@ class Sequence:
             if decision.patience_s is not None:
                 first_timeout_s = min(timeout_s, decision.patience_s)
         if num_loading and store:
-            request = LoadRequest(keys, first, fresh[:num_loading], self._pool.tier.fences(), self._use, priority)
+            self._sources = np.zeros(num_loading, dtype=np.uint8)
+            request = LoadRequest(
+                keys, first, fresh[:num_loading], self._pool.tier.fences(), self._sources, self._use, priority
+            )
+            started_s = time.perf_counter()
             self._transfer = store.load(request, first_timeout_s)
+            counters, lowest = self._counters, SOURCES[int(self._sources.max())]
+            self._transfer.when_ended(lambda: counters.count_load(lowest, time.perf_counter() - started_s))
             if planner is not None and decision is not None:
                 self._watch = planner.watch(decision, self._transfer, timeout_s)
         else:

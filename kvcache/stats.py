@@ -3,15 +3,26 @@
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dynamo.kvcache.errors import CacheConfigError
 from dynamo.kvcache.planner import PlannerStats
 from dynamo.kvcache.pool import BlockPool
+from dynamo.kvcache.window import WindowStats
+from dynamo.tiers.latency import LatencyCounts, LatencyHistogram
 from dynamo.tiers.stats import MovedBlocks, TierStats
 
-__all__ = ["CacheCounters", "CacheStats", "CountedBlocks", "DropReason", "LoadFault", "TierUsage", "tier_usage"]
+__all__ = [
+    "CacheCounters",
+    "CacheStats",
+    "CountedBlocks",
+    "DropReason",
+    "LatencyCounts",
+    "LoadFault",
+    "TierUsage",
+    "tier_usage",
+]
 
 LoadFault = Literal["late", "corrupt", "unreadable", "missing"]
 DropReason = Literal[
@@ -36,11 +47,14 @@ class TierUsage:
         num_slots: blocks it has room for.
         num_cached_blocks: blocks that can be found by key.
         num_pinned_blocks: slots that somebody holds.
+        num_idle_blocks: cached blocks that nobody holds, and that make way when room is needed.
         hit_blocks: blocks that sequences got from this tier: found there by `open` (device), or loaded from it.
         evicted_blocks: blocks given up for others.
         read: blocks, bytes and seconds read from the tier.
         write: blocks, bytes and seconds written to it.
         faults: number of faults by kind.
+        read_latency: of the calls that read some blocks each.
+        write_latency: of the calls that wrote some blocks each.
     """
 
     tier: str
@@ -49,11 +63,14 @@ class TierUsage:
     slot_bytes: int
     num_cached_blocks: int
     num_pinned_blocks: int
+    num_idle_blocks: int
     hit_blocks: int
     evicted_blocks: int
     read: MovedBlocks
     write: MovedBlocks
     faults: Mapping[str, int]
+    read_latency: LatencyCounts = field(default_factory=LatencyCounts)
+    write_latency: LatencyCounts = field(default_factory=LatencyCounts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +88,11 @@ class CacheStats:
         num_pending_offload_blocks: offered blocks that still lie in device memory only.
         num_pending_disk_blocks: blocks on their way from host memory to disk.
         planner: how it was decided between loading and computing.
+        num_loads: loads of sequences that have not ended, queued or running.
+        num_pins: active pins.
+        verify_faults: blocks on disk that `verify` found bad and forgot, by reason: "corrupt" and "unreadable".
+        load_latency: from `open` to the end of a sequence's loads, by the lowest tier they came from.
+        window: the last finished sequences that `open` made.
     """
 
     tiers: tuple[TierUsage, ...]
@@ -82,6 +104,11 @@ class CacheStats:
     num_pending_offload_blocks: int
     num_pending_disk_blocks: int
     planner: PlannerStats
+    num_loads: int
+    num_pins: int
+    verify_faults: Mapping[str, int]
+    load_latency: Mapping[str, LatencyCounts]
+    window: WindowStats
 
     def tier(self, name: str) -> TierUsage:
         """The tier of that name.
@@ -106,11 +133,14 @@ def tier_usage(stats: TierStats, pool: BlockPool, slot_bytes: int, hit_blocks: i
         slot_bytes=slot_bytes,
         num_cached_blocks=len(pool),
         num_pinned_blocks=pool.num_pinned,
+        num_idle_blocks=pool.num_available - pool.num_free,
         hit_blocks=hit_blocks,
         evicted_blocks=pool.num_evicted,
         read=stats.read,
         write=stats.write,
         faults=stats.faults,
+        read_latency=stats.read_latency,
+        write_latency=stats.write_latency,
     )
 
 
@@ -122,6 +152,8 @@ class CountedBlocks:
     missed_blocks: int
     load_faults: Mapping[str, int]
     dropped_blocks: Mapping[str, int]
+    verify_faults: Mapping[str, int]
+    load_latency: Mapping[str, LatencyCounts]
 
 
 class CacheCounters:
@@ -133,6 +165,8 @@ class CacheCounters:
         self._hits: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
+        self._verify_faults: Counter[str] = Counter()
+        self._load_latency: dict[str, LatencyHistogram] = {}
 
     def count_request(self, num_requested: int, num_missed: int) -> None:
         """Counts full blocks asked for by `open`, and those of them that no tier held."""
@@ -157,6 +191,16 @@ class CacheCounters:
             with self._lock:
                 self._dropped[reason] += num_blocks
 
+    def count_verified_bad(self, num_corrupt: int, num_unreadable: int) -> None:
+        """Counts blocks on disk that a check found bad."""
+        with self._lock:
+            self._verify_faults.update({"corrupt": num_corrupt, "unreadable": num_unreadable})
+
+    def count_load(self, tier: str, seconds: float) -> None:
+        """Counts the loads of one sequence, of which the lowest tier was `tier`, when they have ended."""
+        with self._lock:
+            self._load_latency.setdefault(tier, LatencyHistogram()).add(seconds)
+
     def hits(self, tier: str) -> int:
         """Blocks that `tier` gave to sequences."""
         with self._lock:
@@ -166,5 +210,10 @@ class CacheCounters:
         """All but the hits."""
         with self._lock:
             return CountedBlocks(
-                self._requested["all"], self._requested["missed"], dict(self._faults), dict(self._dropped)
+                self._requested["all"],
+                self._requested["missed"],
+                dict(self._faults),
+                dict(self._dropped),
+                {reason: count for reason, count in self._verify_faults.items() if count},
+                {tier: histogram.snapshot() for tier, histogram in self._load_latency.items()},
             )

@@ -12,12 +12,13 @@ from threading import Lock
 from typing import Self
 
 from dynamo.kvcache.config import DiskPlace, format_size
-from dynamo.kvcache.errors import CacheConfigError
+from dynamo.kvcache.errors import CacheConfigError, UnsupportedError
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.lanes import start_mover
 from dynamo.kvcache.layerwise import LayerLoad, LayerSave
+from dynamo.kvcache.leases import HeldSlots
 from dynamo.kvcache.offload import Offloader, SaveRequest
 from dynamo.kvcache.onboard import Load, LoadRequest, Onboarder
 from dynamo.kvcache.planner import LoadPlanner, TierRun
@@ -27,6 +28,8 @@ from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, TierUsage, tier_usage
+from dynamo.kvcache.status import Verification
+from dynamo.kvcache.verification import DiskVerifier
 from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
@@ -83,6 +86,8 @@ class BlockStore:
             self._shelf, device, self._mover, part_blocks=part_blocks, max_pending_blocks=max(1, device.num_slots // 4)
         )
         self._onboarder = Onboarder(self._shelf, device, self._mover, planner, part_blocks=part_blocks)
+        self._verifier = DiskVerifier(self._shelf, disk, device.layout, part_blocks=part_blocks) if disk else None
+        self._num_pinned = 0  # references held by `pin`; guarded by the shelf's lock
         self._resizing = Lock()
         self._is_closed = False
 
@@ -100,15 +105,17 @@ class BlockStore:
         io_threads: int,
         max_host_bytes: int = 0,
         policies: Policies | None = None,
+        disk_write_budget: int | None = None,
     ) -> Self:
         """Makes the tiers. A disk folder that cannot be used is logged and counted, and the store goes on without it.
 
         Args:
             planner: is told how fast loads are.
             host_bytes: size of the host tier; 0 for none.
-            disk: folder and size of the disk tier; None for none.
+            disk: folders and size of the disk tier; None for none.
             max_host_bytes: to what `resize` may make the host tier; less than it has now for no more than that.
             policies: of eviction and admission; None: leaf-first LRU, and everything is admitted.
+            disk_write_budget: bytes that may be written to the disk tier in a day; None: no limit.
 
         Raises:
             CacheConfigError: a size does not hold one block.
@@ -126,7 +133,7 @@ class BlockStore:
                 "give more"
             )
         with ExitStack() as undo:
-            disk_tier, disk_fault = _open_disk(spec, disk, io_threads) if disk else (None, None)
+            disk_tier, disk_fault = _open_disk(spec, disk, io_threads, disk_write_budget) if disk else (None, None)
             if disk_tier is not None:
                 undo.callback(disk_tier.close)
             num_host_slots = host_bytes // slot_bytes
@@ -163,6 +170,17 @@ class BlockStore:
     def num_writing_blocks(self) -> int:
         """Blocks on their way from host memory to disk."""
         return self._offloader.num_writing_blocks
+
+    @property
+    def num_loads(self) -> int:
+        """Loads that have not ended, queued or running."""
+        return self._onboarder.num_unfinished
+
+    @property
+    def write_tightness(self) -> float:
+        """How much of what may be written to disk at once is used up: 0, nothing, or no limit at all, to 1, everything."""
+        budget = self._disk.write_budget if self._disk else None
+        return 0.0 if budget is None else 1.0 - min(1.0, budget.available_bytes / budget.burst_bytes)
 
     def count_loadable(self, keys: Sequence[BlockKey]) -> int:
         """How many of `keys`, from the first on, lie in host or disk."""
@@ -211,6 +229,40 @@ class BlockStore:
     def clear(self, tier: str) -> None:
         """Drops every block of "host" or "disk" that is not in use at this moment."""
         self._shelf.clear(tier)
+
+    def pin(self, keys: Sequence[BlockKey], tier: str) -> HeldSlots:
+        """Holds what "host" or "disk" has of `keys`, given in chain order, until released."""
+        shelf = self._shelf
+        pool = shelf.host if tier == "host" else shelf.disk
+        with shelf.changed:
+            slots = pool.find_any(keys)
+            pool.acquire(slots)
+            self._num_pinned += len(slots)
+
+        def release() -> None:
+            with shelf.changed:
+                pool.release(slots)
+                self._num_pinned -= len(slots)
+                shelf.changed.notify_all()
+
+        return HeldSlots(tier, slots, pool.num_slots, release)
+
+    def verify(self, timeout_s: float) -> Verification:
+        """Checks the blocks on disk, for at most `timeout_s`; forgets and counts those that are not right.
+
+        Raises:
+            UnsupportedError: there is no disk tier.
+        """
+        if self._verifier is None:
+            raise UnsupportedError("there is no disk tier to verify; give the cache one")
+        return self._verifier.run(timeout_s)
+
+    def tier_stats(self) -> Iterator[TierStats]:
+        """The counters of each tier alone, without a look at its books."""
+        if self._shelf.host.num_slots:
+            yield self._arena.stats()
+        if self._disk:
+            yield self._disk.stats()
 
     def explain(self, key: BlockKey) -> dict[str, BlockPlace | Removal | None]:
         """Where a block lies in host and disk, or why it does not; see `BlockPool.explain`."""
@@ -273,6 +325,7 @@ class BlockStore:
                 and not self._offloader.num_writing_blocks
                 and not self._offloader.num_saving_layers
                 and not self._onboarder.num_unfinished
+                and not self._num_pinned
             )
         )
 
@@ -286,6 +339,8 @@ class BlockStore:
             return
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
+        if self._verifier:
+            self._verifier.close()
         self._offloader.close(timeout_s)
         self._mover.close(max(0.0, deadline - time.monotonic()))
         if self._disk:
@@ -293,11 +348,18 @@ class BlockStore:
         self._arena.close()
 
 
-def _open_disk(spec: KVSpec, place: DiskPlace, io_threads: int) -> tuple[DiskTier | None, str | None]:
+def _open_disk(
+    spec: KVSpec, place: DiskPlace, io_threads: int, write_budget: int | None
+) -> tuple[DiskTier | None, str | None]:
     """The disk tier, or why there is none."""
     try:
         tier = DiskTier.open(
-            place.directory, spec.layout, place.capacity_bytes, spec.fingerprint, io_threads=io_threads
+            place.directories,
+            spec.layout,
+            place.capacity_bytes,
+            spec.fingerprint,
+            io_threads=io_threads,
+            write_bytes_per_day=write_budget,
         )
     except TierBusyError as error:
         logger.warning("going on without a disk tier: %s", error)

@@ -1,7 +1,7 @@
 """From the configuration to an engine over a cache, ready to be started."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -121,8 +121,9 @@ def _build_mocker(config: Config, folder: Path, name: str) -> Assembly:
     )
     limits = _limits(config)
     # In a folder of its own, so that a model's blocks are not given up for simulated ones.
-    disk = config.cache.disk_cache and replace(
-        config.cache.disk_cache, directory=config.cache.disk_cache.directory / "mocker"
+    place = config.cache.disk_cache
+    disk = place and DiskPlace(
+        place.directory / "mocker", place.capacity_bytes, tuple(path / "mocker" for path in place.further)
     )
     cache = _open_cache(config, disk, mock_kv_spec(name, config.cache.block_size), torch.device("cpu"))
     max_model_len = config.model.max_model_len or _MOCK_MAX_MODEL_LEN
@@ -185,6 +186,10 @@ def _open_cache(config: Config, disk: DiskPlace | None, spec: KVSpec, device: to
             disk=disk,
             io_threads=settings.io_threads,
             load_patience=settings.load_patience,
+            eviction=settings.eviction,
+            admission=settings.admission,
+            disk_write_budget=settings.disk_write_budget,
+            host_max=settings.host_cache_max,
         )
     except MemoryError as error:  # the cache's own, and Python's
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from dynamo.serve.config import SECTIONS, Config, LoadedConfig, load_config
 from dynamo.serve.errors import ConfigError
-from dynamo.serve.options import Option
+from dynamo.serve.options import Option, switch
 
 __all__ = ["Command", "parse_command_line"]
 
@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
             key = f"{section}.{entry.name}"
             if entry.flag is None:
                 group.add_argument(key, nargs="?", **arguments)
+            elif entry.notation is switch:
+                del arguments["metavar"]
+                group.add_argument(entry.flag, dest=key, action="store_const", const=True, **arguments)
             else:
                 group.add_argument(entry.flag, dest=key, **arguments)
     return parser
@@ -75,5 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 def _help(entry: Option, default: Any) -> str:
     if entry.secret:
         return entry.help
+    if entry.notation is switch:
+        return f"{entry.help} (default: {'on' if default else 'off'})"
     shown = entry.notation.render(default)
     return f"{entry.help} (default: {f'{shown:g}' if isinstance(shown, float) else shown})"

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, get_args, get_type_hints
 
 from dynamo.kvcache.config import DiskPlace
+from dynamo.kvcache.policies import AdmissionName, EvictionName
 from dynamo.serve.engine.dtypes import FLOAT_DTYPES
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.options import (
@@ -19,11 +20,13 @@ from dynamo.serve.options import (
     default_disk_place,
     default_threads,
     disk_place,
+    file_path,
     number,
     one_of,
     option,
     options_of,
     or_word,
+    switch,
     text,
 )
 
@@ -105,11 +108,35 @@ class CacheSettings:
         metavar="SIZE",
     )
     host_cache: int = option(1 << 30, "host memory tier, such as 1GiB; 0 for none", byte_size, metavar="SIZE")
+    host_cache_max: int | None = option(
+        None,
+        "to what the host tier may be resized while it serves; off: not beyond its size",
+        or_word(byte_size, _OFF),
+        metavar="SIZE",
+    )
     disk_cache: DiskPlace | None = option(  # noqa: RUF009  # a field's declaration, made once
         default_disk_place,
-        "disk tier, such as /mnt/nvme/kv:200GiB; off for none",
+        "disk tier, such as /mnt/nvme/kv:200GiB; several devices share the size; off for none",
         or_word(disk_place, _OFF),
-        metavar="PATH:SIZE",
+        metavar="PATH[,PATH...]:SIZE",
+    )
+    disk_write_budget: int | None = option(
+        None,
+        "most bytes written to the disk tier in a day, such as 500GB; off: no limit",
+        or_word(byte_size, _OFF),
+        metavar="SIZE",
+    )
+    eviction: EvictionName = option(  # noqa: RUF009  # a field's declaration, made once
+        "hit_density",
+        "which blocks of a full tier go first: hit_density, lru or s3_fifo",
+        one_of(*get_args(EvictionName)),
+        metavar="POLICY",
+    )
+    admission: AdmissionName = option(  # noqa: RUF009  # a field's declaration, made once
+        "always",
+        "which blocks the host and disk tiers take: always, second_sighting or adaptive",
+        one_of(*get_args(AdmissionName)),
+        metavar="POLICY",
     )
     io_threads: int = option(8, "threads that read and write the disk tier", number(int, 1, 64), metavar="N")
     load_patience: float | None = option(
@@ -150,6 +177,15 @@ class ServerSettings:
         text,
         metavar="KEY",
         secret=True,
+    )
+    admin: bool = option(
+        False, "serve the admin endpoints under /admin/cache; needs --api-key beyond this machine", switch, metavar=""
+    )
+    key_log: Path | None = option(  # noqa: RUF009  # a field's declaration, made once
+        None,
+        "file that gets one line per finished request: sizes and block keys, no text; off: none",
+        or_word(file_path, _OFF),
+        metavar="FILE",
     )
     drain_timeout: float = option(
         30.0, "seconds that running requests get when the server is stopped", number(float, 0, 86400), metavar="SECONDS"
@@ -297,6 +333,8 @@ def _parsed(entry: Option, value: Any, source: str) -> Any:
 
 
 def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'

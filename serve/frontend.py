@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
+from dynamo.serve.admin import ADMIN_PREFIX, MAX_ADMIN_BODY_BYTES, OPERATIONS, CacheAdmin, Operation, check_local
 from dynamo.serve.chat import plan_chat
 from dynamo.serve.completions import plan_completion
 from dynamo.serve.docs_page import DOCS_HEADERS, DOCS_HTML
@@ -25,7 +26,7 @@ from dynamo.serve.envelope import envelope, refusal_of, shutting_down, unforesee
 from dynamo.serve.errors import RequestError
 from dynamo.serve.exchange import Exchange, read_json_body, send_body
 from dynamo.serve.health import Health, Readiness
-from dynamo.serve.interruption import ClientDisconnectedError, Interruption
+from dynamo.serve.interruption import ClientDisconnectedError, Interruption, run_interruptible
 from dynamo.serve.metrics import EngineCollector, ServerMetrics
 from dynamo.serve.openai import ChatCompletionRequest, CompletionRequest, ModelCard, ModelList, SamplingFields
 from dynamo.serve.openapi import openapi_document
@@ -61,8 +62,9 @@ class Frontend:
     """Serves one model's endpoints over one engine. Everything happens on the event loop that runs it.
 
     Args:
-        api_key: asked of every request to /v1; None lets everybody in.
+        api_key: asked of every request to /v1 and /admin; None lets everybody in to /v1, and this machine to /admin.
         collectors: more metrics for /metrics, such as the cache's.
+        admin: what is behind /admin; None: there is no such thing.
         max_body_bytes: longer bodies are refused with 413.
 
     Attributes:
@@ -77,11 +79,13 @@ class Frontend:
         *,
         api_key: str | None = None,
         collectors: Sequence[Collector] = (),
+        admin: CacheAdmin | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         self._engine = engine
         self._served = served
         self._api_key = None if api_key is None else api_key.encode()
+        self._admin = admin
         self._max_body_bytes = max_body_bytes
         self.health = Health(engine)
         self._metrics = ServerMetrics()
@@ -95,7 +99,7 @@ class Frontend:
         self._num_generating = 0
         self._chat_decoder = RequestDecoder(ChatCompletionRequest)
         self._completion_decoder = RequestDecoder(CompletionRequest)
-        self._openapi = msgspec.json.encode(openapi_document())
+        self._openapi = msgspec.json.encode(openapi_document(admin=admin is not None))
         self.routes: Final = tuple(self._routes())
         self._router = Router(self.routes, redirect_slashes=False)
 
@@ -126,6 +130,10 @@ class Frontend:
         try:
             if scope["path"].startswith("/v1/") or scope["path"] == "/v1":
                 self._authorize(exchange)
+            elif scope["path"].startswith(ADMIN_PREFIX):
+                self._authorize(exchange)
+                if self._api_key is None:
+                    check_local(scope, exchange.headers.get("host", ""))
             await self._router(scope, receive, send)
         except ClientDisconnectedError:
             self._metrics.disconnects += 1
@@ -155,6 +163,8 @@ class Frontend:
             ("GET", "/docs", self._docs),
             ("GET", "/", self._root),
         ]
+        if self._admin is not None:
+            table += [(op.method, op.path, self._administer(self._admin, op)) for op in OPERATIONS]
         return [Route(path, _Endpoint(path, handler), methods=[method]) for method, path, handler in table]
 
     def _authorize(self, exchange: Exchange) -> None:
@@ -196,6 +206,23 @@ class Frontend:
             self._num_generating -= 1
             if self._num_generating == 0:
                 self._idle.set()
+
+    def _administer(self, admin: CacheAdmin, operation: Operation) -> Handler:
+        max_bytes = min(self._max_body_bytes, MAX_ADMIN_BODY_BYTES)
+
+        async def handle(exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+            body = None
+            if operation.decoder is not None:
+                content = await self._arriving.guard(read_json_body(exchange, receive, max_bytes))
+                body = operation.decoder.decode(content)
+
+            async def work() -> Any:
+                return await operation.run(admin, body, scope["path_params"])
+
+            answer = await run_interruptible(work(), receive, self._arriving)
+            await send_body(send, exchange, 200, msgspec.json.encode(answer))
+
+        return handle
 
     def _check_model(self, name: str) -> None:
         if name != self._served.name:

@@ -18,15 +18,19 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
+from prometheus_client.registry import Collector
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from dynamo.serve.admin import CacheAdmin
 from dynamo.serve.banner import render_banner, server_url
 from dynamo.serve.cache_metrics import CacheCollector
-from dynamo.serve.config import Config, ServerSettings
+from dynamo.serve.cache_report import report_cache
+from dynamo.serve.config import API_KEY_VARIABLE, Config, ServerSettings
 from dynamo.serve.conflicts import describe_conflict
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.frontend import Frontend
+from dynamo.serve.key_log import KeyLog, check_key_log
 from dynamo.serve.repetition import RepetitionFilter
 
 if TYPE_CHECKING:
@@ -57,7 +61,9 @@ def run_server(config: Config) -> int:
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     if (conflict := describe_conflict()) is not None:
         logger.warning(conflict)
-    _warn_if_open(config.server)
+    _check_openness(config.server)
+    if config.server.key_log is not None:
+        check_key_log(config.server.key_log)
     with bind(config.server) as listener:
         assembly = _load(config)
         _listen(listener, config.server)
@@ -104,7 +110,12 @@ def _cannot_listen(server: ServerSettings, error: OSError) -> ConfigError:
     return ConfigError(f"cannot listen on {server.host}:{server.port}: {error.strerror or error}{way_out}")
 
 
-def _warn_if_open(server: ServerSettings) -> None:
+def _check_openness(server: ServerSettings) -> None:
+    """Warns of a server that everybody may use.
+
+    Raises:
+        ConfigError: everybody could administer it.
+    """
     if server.api_key is not None:
         return
     try:
@@ -112,6 +123,11 @@ def _warn_if_open(server: ServerSettings) -> None:
     except ValueError:
         loopback = server.host == "localhost"
     if not loopback:
+        if server.admin:
+            raise ConfigError(
+                f"--admin with --host {server.host} would let other machines administer the cache; "
+                f"set a key with --api-key or {API_KEY_VARIABLE}, or listen on 127.0.0.1"
+            )
         logger.warning("--host %s lets other machines in, and without --api-key everybody who reaches it", server.host)
 
 
@@ -158,25 +174,56 @@ async def _serve(assembly: "Assembly", listener: socket.socket, config: ServerSe
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signals.put_nowait, number)
-    engine = assembly.engine
-    await engine.start()
     forced = False
-    try:
+    async with contextlib.AsyncExitStack() as stack:  # what is entered last ends first
+        collectors: list[Collector] = [CacheCollector(assembly.cache.stats)]
+        if config.key_log is not None:
+            key_log = await stack.enter_async_context(KeyLog(config.key_log, block_size=assembly.cache.block_size))
+            assembly.engine.on_finished(key_log.record)
+            collectors.append(key_log)
+        stack.push_async_callback(assembly.engine.stop)
+        await assembly.engine.start()
+        await stack.enter_async_context(_reporting(assembly))
+        admin = None
+        if config.admin:
+            admin = CacheAdmin(assembly.cache, assembly.served)
+            stack.callback(admin.close)
         frontend = Frontend(
-            engine, assembly.served, api_key=config.api_key, collectors=[CacheCollector(assembly.cache.stats)]
+            assembly.engine, assembly.served, api_key=config.api_key, collectors=collectors, admin=admin
         )
-        async with _listening(frontend, listener) as server:
-            url = server_url(config.host, listener.getsockname()[1])
-            banner = render_banner(
-                assembly.summary, assembly.served.name, engine.max_model_len, assembly.cache.stats(), config, url
-            )
-            Console().print(banner, highlight=False, markup=False, soft_wrap=True)
-            await signals.get()
-            forced = await _drain(frontend, signals, config.drain_timeout)
-            server.force_exit = forced
-    finally:
-        await engine.stop()
+        forced = await _serve_until_told(frontend, assembly, listener, config, signals)
     return 1 if forced else 0
+
+
+async def _serve_until_told(
+    frontend: Frontend,
+    assembly: "Assembly",
+    listener: socket.socket,
+    config: ServerSettings,
+    signals: "asyncio.Queue[int]",
+) -> bool:
+    """Prints the banner and serves; whether a second signal cut the end short."""
+    async with _listening(frontend, listener) as server:
+        url = server_url(config.host, listener.getsockname()[1])
+        max_model_len = assembly.engine.max_model_len
+        stats = assembly.cache.stats()
+        banner = render_banner(assembly.summary, assembly.served.name, max_model_len, stats, config, url)
+        Console().print(banner, highlight=False, markup=False, soft_wrap=True)
+        await signals.get()
+        forced = await _drain(frontend, signals, config.drain_timeout)
+        server.force_exit = forced
+    return forced
+
+
+@contextlib.asynccontextmanager
+async def _reporting(assembly: "Assembly") -> AsyncIterator[None]:
+    """The cache's line in the log, for as long as the block runs."""
+    task = asyncio.create_task(report_cache(assembly.cache.stats))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager

@@ -1,10 +1,13 @@
 """The OpenAPI 3.1 description of the server, made from the very structs that check requests."""
 
+import re
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
+from dynamo.serve.admin import OPERATIONS, Operation
 from dynamo.serve.openai import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -20,19 +23,28 @@ __all__ = ["openapi_document"]
 _ERRORS = {
     "400": "The request is wrong; `param` names the field.",
     "401": "The API key is missing or wrong.",
-    "404": "The model is not served here.",
+    "403": "Without an API key, only this machine is answered.",
+    "404": "The model, or the pin, does not exist here.",
     "408": "The body did not arrive in time.",
+    "409": "The cache refuses: pins would hold too much, memory does not suffice, or another long operation runs.",
     "413": "The body is too large.",
     "415": "The body is not declared as JSON.",
     "429": "Too many requests wait already; Retry-After says when to come back.",
     "500": "The server made an error.",
     "503": "The server is shutting down, or its engine has stopped.",
+    "504": "The operation has not ended in time; it goes on.",
 }
+_GENERATING_ERRORS = ("400", "401", "404", "408", "413", "415", "429", "500", "503")
+_ADMIN_ERRORS = ("400", "401", "403", "408", "409", "413", "415", "429", "500", "503", "504")
 
 
-def openapi_document() -> dict[str, Any]:
-    """The whole document, ready to be encoded."""
-    types = (ChatCompletionRequest, ChatCompletion, CompletionRequest, Completion, ModelList, ModelCard, ErrorEnvelope)
+def openapi_document(*, admin: bool = False) -> dict[str, Any]:
+    """The whole document, ready to be encoded; with the admin endpoints if `admin`."""
+    operations = OPERATIONS if admin else ()
+    types: list[type[Any]] = [
+        *(ChatCompletionRequest, ChatCompletion, CompletionRequest, Completion, ModelList, ModelCard, ErrorEnvelope),
+        *dict.fromkeys(kind for op in operations for kind in (op.body, op.answer) if kind is not None),
+    ]
     refs, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     ref_of = dict(zip(types, refs, strict=True))
     return {
@@ -86,6 +98,7 @@ def openapi_document() -> dict[str, Any]:
                     "responses": {"200": _response("Metrics.", {"type": "string"}, "text/plain")},
                 }
             },
+            **_admin_paths(operations, ref_of),
         },
         "components": {
             "schemas": schemas,
@@ -98,6 +111,31 @@ def openapi_document() -> dict[str, Any]:
             },
         },
     }
+
+
+def _admin_paths(operations: Sequence[Operation], ref_of: Mapping[type[Any], dict[str, Any]]) -> dict[str, Any]:
+    paths: dict[str, Any] = {}
+    for operation in operations:
+        in_path = re.findall(r"{(\w+)}", operation.path)
+        entry: dict[str, Any] = {
+            "operationId": operation.operation_id,
+            "summary": operation.summary,
+            "tags": ["Administration"],
+            "security": [{}, {"apiKey": []}],
+            "responses": {
+                "200": _response(f"{operation.summary}: what came of it.", ref_of[operation.answer]),
+                **_error_responses(*_ADMIN_ERRORS, *(("404",) if in_path else ())),
+            },
+        }
+        if operation.body is not None:
+            content = {"application/json": {"schema": ref_of[operation.body]}}
+            entry["requestBody"] = {"required": True, "content": content}
+        if in_path:
+            entry["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in in_path
+            ]
+        paths.setdefault(operation.path, {})[operation.method.lower()] = entry
+    return paths
 
 
 def _generating(operation_id: str, summary: str, request: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +154,7 @@ def _generating(operation_id: str, summary: str, request: dict[str, Any], answer
                 "description": "The generated text.",
                 "content": {"application/json": {"schema": answer}, "text/event-stream": {"schema": stream}},
             },
-            **_error_responses(*_ERRORS),
+            **_error_responses(*_GENERATING_ERRORS),
         },
     }
 

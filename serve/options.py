@@ -16,11 +16,13 @@ __all__ = [
     "default_disk_place",
     "default_threads",
     "disk_place",
+    "file_path",
     "number",
     "one_of",
     "option",
     "options_of",
     "or_word",
+    "switch",
     "text",
 ]
 
@@ -155,12 +157,31 @@ def _render_bytes(num_bytes: int) -> str:
     return str(num_bytes)
 
 
+def _parse_switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false, without quotes")
+    return value
+
+
+switch = Notation(_parse_switch)
+"""Off or on: a flag without a value, true or false in TOML."""
+
 byte_size = Notation(_parse_bytes, _render_bytes)
 """Bytes of "64MiB", "1.5GB" or a plain number of bytes."""
 
 
+def _parse_file(value: Any) -> Path:
+    if not isinstance(value, str) or not value or value.endswith("/"):
+        raise ValueError("the path of a file")
+    return Path(value).expanduser()
+
+
+file_path = Notation(_parse_file, str)
+"""A file, which need not exist."""
+
+
 def _parse_disk_place(value: Any) -> DiskPlace:
-    accepted = "PATH:SIZE such as /mnt/nvme/kv:200GiB"
+    accepted = "PATH:SIZE such as /mnt/nvme/kv:200GiB, or PATH,PATH:SIZE"
     if not isinstance(value, str):
         raise ValueError(accepted)
     try:
@@ -169,8 +190,12 @@ def _parse_disk_place(value: Any) -> DiskPlace:
         raise ValueError(accepted) from None
 
 
-disk_place = Notation(_parse_disk_place, lambda place: f"{place.directory}:{_render_bytes(place.capacity_bytes)}")
-"""A folder with a size."""
+def _render_disk_place(place: DiskPlace) -> str:
+    return f"{','.join(map(str, place.directories))}:{_render_bytes(place.capacity_bytes)}"
+
+
+disk_place = Notation(_parse_disk_place, _render_disk_place)
+"""Folders with a size."""
 
 
 def default_disk_place() -> DiskPlace | None:

@@ -7,11 +7,10 @@ import msgspec
 from msgspec import inspect
 
 from dynamo.serve.errors import RequestError
-from dynamo.serve.openai import SamplingFields
 
 __all__ = ["RequestDecoder"]
 
-RequestT = TypeVar("RequestT", bound=SamplingFields)
+RequestT = TypeVar("RequestT", bound=msgspec.Struct)
 
 _MESSAGE = re.compile(r"(?P<what>.*?)(?: - at `\$(?P<path>[^`]*)`)?", re.DOTALL)
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)

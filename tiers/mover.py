@@ -11,7 +11,6 @@ next is read. Threads are woken when there is something for them to do; nothing 
 
 import heapq
 import logging
-import math
 import threading
 import time
 from collections import deque

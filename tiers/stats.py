@@ -1,9 +1,11 @@
 """What a tier has moved and what went wrong, as a snapshot and as the recorder behind it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from types import MappingProxyType
+
+from dynamo.tiers.latency import LatencyCounts, LatencyHistogram
 
 __all__ = ["MovedBlocks", "TierRecorder", "TierStats"]
 
@@ -26,6 +28,21 @@ class MovedBlocks:
     calls: int = 0
     seconds: float = 0.0
 
+    @property
+    def gb_per_s(self) -> float | None:
+        """GB (10^9 bytes) per second inside the calls, which is per thread where several move blocks; None: no calls."""
+        return self.bytes / self.seconds / 1e9 if self.seconds > 0 else None
+
+    def since(self, earlier: "MovedBlocks") -> "MovedBlocks":
+        """What was moved between a snapshot and this later one."""
+        return MovedBlocks(
+            self.blocks - earlier.blocks,
+            self.bytes - earlier.bytes,
+            self.failed_blocks - earlier.failed_blocks,
+            self.calls - earlier.calls,
+            self.seconds - earlier.seconds,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
@@ -38,6 +55,8 @@ class TierStats:
         read: blocks read out of the tier.
         write: blocks written into the tier.
         faults: number of faults by kind, such as {"truncated": 1}; kinds that never happened are absent.
+        read_latency: of the calls that read.
+        write_latency: of the calls that wrote.
         page_bytes: size of the memory pages that hold most of the tier; None where it is no host memory, or not known.
     """
 
@@ -47,6 +66,8 @@ class TierStats:
     read: MovedBlocks
     write: MovedBlocks
     faults: Mapping[str, int]
+    read_latency: LatencyCounts = field(default_factory=LatencyCounts)
+    write_latency: LatencyCounts = field(default_factory=LatencyCounts)
     page_bytes: int | None = None
 
 
@@ -58,17 +79,19 @@ class TierRecorder:
         self._lock = Lock()
         self._read = MovedBlocks()
         self._write = MovedBlocks()
+        self._read_latency = LatencyHistogram()
+        self._write_latency = LatencyHistogram()
         self._faults: dict[str, int] = {}
 
     def add_read(self, blocks: int, failed_blocks: int, seconds: float) -> None:
         """Counts one read call."""
         with self._lock:
-            self._read = self._added(self._read, blocks, failed_blocks, seconds)
+            self._read = self._added(self._read, blocks, failed_blocks, seconds, self._read_latency)
 
     def add_write(self, blocks: int, failed_blocks: int, seconds: float) -> None:
         """Counts one write call."""
         with self._lock:
-            self._write = self._added(self._write, blocks, failed_blocks, seconds)
+            self._write = self._added(self._write, blocks, failed_blocks, seconds, self._write_latency)
 
     def add_fault(self, kind: str, count: int = 1) -> bool:
         """Counts a fault.
@@ -86,11 +109,23 @@ class TierRecorder:
     def snapshot(self, name: str, num_slots: int, path: str) -> TierStats:
         """The counters as they are now."""
         with self._lock:
-            return TierStats(name, num_slots, path, self._read, self._write, MappingProxyType(dict(self._faults)))
+            return TierStats(
+                name,
+                num_slots,
+                path,
+                self._read,
+                self._write,
+                MappingProxyType(dict(self._faults)),
+                self._read_latency.snapshot(),
+                self._write_latency.snapshot(),
+            )
 
-    def _added(self, moved: MovedBlocks, blocks: int, failed_blocks: int, seconds: float) -> MovedBlocks:
+    def _added(
+        self, moved: MovedBlocks, blocks: int, failed_blocks: int, seconds: float, latency: LatencyHistogram
+    ) -> MovedBlocks:
         if blocks == 0 and failed_blocks == 0:
             return moved
+        latency.add(seconds)
         return MovedBlocks(
             moved.blocks + blocks,
             moved.bytes + blocks * self._block_bytes,

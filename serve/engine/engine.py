@@ -11,7 +11,7 @@ the scheduler opens a sequence per request, appends and commits; the runner read
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 import torch
 
@@ -21,7 +21,7 @@ from dynamo.serve.engine.delivery import Outbox, OutputStream
 from dynamo.serve.engine.generation import Generation
 from dynamo.serve.engine.loader import LoadedModel
 from dynamo.serve.engine.paged_steps import PagedSteps
-from dynamo.serve.engine.request import EngineStats, GenerationRequest, OutputDelta
+from dynamo.serve.engine.request import EngineStats, FinishedRequest, GenerationRequest, OutputDelta
 from dynamo.serve.engine.runner import ModelRunner, TorchRunner
 from dynamo.serve.engine.sampler import Sampler
 from dynamo.serve.engine.scheduler import Scheduler, SchedulerLimits
@@ -77,6 +77,13 @@ class InferenceEngine:
     @property
     def max_model_len(self) -> int:
         return self._max_model_len
+
+    def on_finished(self, listener: Callable[[FinishedRequest], None]) -> None:
+        """Has `listener` told, on the engine's thread, of every request that held blocks and has ended. Before `start`.
+
+        It must neither raise nor wait. There is one at most.
+        """
+        self._step_loop.on_finished = listener
 
     async def start(self) -> None:
         """Starts the engine's thread, for requests of the event loop that runs this. Once only."""

@@ -1,13 +1,16 @@
 """What a front asks of an engine and what comes back: plain records, no tensors."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+from dynamo.kvcache.hashing import BlockKey
 
 __all__ = [
     "Engine",
     "EngineStats",
     "FinishReason",
+    "FinishedRequest",
     "GenerationRequest",
     "OutputDelta",
     "SamplingDefaults",
@@ -108,6 +111,21 @@ class OutputDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRequest:
+    """A request that held blocks and has ended, whatever ended it.
+
+    Attributes:
+        num_cached_tokens: prompt tokens whose KV came from the cache when it was first admitted.
+        block_keys: of its full blocks in the end, first to last; nobody changes the list any more.
+    """
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    block_keys: Sequence[BlockKey]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dynamo.kvcache.hashing import BlockKey
 from dynamo.serve.engine.request import GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class CacheSequence(Protocol):
     def is_ready(self) -> bool: ...
     @property
     def num_cached_tokens(self) -> int: ...
+    @property
+    def block_keys(self) -> Sequence[BlockKey]: ...
     @property
     def block_table(self) -> npt.NDArray[np.int32]: ...
     def wait(self, timeout_s: float | None = None) -> None: ...

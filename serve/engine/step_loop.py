@@ -3,13 +3,16 @@
 import logging
 import queue
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dynamo.serve.engine.delivery import Outbox
 from dynamo.serve.engine.generation import Generation
+from dynamo.serve.engine.request import FinishedRequest
 from dynamo.serve.engine.runner import ModelRunner
 from dynamo.serve.engine.sampler import SampledToken
 from dynamo.serve.engine.scheduler import ScheduledStep, Scheduler
+from dynamo.serve.engine.sequence import SequenceState
 from dynamo.serve.errors import EngineDeadError, RequestFailedError, ServeError
 
 __all__ = ["Abort", "Add", "Command", "Counters", "StepLoop", "Stop"]
@@ -63,10 +66,12 @@ class StepLoop:
     Attributes:
         commands: what to do next; taken between steps.
         counters: see there.
+        on_finished: called with every request that held blocks and has ended; set before `run`, must not raise or wait.
         death: why the thread ended, once it did; after that no command is taken.
     """
 
     def __init__(self, scheduler: Scheduler, runner: ModelRunner, outbox: Outbox, *, stall_timeout_s: float) -> None:
+        self.on_finished: Callable[[FinishedRequest], None] | None = None
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.counters = Counters()
         self.death: EngineDeadError | None = None
@@ -209,7 +214,19 @@ class StepLoop:
         generation.is_finished = True
         if self._live.get(generation.sequence.request_id) is generation:
             del self._live[generation.sequence.request_id]
+            self._tell_finished(generation.sequence)
             self._scheduler.finish(generation.sequence)
+
+    def _tell_finished(self, sequence: SequenceState) -> None:
+        if self.on_finished is not None and sequence.kv is not None:
+            self.on_finished(
+                FinishedRequest(
+                    num_prompt_tokens=sequence.num_prompt_tokens,
+                    num_output_tokens=sequence.num_output_tokens,
+                    num_cached_tokens=sequence.num_cached_tokens or 0,
+                    block_keys=sequence.kv.block_keys,
+                )
+            )
 
     def _flush(self) -> None:
         if not self._outbox.flush():

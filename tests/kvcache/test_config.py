@@ -28,8 +28,15 @@ def test_what_is_no_size_is_named(text):
         parse_size(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 60, "9" * 400, "8388608TiB"])
+def test_more_than_any_machine_has_is_refused(text):
+    with pytest.raises(CacheConfigError, match="less than 8 EiB"):
+        parse_size(text)
+
+
 def test_a_disk_place_may_have_colons_in_its_path():
     assert parse_disk_place("/mnt/a:b/kv:1GiB") == DiskPlace(Path("/mnt/a:b/kv"), 1 << 30)
+    assert parse_disk_place("/a,/b,/c:1GiB").directories == (Path("/a"), Path("/b"), Path("/c"))
     assert parse_disk_place("~/kv:1GiB").directory == Path.home() / "kv"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from dynamo.serve.admin import CacheAdmin
 from dynamo.serve.engine.request import EngineStats, GenerationRequest, OutputDelta, SamplingDefaults, TokenLogprob
 from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestFailedError
 from dynamo.serve.frontend import Frontend
@@ -144,10 +145,12 @@ class ThreadedServer(uvicorn.Server):
             max_model_len=engine.max_model_len,
             defaults=options.pop("defaults", SamplingDefaults()),
         )
+        cache = options.pop("cache", None)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self._ready: queue.Queue[Frontend] = queue.Queue()
-        self._make = lambda: Frontend(engine, served, **options)
+        self.admin = None if cache is None else CacheAdmin(cache, served)
+        self._make = lambda: Frontend(engine, served, admin=self.admin, **options)
         self._thread = threading.Thread(target=self._work)
         self._thread.start()
         self.frontend = self._ready.get(timeout=_START_TIMEOUT_S)
@@ -172,6 +175,8 @@ class ThreadedServer(uvicorn.Server):
         self.should_exit = True
         self.force_exit = True
         self._thread.join(_START_TIMEOUT_S)
+        if self.admin is not None:
+            self.admin.close()
         assert not self._thread.is_alive()
         self.socket.close()
 
@@ -189,7 +194,7 @@ def scripted() -> type[ScriptedEngine]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., ThreadedServer]]:
-    """Starts servers over scripted engines: `serve(engine, api_key=...)`."""
+    """Starts servers over scripted engines: `serve(engine, api_key=...)`; with `cache=...`, that is administered."""
     servers: list[ThreadedServer] = []
 
     def start(engine: ScriptedEngine | None = None, **options: Any) -> ThreadedServer:

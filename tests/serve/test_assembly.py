@@ -41,6 +41,15 @@ def test_the_mocker_needs_no_weights_and_keeps_its_blocks_apart(run: Any, tmp_pa
     assert [entry.name for entry in (tmp_path / "kv").iterdir()] == ["mocker"]
 
 
+def test_several_folders_share_the_disk_tier_under_a_write_budget(run: Any, tmp_path: Path) -> None:
+    places = f"{tmp_path}/one,{tmp_path}/two:32MiB"
+    flags = {"cache__disk_cache": places, "cache__disk_write_budget": "1GB", "cache__admission": "adaptive"}
+    assembly = build(run, config_of(engine__engine="mocker", **flags))
+    assert assembly.cache.stats().tier("disk").num_slots * 4096 == 32 << 20
+    for name in ("one", "two"):
+        assert [entry.name for entry in (tmp_path / name).iterdir()] == ["mocker"]
+
+
 @pytest.mark.parametrize(
     ("flags", "error", "says"),
     [
@@ -61,6 +70,7 @@ def test_the_mocker_needs_no_weights_and_keeps_its_blocks_apart(run: Any, tmp_pa
             ConfigError,
             "--disk-cache /nowhere: 10 KiB hold less than one block of",
         ),
+        ({"cache__eviction": "lru", "cache__admission": "adaptive"}, ConfigError, "hit_density"),
         ({"model__path": "conf"}, ConfigError, "'conf' is no folder; did you mean 'config'"),
         ({"model__path": "dmeo"}, ConfigError, "'dmeo' is no folder; did you mean 'demo'"),
         ({"engine__max_batch_tokens": "8"}, ConfigError, "max_batch_tokens"),

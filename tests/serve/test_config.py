@@ -13,9 +13,20 @@ from dynamo.serve.errors import ConfigError
 # A new option needs a measured reason: add it here together with the line in CHANGELOG.md that gives it.
 OPTIONS = {
     "model": ["MODEL", "--served-model-name", "--device", "--dtype", "--max-model-len"],
-    "cache": ["--block-size", "--device-cache", "--host-cache", "--disk-cache", "--io-threads", "--load-patience"],
+    "cache": [
+        "--block-size",
+        "--device-cache",
+        "--host-cache",
+        "--host-cache-max",
+        "--disk-cache",
+        "--disk-write-budget",
+        "--eviction",
+        "--admission",
+        "--io-threads",
+        "--load-patience",
+    ],
     "engine": ["--engine", "--max-batch-tokens", "--max-running", "--max-waiting", "--threads"],
-    "server": ["--host", "--port", "--api-key", "--drain-timeout", "--log-level"],
+    "server": ["--host", "--port", "--api-key", "--admin", "--key-log", "--drain-timeout", "--log-level"],
     "mocker": ["--mocker-prefill-rate", "--mocker-step-time", "--mocker-token-time", "--speedup"],
 }
 
@@ -54,8 +65,8 @@ def test_help_shows_every_default(capsys: pytest.CaptureFixture[str], monkeypatc
 
 def test_defaults_that_the_library_has_too_are_its_own() -> None:
     cache = Config().cache
-    assert cache.load_patience == signature(KVCache).parameters["load_patience"].default
-    assert cache.io_threads == signature(KVCache).parameters["io_threads"].default
+    for name in ("load_patience", "io_threads", "eviction", "admission", "disk_write_budget"):
+        assert getattr(cache, name) == signature(KVCache).parameters[name].default
     assert cache.block_size == signature(KVSpec).parameters["block_size"].default
 
 
@@ -121,6 +132,10 @@ def test_every_kind_of_option_is_read_from_the_command_line() -> None:
         ("--port", "65536", "an integer from 0 to 65535"),
         ("--host-cache", "1GB of it", "a size such as 64MiB"),
         ("--disk-cache", "/tmp", "PATH:SIZE"),
+        ("--disk-cache", "/a,:1GiB", "PATH,PATH:SIZE"),
+        ("--eviction", "fifo", "one of hit_density, lru, s3_fifo"),
+        ("--admission", "never", "one of always, second_sighting, adaptive"),
+        ("--disk-write-budget", "much", "a size such as"),
         ("--device", "tpu", 'cpu, cuda, cuda:N, or "auto"'),
         ("--device", "cuda:" + "9" * 5000, "cuda:N"),
         ("--device", "cuda:x", "cuda:N"),
@@ -137,6 +152,15 @@ def test_wrong_values_name_the_flag_the_value_and_what_is_accepted(flag: str, va
     message = str(caught.value)
     assert flag in message and repr(value) in message and accepted in message
     assert "\n" not in message
+
+
+def test_a_switch_takes_no_value_and_is_a_bool_in_toml(tmp_path: Path) -> None:
+    assert not parse_command_line([]).loaded.config.server.admin
+    config = parse_command_line(["--admin", "/models/x"]).loaded.config
+    assert (config.server.admin, config.model.path) == (True, "/models/x")
+    assert load_config(write(tmp_path, "[server]\nadmin = true\n"), {}).config.server.admin
+    with pytest.raises(ConfigError, match="--admin: 'yes' is not accepted; accepted is true or false"):
+        load_config(write(tmp_path, '[server]\nadmin = "yes"\n'), {})
 
 
 def test_unknown_flags_get_the_nearest_one() -> None:
@@ -178,7 +202,7 @@ def test_the_printed_configuration_can_be_loaded_again(tmp_path: Path) -> None:
             "config",
             'a "model"\\',
             "--disk-cache",
-            f"{tmp_path}/käse:100MiB",
+            f"{tmp_path}/käse,{tmp_path}/brot:100MiB",
             "--device-cache",
             "64MiB",
             "--threads",
@@ -194,6 +218,8 @@ def test_the_printed_configuration_can_be_loaded_again(tmp_path: Path) -> None:
             "--served-model-name",
             "m\n",
         ),
+        *("--eviction", "lru", "--admission", "second_sighting", "--disk-write-budget", "500GB"),
+        *("--admin", "--key-log", f"{tmp_path}/keys.jsonl"),
     ]
     command = parse_command_line(arguments)
     assert command.show_config

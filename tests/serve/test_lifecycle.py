@@ -182,3 +182,24 @@ def test_listening_beyond_this_machine_without_a_key_is_warned_about(tmp_path: P
     assert "WARNING" in result.stderr and "--api-key" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: MODEL '/nowhere' is no folder")
     assert result.returncode == 2
+
+
+def test_administration_beyond_this_machine_needs_a_key(tmp_path: Path) -> None:
+    result = run_command("--host", "0.0.0.0", "--port", "0", "--admin", "/nowhere", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --admin with --host 0.0.0.0 would let other machines administer the cache")
+    assert "DYNAMO_API_KEY" in result.stderr
+
+
+def test_a_key_log_that_cannot_be_written_is_one_sentence_before_anything_is_loaded(tmp_path: Path) -> None:
+    result = run_command("--port", "0", "--key-log", str(tmp_path / "no" / "file"), "/nowhere", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == f"error: --key-log {tmp_path}/no/file: No such file or directory"
+
+
+def test_a_long_operation_does_not_hold_up_the_end(start_server: Any) -> None:
+    server = start_server("--engine", "mocker", "--admin")
+    with httpx.stream("POST", server.url + "/admin/cache/verify", json={"timeout_s": 3600}, timeout=60) as answer:
+        assert answer.status_code == 200
+    assert server.stop() == 0
+    assert "Traceback" not in server.log and "ERROR" not in server.log

@@ -2,7 +2,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo.kvcache.planner import PlannerStats
-from dynamo.kvcache.stats import CacheStats, TierUsage
+from dynamo.kvcache.stats import CacheStats, LatencyCounts, TierUsage
+from dynamo.kvcache.window import WindowStats, WindowTier
 from dynamo.serve.cache_metrics import CacheCollector
 from dynamo.serve.metrics import Histogram, ServerMetrics
 from dynamo.tiers.stats import MovedBlocks
@@ -42,11 +43,32 @@ def test_the_caches_numbers_come_out_per_tier() -> None:
         slot_bytes=4096,
         num_cached_blocks=7,
         num_pinned_blocks=1,
+        num_idle_blocks=6,
         hit_blocks=5,
         evicted_blocks=2,
         read=MovedBlocks(5, 20480, 1, 2, 0.5),
         write=MovedBlocks(9, 36864, 0, 3, 0.25),
         faults={"truncated": 3},
+        read_latency=LatencyCounts((0, 2, *[0] * 14, 1), 60.5),
+    )
+    window = WindowStats(
+        num_requests=3,
+        num_finished=9,
+        span_s=2.5,
+        prompt_tokens=200,
+        cached_tokens=50,
+        hit_rate=0.25,
+        tiers=(
+            WindowTier(
+                tier="disk",
+                asked_tokens=100,
+                hit_tokens=50,
+                hit_rate=0.5,
+                prompt_share=0.25,
+                read=MovedBlocks(5, 20480, 0, 2, 0.5),
+                write=MovedBlocks(),
+            ),
+        ),
     )
     stats = CacheStats(
         tiers=(tier,),
@@ -64,9 +86,33 @@ def test_the_caches_numbers_come_out_per_tier() -> None:
             lane_bytes_per_s={"disk": 1e9},
             prefill_tokens_per_s=5000.0,
         ),
+        num_loads=2,
+        num_pins=4,
+        verify_faults={"corrupt": 7},
+        load_latency={"disk": LatencyCounts((5, *[0] * 16), 0.0005)},
+        window=window,
     )
     values = samples(CacheCollector(lambda: stats))
+    assert "dynamo_kvcache_window_write_bytes_per_second" not in {name for name, _ in values}, "nothing was written"
     expected = {
+        ("idle_blocks", ("disk",)): 6,
+        ("loads", ()): 2,
+        ("pins", ()): 4,
+        ("verify_faults_total", ("corrupt",)): 7,
+        ("load_duration_seconds_bucket", ("0.0001", "disk")): 5,
+        ("load_duration_seconds_count", ("disk",)): 5,
+        ("read_call_duration_seconds_bucket", ("0.0001", "disk")): 0,
+        ("read_call_duration_seconds_bucket", ("30.0", "disk")): 2,
+        ("read_call_duration_seconds_bucket", ("+Inf", "disk")): 3,
+        ("read_call_duration_seconds_sum", ("disk",)): 60.5,
+        ("window_requests", ()): 3,
+        ("window_seconds", ()): 2.5,
+        ("window_prompt_tokens", ()): 200,
+        ("window_cached_tokens", ()): 50,
+        ("window_asked_tokens", ("disk",)): 100,
+        ("window_hit_ratio", ("disk",)): 0.5,
+        ("window_prompt_ratio", ("disk",)): 0.25,
+        ("window_read_bytes_per_second", ("disk",)): 40960,
         ("slots", ("disk",)): 10,
         ("capacity_bytes", ("disk",)): 40960,
         ("cached_blocks", ("disk",)): 7,

@@ -1,0 +1,113 @@
+"""`KVCache.verify`: finds what is wrong on disk while the cache works, and nothing else."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo.kvcache import KVCache
+from dynamo.kvcache.errors import CacheClosedError, UnsupportedError
+
+SLOT = 4096
+NUM_SEQUENCES = 6
+
+
+def tokens_of(number: int) -> list[int]:
+    return [1000 * number + i for i in range(33)]
+
+
+@pytest.fixture
+def cache(make_cache: Callable[..., KVCache], content: Any, tmp_path: Path) -> KVCache:
+    """Has 48 blocks on disk and nowhere else."""
+    cache = make_cache(device_blocks=24, disk=f"{tmp_path}:{64 * SLOT}")
+    for number in range(NUM_SEQUENCES):
+        content.run(cache, tokens_of(number))
+    assert cache.flush()
+    cache.clear("device")
+    return cache
+
+
+def damage(folder: Path, *slots: int) -> None:
+    (path,) = folder.rglob("blocks.dat")
+    with path.open("r+b") as file:
+        for slot in slots:
+            file.seek(slot * SLOT + 100)
+            byte = file.read(1)
+            file.seek(slot * SLOT + 100)
+            file.write(bytes([byte[0] ^ 1]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def test_a_sound_tier_is_found_sound(cache: KVCache) -> None:
+    found = cache.verify()
+    assert (found.num_blocks, found.num_checked, found.num_corrupt, found.num_unreadable) == (48, 48, 0, 0)
+    assert found.is_complete
+    assert cache.stats().verify_faults == {}
+
+
+def test_bad_blocks_are_forgotten_and_counted_before_anybody_asks_for_them(
+    cache: KVCache, content: Any, tmp_path: Path
+) -> None:
+    damage(tmp_path, 3, 11, 12)
+    found = cache.verify()
+    assert (found.num_checked, found.num_corrupt, found.num_unreadable) == (48, 3, 0)
+    assert cache.stats().verify_faults == {"corrupt": 3}
+    assert cache.stats().tier("disk").num_cached_blocks == 45
+    assert cache.verify().num_corrupt == 0
+    for number in range(NUM_SEQUENCES):
+        content.run(cache, tokens_of(number))
+    assert cache.stats().load_faults == {}
+
+
+def test_a_check_ends_when_its_time_is_up(cache: KVCache) -> None:
+    found = cache.verify(timeout_s=0.0)
+    assert not found.is_complete
+    assert found.num_checked == 0
+
+
+def test_the_cache_goes_on_during_checks(cache: KVCache, content: Any) -> None:
+    stop = threading.Event()
+    results: list[Any] = []
+
+    def check() -> None:
+        while not stop.is_set():
+            results.append(cache.verify(10.0))
+
+    checker = threading.Thread(target=check)
+    checker.start()
+    try:
+        for round_ in range(10):
+            for number in range(NUM_SEQUENCES):
+                content.run(cache, tokens_of(number + round_ * 3))
+            if round_ % 3 == 0:
+                cache.clear("disk")
+    finally:
+        stop.set()
+        checker.join(30)
+    assert results
+    assert cache.flush()
+    assert cache.verify().is_complete
+    stats = cache.stats()
+    assert stats.verify_faults == stats.load_faults == {}
+
+
+def test_without_a_disk_tier_there_is_nothing_to_check(make_cache: Callable[..., KVCache]) -> None:
+    for cache in (make_cache(), make_cache(host=16 * SLOT)):
+        with pytest.raises(UnsupportedError, match="no disk tier"):
+            cache.verify()
+
+
+def test_a_closed_cache_is_not_checked(cache: KVCache) -> None:
+    cache.close()
+    with pytest.raises(CacheClosedError):
+        cache.verify()
+
+
+@pytest.mark.parametrize("timeout_s", [-1.0, float("inf"), float("nan")])
+def test_a_check_has_an_end(cache: KVCache, timeout_s: float) -> None:
+    with pytest.raises(ValueError, match="timeout_s"):
+        cache.verify(timeout_s)

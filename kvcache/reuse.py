@@ -9,7 +9,7 @@ that a conversation costs about twenty marks however long it gets.
 
 import threading
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from dynamo.kvcache.eviction import Part, Use
 from dynamo.kvcache.hazards import HazardEstimator, ReuseTables, group_of

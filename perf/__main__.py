@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dynamo.kvcache import KVCacheError
-from dynamo.perf import blocks, kernels, serve, store, ttft
+from dynamo.perf import blocks, kernels, serve, store, trace, ttft
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.report import Report, print_report, write_report
 
@@ -29,6 +29,7 @@ _COMMANDS = (
     _Command("cache", "blocks", blocks.SUMMARY, blocks.add_arguments, blocks.run),
     _Command("cache", "store", store.SUMMARY, store.add_arguments, store.run),
     _Command("cache", "kernels", kernels.SUMMARY, kernels.add_arguments, kernels.run),
+    _Command("cache", "trace", trace.SUMMARY, trace.add_arguments, trace.run),
     _Command("server", "serve", serve.SUMMARY, serve.add_arguments, serve.run),
     _Command("server", "ttft", ttft.SUMMARY, ttft.add_arguments, ttft.run),
 )

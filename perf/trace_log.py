@@ -67,9 +67,7 @@ class _KeyLogLine(msgspec.Struct):
             raise ValueError("block_size must be positive, and keys a multiple of 16 hex digits")
         keys = tuple(np.frombuffer(raw, dtype="<u8").tolist())
         full = min(self.num_prompt_tokens // self.block_size, len(keys))
-        return TracedRequest(
-            self.time_s, self.num_prompt_tokens, self.num_output_tokens, keys, full, self.block_size
-        )
+        return TracedRequest(self.time_s, self.num_prompt_tokens, self.num_output_tokens, keys, full, self.block_size)
 
 
 def read_trace(path: Path) -> list[TracedRequest]:

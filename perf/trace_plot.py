@@ -26,6 +26,9 @@ def draw(report: Report, path: Path) -> str | None:
         points = [(float(r.case.split(" %")[0]), r.value) for r in one_tier if r.subject == subject]
         by_size.plot(*zip(*points, strict=True), marker="o", label=subject)
     by_size.set_xscale("log")
+    sizes = sorted({float(r.case.split(" %")[0]) for r in one_tier})
+    by_size.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    by_size.minorticks_off()
     by_size.set_xlabel("capacity, % of the trace's different blocks")
     writing = [r for r in rates if r.case.startswith("writing")]
     for case in dict.fromkeys(r.case for r in writing):

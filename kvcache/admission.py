@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from dynamo.kvcache.eviction import Use
-from dynamo.kvcache.hazards import group_of
+from dynamo.kvcache.hazards import ReuseTables, group_of
 from dynamo.kvcache.reuse import ReuseTracker, parts
 
 __all__ = ["Adaptive", "AdmissionPolicy", "AdmitAlways", "SecondSighting"]
@@ -71,9 +71,10 @@ class SecondSighting:
 class Adaptive:
     """Blocks whose expected hits are worth more than their write and their place. Implements AdmissionPolicy.
 
-    What eviction knows decides here too. A block that is admitted now stays until its index falls below the price of the
-    tier's slots (`HitDensity.price`). Until then it brings, for the best horizon, P(hit) - price x expected seconds in hits
-    over what the slot would bring otherwise. It is admitted if that is more than the cost of a write, in hits:
+    What eviction knows decides here too. A block that is admitted stays until its index falls below the price of the tier's
+    slots (`HitDensity.price`); until then it brings hits, less what the slot would bring otherwise. A block that is refused
+    may be written when its chain comes back, if it does, and has lost one hit. A block is admitted if the first is worth more
+    than the second by the cost of a write, in hits:
 
         write_cost = seconds to write a block / seconds saved by a hit
 
@@ -99,19 +100,34 @@ class Adaptive:
         self._price = price
         self._write_cost = write_cost
         self._budget = budget
+        self._known: dict[str, tuple[ReuseTables, float, float, Sequence[float]]] = {}  # by tier, for what it was
 
     def admit(self, tier: str, keys: Sequence[Hashable], use: Use, num_lacking: int) -> int:
-        """Part by part, up to the first that is not worth it."""
+        """Up to the end of that part up to which the chain gains most: a part may be written for the sake of the next."""
         room = 1.0 if self._budget is None else 1.0 - self._budget()
         if room <= 0:
             return 0
         cost = self._write_cost / room
-        tables, price = self._tracker.tables, self._price(tier)
+        gains = self._gains(tier, cost)
         first = len(keys) - num_lacking
-        admitted_end = first
-        for _, end, part in reversed(list(parts(use, len(keys)))):
+        gain, best_gain, admitted = 0.0, 0.0, 0
+        for start, end, part in reversed(list(parts(use, len(keys)))):
             if end > first:
-                if tables.surplus(group_of(part), price) <= cost:
-                    break
-                admitted_end = end
-        return admitted_end - first
+                gain += (end - max(start, first)) * gains[group_of(part)]
+                if gain > best_gain:
+                    best_gain, admitted = gain, end - first
+        return admitted
+
+    def _gains(self, tier: str, cost: float) -> Sequence[float]:
+        """By group; computed anew when the tracker has learned, or price or cost have moved by an eighth."""
+        tables, price = self._tracker.tables, self._price(tier)
+        known = self._known.get(tier)
+        if known is not None and known[0] is tables and _is_near(price, known[1]) and _is_near(cost, known[2]):
+            return known[3]
+        gains: list[float] = tables.write_gain(price, cost).tolist()
+        self._known[tier] = (tables, price, cost, gains)
+        return gains
+
+
+def _is_near(value: float, other: float) -> bool:
+    return abs(value - other) <= other / 8

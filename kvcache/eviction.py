@@ -19,9 +19,10 @@ __all__ = ["EvictionOrder", "LeafFirstLRU", "OpenUse", "Part", "Use", "UseCounte
 class Part(IntEnum):
     """Which part of its chain a use speaks for. The parts of one chain come back with different chances."""
 
-    PROMPT = 0  # or the whole chain, where it is not told apart
-    ANSWER = 1  # blocks behind the prompt's last full one: lost where a template drops reasoning from the history
-    SHARED = 2  # leading blocks that many chains have in common, such as a system prompt
+    FRESH = 0  # blocks of the prompt that no earlier use had; or the whole chain, where it is not told apart
+    KNOWN = 1  # blocks of the prompt that the use it continues had too
+    ANSWER = 2  # blocks behind the prompt's last full one: lost where a template drops reasoning from the history
+    SHARED = 3  # leading blocks that many chains have in common, such as a system prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Use:
         part: what of the chain this is about; `reuse.parts` takes a use apart.
         num_shared_blocks: leading blocks that other chains have too.
         num_sharers: how many chains have been seen to go on from those blocks.
+        num_known_blocks: leading blocks that the use it continues had, shared ones included.
         num_prompt_blocks: blocks of the chain before the answer; None: not known, all of them.
     """
 
@@ -51,9 +53,10 @@ class Use:
     priority: int = 0
     expires_s: float | None = None
     num_new_tokens: int = 0
-    part: Part = Part.PROMPT
+    part: Part = Part.FRESH
     num_shared_blocks: int = 0
     num_sharers: int = 0
+    num_known_blocks: int = 0
     num_prompt_blocks: int | None = None
 
 

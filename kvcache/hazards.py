@@ -17,6 +17,7 @@ https://www.usenix.org/conference/nsdi18/presentation/beckmann), with the horizo
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -39,12 +40,9 @@ _TURNS, _NEW, _OUTPUTS = 4, len(_NEW_TOKEN_LIMITS) + 1, len(_OUTPUT_TOKEN_LIMITS
 _SHARERS = 8
 _PROMPT_GROUPS = _TURNS * _NEW * _OUTPUTS
 _ANSWER_GROUPS = 2 * _OUTPUTS
-NUM_GROUPS = _PROMPT_GROUPS + _ANSWER_GROUPS + _SHARERS
-_PART_GROUPS = (
-    slice(0, _PROMPT_GROUPS),
-    slice(_PROMPT_GROUPS, _PROMPT_GROUPS + _ANSWER_GROUPS),
-    slice(_PROMPT_GROUPS + _ANSWER_GROUPS, NUM_GROUPS),
-)
+_FIRST_GROUP = (0, _PROMPT_GROUPS, 2 * _PROMPT_GROUPS, 2 * _PROMPT_GROUPS + _ANSWER_GROUPS)  # of each part
+NUM_GROUPS = 2 * _PROMPT_GROUPS + _ANSWER_GROUPS + _SHARERS
+_PART_GROUPS = tuple(slice(*ends) for ends in pairwise((*_FIRST_GROUP, NUM_GROUPS)))
 _PROMPT_FACTORS = (np.arange(_PROMPT_GROUPS) // _OUTPUTS, np.arange(_PROMPT_GROUPS) % _OUTPUTS)
 
 _FIRST_HAZARD = 1 / 600  # per second, before anything was seen; one observation outweighs it
@@ -52,6 +50,7 @@ _SHAPE_EVENTS = 4.0  # evidence, in events, that outweighs the prior of each ste
 _FACTOR_EVENTS = 4.0
 _RATIO_EVENTS = 4.0
 _GROUP_EVENTS = 3.0
+_TURNS_AHEAD = 8
 _FIT_SWEEPS = 2
 _KERNEL: Floats = np.exp(-np.abs(np.arange(_NUM_BINS)[:, None] - np.arange(_NUM_BINS)) / 3.0)
 _HALF_LIFE = 65536  # uses after which evidence counts half, so that new habits are learned
@@ -60,13 +59,14 @@ _LEAST_SECONDS = 1e-6
 
 def group_of(use: Use) -> int:
     """Group of a use or of one of its parts."""
+    first = _FIRST_GROUP[use.part]
+    if use.part is Part.SHARED:
+        return first + min(use.num_sharers.bit_length(), _SHARERS - 1)
     output = _level(use.num_output_tokens, _OUTPUT_TOKEN_LIMITS)
-    if use.part is Part.PROMPT:
-        new = _level(use.num_new_tokens, _NEW_TOKEN_LIMITS)
-        return (min(use.turn, _TURNS - 1) * _NEW + new) * _OUTPUTS + output
     if use.part is Part.ANSWER:
-        return _PROMPT_GROUPS + min(use.turn, 1) * _OUTPUTS + output
-    return _PROMPT_GROUPS + _ANSWER_GROUPS + min(use.num_sharers.bit_length(), _SHARERS - 1)
+        return first + min(use.turn, 1) * _OUTPUTS + output
+    new = _level(use.num_new_tokens, _NEW_TOKEN_LIMITS)
+    return first + (min(use.turn, _TURNS - 1) * _NEW + new) * _OUTPUTS + output
 
 
 def _level(value: int, limits: tuple[int, ...]) -> int:
@@ -81,20 +81,37 @@ class ReuseTables:
         index: hits per second and block for as long as keeping one is best (Gittins index).
         hits: chance of a hit before the *end* of a bin, from age 0.
         occupied_s: expected seconds until a hit or the end of a bin, from age 0.
+        follows: [NUM_GROUPS, NUM_GROUPS], the chance that the use that makes the hit is of which group.
     """
 
     index: Floats
     hits: Floats
     occupied_s: Floats
+    follows: Floats
 
     def ranks(self, groups: npt.NDArray[np.int64], ages_s: Floats) -> Floats:
         """Index of each entry at its age."""
         bins = np.searchsorted(_AGE_EDGES_S, ages_s, side="right") - 1
         return self.index[groups, np.clip(bins, 0, _NUM_BINS - 1)]
 
-    def surplus(self, group: int, price: float) -> float:
-        """Hits to expect of a block stored at age 0, less `price` hits for each second that it occupies a slot."""
-        return max(0.0, float((self.hits[group] - price * self.occupied_s[group]).max()))
+    def write_gain(self, price: float, write_cost: float) -> Floats:
+        """What writing a block of each group now gains over leaving it to the next use of its chain, in hits.
+
+        The value of a resident block and that of a block outside, each for the best that can be done from then on, follow
+        from one another turn by turn. A resident block brings its hits, one after the other without being written again,
+        less `price` hits for each second in its slot, until it goes. A block outside may be written at its next use.
+        """
+        resident: Floats = np.zeros(NUM_GROUPS)
+        outside: Floats = np.zeros(NUM_GROUPS)
+        later = outside
+        for _ in range(_TURNS_AHEAD):
+            after_hit = (1 + self.follows @ resident)[:, None]
+            after_miss = (self.follows @ outside)[:, None]
+            kept = self.hits * (after_hit - after_miss) - price * self.occupied_s
+            later = self.hits[:, -1] * after_miss[:, 0]
+            resident = np.maximum(0.0, kept.max(axis=1)) + later
+            outside = np.maximum(resident - write_cost, later)
+        return np.asarray(resident - write_cost - later)
 
 
 class HazardEstimator:
@@ -110,6 +127,9 @@ class HazardEstimator:
         self._group = np.full(capacity, -1, dtype=np.int64)  # -1: no longer waiting
         self._events = np.zeros((NUM_GROUPS, _NUM_BINS))
         self._exposure = np.zeros((NUM_GROUPS, _NUM_BINS))  # in uses that lived through the bin
+        self._follows = np.zeros(
+            (NUM_GROUPS, NUM_GROUPS)
+        )  # how often a use of one group was continued by one of another
 
     def begin(self, group: int, now_s: float) -> int:
         """A use begins to wait for its reuse."""
@@ -127,25 +147,33 @@ class HazardEstimator:
         if self._is_waiting(item):
             self._group[item % self._capacity] = group
 
-    def reused(self, item: int, now_s: float) -> None:
-        """The wait is over. Ignored if it was before."""
-        if self._is_waiting(item):
-            group, age_bin = self._end(item % self._capacity, now_s)
-            self._events[group, age_bin] += 1
+    def reused(self, item: int, now_s: float) -> int | None:
+        """The wait is over. Returns the group that waited, or None if the wait was over before."""
+        if not self._is_waiting(item):
+            return None
+        group, age_bin = self._end(item % self._capacity, now_s)
+        self._events[group, age_bin] += 1
+        return group
+
+    def followed(self, group: int, by: int) -> None:
+        """Blocks that a use of one group left were used again by one of another."""
+        self._follows[group, by] += 1
 
     def fade(self, num_uses: int) -> None:
         """Lets evidence lose weight because `num_uses` more were seen."""
         fade = 0.5 ** (num_uses / _HALF_LIFE)
         self._events *= fade
         self._exposure *= fade
+        self._follows *= fade
 
     def tables(self, now_s: float) -> ReuseTables:
         """Estimates from all that was seen. A few milliseconds."""
         exposure_s = (self._exposure + self._waiting_exposure(now_s)) * _WIDTHS_S
         hazards = np.empty_like(exposure_s)
-        for groups, factors in zip(_PART_GROUPS, (_PROMPT_FACTORS, (), ()), strict=True):
+        for groups, factors in zip(_PART_GROUPS, (_PROMPT_FACTORS, _PROMPT_FACTORS, (), ()), strict=True):
             hazards[groups] = _hazards(self._events[groups], exposure_s[groups], factors)
-        return _tables(hazards)
+        follows = self._follows / np.maximum(self._follows.sum(axis=1, keepdims=True), 1)
+        return _tables(hazards, follows)
 
     def _is_waiting(self, item: int) -> bool:
         return item >= self._next - self._capacity and bool(self._group[item % self._capacity] >= 0)
@@ -193,7 +221,7 @@ def _pooled_shape(events: Floats, exposure_s: Floats) -> Floats:
     return shape
 
 
-def _tables(hazards: Floats) -> ReuseTables:
+def _tables(hazards: Floats, follows: Floats) -> ReuseTables:
     steps = hazards * _WIDTHS_S
     chance = -np.expm1(-steps)
     time_s = chance / hazards
@@ -208,4 +236,4 @@ def _tables(hazards: Floats) -> ReuseTables:
         seconds = occupied_s[:, k:] - past_s
         ratios = np.where(seconds > _LEAST_SECONDS, (hits[:, k:] - past_hits) / np.maximum(seconds, _LEAST_SECONDS), 0)
         np.maximum(index[:, k], ratios.max(axis=1), out=index[:, k])
-    return ReuseTables(index, hits, occupied_s)
+    return ReuseTables(index, hits, occupied_s, follows)

@@ -31,22 +31,24 @@ def parts(use: Use, num_blocks: int) -> Iterator[tuple[int, int, Use]]:
     prompt = num_blocks if use.num_prompt_blocks is None else min(max(use.num_prompt_blocks, shared), num_blocks)
     if num_blocks > prompt:
         yield prompt, num_blocks, replace(use, part=Part.ANSWER)
-    if prompt > shared:
-        yield shared, prompt, use
+    known = min(max(use.num_known_blocks, shared), prompt)
+    if prompt > known:
+        yield known, prompt, use
+    if known > shared:
+        yield shared, known, replace(use, part=Part.KNOWN)
     if shared:
         yield 0, shared, replace(use, part=Part.SHARED)
 
 
 class _Past:
-    """What is remembered of a use. The items are those of HazardEstimator."""
+    """What is remembered of a use. The items are those of HazardEstimator, one for each part that waits for its reuse."""
 
-    __slots__ = ("answer_item", "end", "item", "num_tokens")
+    __slots__ = ("before", "num_tokens", "waits")
 
-    def __init__(self, num_tokens: int, item: int) -> None:
+    def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens  # of the prompt
-        self.item = item
-        self.answer_item: int | None = None
-        self.end: Hashable = None  # key of the answer's last block, where it has one
+        self.waits: list[tuple[int, int]] = []  # (blocks of the chain that have to come back, item)
+        self.before: list[int] = []  # groups whose wait this use ended; until its own group is known
 
 
 class _Mark:
@@ -120,7 +122,8 @@ class ReuseTracker:
                 if not deepest.is_shared:
                     past, turn = deepest.past, deepest.turn + 1
                 deepest.branches += 1
-            num_shared = self._pass_shared(keys, passed, now_s)
+            known = passed[-1] + 1 if past is not None else 0
+            num_shared, waited = self._pass_shared(keys, passed, now_s)
             self._num_uses += 1
             use = Use(
                 self._num_uses,
@@ -132,16 +135,20 @@ class ReuseTracker:
                 num_new_tokens=max(0, num_prompt_tokens - (0 if past is None else past.num_tokens)),
                 num_shared_blocks=num_shared,
                 num_sharers=marks[keys[num_shared - 1]].branches if num_shared else 0,
+                num_known_blocks=known,
                 num_prompt_blocks=len(keys),
             )
+            current = _Past(num_prompt_tokens)
             if past is not None:
-                estimator.reused(past.item, now_s)
-                if past.answer_item is not None and keys[passed[-1]] == past.end:
-                    estimator.reused(past.answer_item, now_s)
-            current = _Past(num_prompt_tokens, estimator.begin(group_of(use), now_s))
-            if num_shared:
-                shared = group_of(replace(use, part=Part.SHARED))
-                marks[keys[num_shared - 1]].shared_item = estimator.begin(shared, now_s)
+                self._end_waits(past, known, current, now_s)
+            for start, end, part in parts(use, len(keys)):
+                item = estimator.begin(group_of(part), now_s)
+                if part.part is Part.SHARED:
+                    marks[keys[end - 1]].shared_item = item
+                    for group in waited:
+                        estimator.followed(group, group_of(part))
+                else:  # a part has come back if more than half of it has
+                    current.waits.append(((start + end) // 2 + 1, item))
             self._mark(keys, passed, current, turn)
             self._open[use.number] = current
             if len(self._open) > self._max_marks:  # uses that never end: somebody does not call `finish`
@@ -162,26 +169,49 @@ class ReuseTracker:
         with self._lock:
             current = self._open.pop(use.number, None)
             if current is not None:
-                self._estimator.regroup(current.item, group_of(use))
-                if len(keys) > (use.num_prompt_blocks or 0):
-                    answer = group_of(replace(use, part=Part.ANSWER))
-                    current.answer_item = self._estimator.begin(answer, use.time_s)
-                    current.end = keys[-1]
-                    self._set_mark(keys[-1], current, use.turn)
+                self._end(current, use, keys)
             self._learn(use.time_s)
         return use
 
-    def _pass_shared(self, keys: Sequence[Hashable], passed: list[int], now_s: float) -> int:
-        """Ends the waits of all shared prefixes of a chain; returns the number of blocks of the longest."""
+    def _end_waits(self, past: _Past, known: int, current: _Past, now_s: float) -> None:
+        for needed, item in past.waits:
+            if needed <= known:
+                group = self._estimator.reused(item, now_s)
+                if group is not None:
+                    current.before.append(group)
+
+    def _end(self, current: _Past, use: Use, keys: Sequence[Hashable]) -> None:
+        """The length of the answer is known, and so the groups."""
+        waits = list(current.waits)
+        known_group = group_of(replace(use, part=Part.KNOWN))
+        for group in current.before:
+            self._estimator.followed(group, known_group)
+        for start, end, part in parts(use, len(keys)):
+            if part.part is Part.ANSWER:
+                item = self._estimator.begin(group_of(part), use.time_s)
+                current.waits.append(((start + end) // 2 + 1, item))
+                self._set_mark(keys[-1], current, use.turn)
+            elif part.part is not Part.SHARED and waits:
+                self._estimator.regroup(waits.pop(0)[1], group_of(part))
+
+    def _pass_shared(self, keys: Sequence[Hashable], passed: list[int], now_s: float) -> tuple[int, list[int]]:
+        """Ends the waits of all shared prefixes of a chain.
+
+        Returns:
+            Blocks of the longest of them, and the groups that waited.
+        """
         num_shared = 0
+        waited: list[int] = []
         for i in passed:
             mark = self._marks[keys[i]]
             if mark.is_shared:
                 num_shared = i + 1
                 if mark.shared_item is not None:
-                    self._estimator.reused(mark.shared_item, now_s)
+                    group = self._estimator.reused(mark.shared_item, now_s)
                     mark.shared_item = None
-        return num_shared
+                    if group is not None:
+                        waited.append(group)
+        return num_shared, waited
 
     def _mark(self, keys: Sequence[Hashable], passed: list[int], current: _Past, turn: int) -> None:
         """Leaves the marks of a use, and takes away those that they replace."""

@@ -13,9 +13,10 @@ from dynamo.kvcache.admission import AdmissionPolicy, AdmitAlways
 from dynamo.kvcache.eviction import EvictionOrder
 from dynamo.perf.trace_chains import Chains, PartRuns, RequestChain, TableHistory
 
-__all__ = ["MakeOrder", "Replay", "ReplayedTier", "belady_hits", "replay"]
+__all__ = ["MakeAdmission", "MakeOrder", "Replay", "ReplayedTier", "belady_hits", "replay"]
 
 MakeOrder = Callable[[TableHistory], EvictionOrder]
+MakeAdmission = Callable[[TableHistory, Sequence[EvictionOrder]], AdmissionPolicy]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def replay(
     chains: Chains,
     capacities: Sequence[int],
     make_order: MakeOrder,
-    make_admission: Callable[[TableHistory, Sequence[EvictionOrder]], AdmissionPolicy] | None = None,
+    make_admission: MakeAdmission,
 ) -> Replay:
     """Replays the trace through one tier or several, the fastest first.
 
@@ -154,12 +155,12 @@ def replay(
     Args:
         capacities: blocks of each tier.
         make_order: makes the order of one tier.
-        make_admission: makes the policy; None: every block is admitted.
+        make_admission: makes the policy, given the orders of all tiers. It knows a tier by its number from 0.
     """
     history = TableHistory(chains.requests[0].tables)
     orders = [make_order(history) for _ in capacities]
     always = AdmitAlways()
-    admission = always if make_admission is None else make_admission(history, orders)
+    admission = make_admission(history, orders)
     tiers = [
         ReplayedTier(chains, str(i), capacity, order, admission if i or len(orders) == 1 else always)
         for i, (capacity, order) in enumerate(zip(capacities, orders, strict=True))

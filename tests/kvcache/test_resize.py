@@ -10,6 +10,7 @@ from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.hashing import block_keys, chain_root
 from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.stats import CacheCounters
+from dynamo.kvcache.planner import LoadPlanner
 from dynamo.kvcache.store import BlockStore
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.host import HostTier
@@ -62,6 +63,7 @@ def test_a_store_shrinks_and_grows_both_tiers(spec, tmp_path):
         device,
         EventLog(),
         CacheCounters(),
+        LoadPlanner(block_size=spec.block_size, block_bytes=spec.layout.block_bytes),
         host_bytes=8 * SLOT_BYTES,
         disk=parse_disk_place(f"{tmp_path}:{16 * 4}KiB"),
         io_threads=1,

@@ -25,6 +25,7 @@ from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.offload import SaveRequest
 from dynamo.kvcache.onboard import LoadRequest
 from dynamo.kvcache.stats import CacheCounters
+from dynamo.kvcache.planner import LoadPlanner
 from dynamo.kvcache.store import BlockStore
 from dynamo.tiers.arena import map_rows
 from dynamo.tiers.device import DeviceTier
@@ -126,7 +127,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="kv-store-stateful-"))
         self.device = DeviceTier(LAYOUT, torch.float32, NUM_DEVICE_SLOTS, "cpu")
         num_host = NUM_HOST_SLOTS if host else 0
-        arena = HostTier(LAYOUT, num_host + NUM_STAGING)
+        arena = HostTier(LAYOUT, num_host, num_staging=NUM_STAGING)
         self.disk = FaultyDisk.open(self.folder, LAYOUT, NUM_DISK_SLOTS * LAYOUT.slot_bytes, b"stateful", io_threads=1)
         self.disk.prepare()
         every_slot = np.arange(
@@ -134,7 +135,8 @@ class StoreMachine(RuleBasedStateMachine):
         )  # a file that has its size: a failed write is then not taken for a full disk
         assert self.disk.write(every_slot, map_rows(LAYOUT, NUM_DISK_SLOTS), every_slot).all()
         self.counters = CacheCounters()
-        self.store = BlockStore(self.device, arena, num_host, self.disk, EventLog(), self.counters)
+        planner = LoadPlanner(block_size=LAYOUT.block_size, block_bytes=LAYOUT.block_bytes)
+        self.store = BlockStore(self.device, arena, num_host, self.disk, EventLog(), self.counters, planner)
         self.scratch = map_rows(LAYOUT, NUM_DEVICE_SLOTS)
         self.free = list(range(NUM_DEVICE_SLOTS))
         self.released: deque[tuple[int, list[int]]] = deque()  # by listeners, on any thread
@@ -245,7 +247,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.fill(slots, None)
         number = len(self.ends)
         self.ends[number] = 0
-        load = self.store.load(LoadRequest(keys, 0, slots, [], priority), timeout_s)
+        request = LoadRequest(keys, 0, slots, [], np.zeros(count, dtype=np.uint8), priority=priority)
+        load = self.store.load(request, timeout_s)
 
         def tell() -> None:
             self.ends[number] += 1

@@ -125,7 +125,7 @@ def test_an_error_while_writing_gives_the_slots_back(make_cache, content, tmp_pa
 
 
 def test_loads_from_host_go_on_while_the_disk_hangs(make_cache, content, tmp_path, monkeypatch):
-    cache = make_cache(device_blocks=64, host="64KiB", disk=f"{tmp_path}:1MiB", load_timeout_s=5.0)
+    cache = make_cache(device_blocks=64, host="192KiB", disk=f"{tmp_path}:1MiB", load_timeout_s=5.0)
     on_disk = [list(range(start, start + 17)) for start in range(0, 1200, 100)]
     for tokens in on_disk:
         content.run(cache, tokens)

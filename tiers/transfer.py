@@ -247,7 +247,7 @@ class Transfer:
         return self._num_leading
 
     def when_ended(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` once, on some thread, when the transfer ends; at once if it has."""
+        """Calls `callback` once, on some thread, right after the transfer has ended; at once if it has."""
         with self._changed:
             if not self._ended.is_set():
                 self._end_callbacks.append(callback)
@@ -276,13 +276,11 @@ class Transfer:
 
     def _end(self, *, expired: bool) -> None:
         with self._changed:
-            is_first = not self._closed
-            self._closed = True
+            if not self._closed:
+                self._closed = True
+                self._expired = expired
             # A copy into the slots that hangs has no way out: they cannot be given to anybody else.
             self._changed.wait_for(lambda: not self._num_delivering)
-            if not is_first or self._ended.is_set():
-                return
-            self._expired = expired
             callbacks, self._end_callbacks = self._end_callbacks, []
             self._ended.set()
         for callback in callbacks:

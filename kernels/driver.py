@@ -26,6 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dynamo.kernels.registrations import has_gap, touching
+
 __all__ = [
     "LEGACY_STREAMS",
     "AccessOrder",
@@ -34,7 +36,6 @@ __all__ = [
     "CudaRuntime",
     "Memory",
     "cuda_driver",
-    "has_gap",
     "wait_for_event",
 ]
 
@@ -151,29 +152,6 @@ class CudaDriver(Protocol):
 
     def pinned_buffer_new(self, num_bytes: int) -> torch.Tensor:
         """Registered, page-aligned host memory, uint8 [num_bytes], unpinned when its last user is gone."""
-
-
-def touching(registered: dict[int, int]) -> Int64s:
-    """Addresses where one registered range (address → bytes) ends and another begins, int64, ascending."""
-    stops = {address + num_bytes for address, num_bytes in registered.items()}
-    return np.array(sorted(stops & registered.keys()), dtype=np.int64)
-
-
-def has_gap(registered: dict[int, int], address: int, num_bytes: int) -> bool:
-    """Whether registered ranges (address → bytes) reach into [address, address + num_bytes), and leave a part of it out.
-
-    >>> has_gap({0: 100, 200: 100}, 50, 200), has_gap({0: 100, 100: 100}, 50, 150)
-    (True, False)
-    """
-    stop = address + num_bytes
-    inside = sorted(
-        (start, start + size) for start, size in registered.items() if start < stop and address < start + size
-    )
-    for start, end in inside:
-        if start > address:
-            return True
-        address = max(address, end)
-    return bool(inside) and address < stop
 
 
 def wait_for_event(driver: CudaDriver, event: int, timeout_s: float) -> bool:

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dynamo.kernels.driver import LEGACY_STREAMS, AccessOrder, CudaError, Memory, touching
+from dynamo.kernels.driver import LEGACY_STREAMS, AccessOrder, CudaError, Memory
+from dynamo.kernels.registrations import touching
 
 __all__ = ["FakeDriver"]
 

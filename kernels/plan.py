@@ -6,7 +6,7 @@
 | device to host | copy engine, zero-copy kernel, staged |
 | within a GPU | kernel, copy engine |
 | between GPUs | copy engine |
-| host to host | numpy on the calling thread |
+| host to host | numpy on the calling thread and its helpers |
 
 A plan is data: it can be printed, kept, and run again while its views are valid. Planning and running only submit; nothing
 waits for the GPU.

@@ -148,7 +148,10 @@ def busy_core() -> Iterator[None]:
     Raises:
         BenchmarkError: the process does not start.
     """
-    program = "print('on', flush=True)\nwhile True: pass"
+    program = (
+        "import os\nparent = os.getppid()\nprint('on', flush=True)\n"
+        "while os.getppid() == parent:\n for _ in range(1 << 20): pass"  # ends with a parent that is killed
+    )
     process = subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

@@ -14,10 +14,10 @@ from dynamo.kernels.driver import (
     CudaRuntime,
     Memory,
     cuda_driver,
-    has_gap,
     wait_for_event,
 )
 from dynamo.kernels.fake_driver import FakeDriver
+from dynamo.kernels.registrations import has_gap
 
 P, S, N, U = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint
 

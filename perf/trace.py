@@ -183,7 +183,7 @@ class _WhatIf:
     def admission(self, size: float) -> Iterator[Result]:
         """What is written to one disk tier under hit density, for what hit rate."""
         capacity = self._blocks(size)
-        policies = [("admit always", _always), ("second sighting", _second)]
+        policies: list[tuple[str, MakeAdmission]] = [("admit always", _always), ("second sighting", _second)]
         policies += [(f"adaptive, write cost {cost:.2g}", _adaptive(cost)) for cost in _WRITE_COSTS]
         for subject, make_admission in policies:
             done = replay(self._chains, [capacity], HitDensity, make_admission)

@@ -1,9 +1,12 @@
 """Which blocks a tier takes in. A write costs time, bandwidth and, on flash, wear; most blocks are never read again."""
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Protocol
 
-from dynamo.kvcache.eviction import Use
+from dynamo.kvcache.eviction import Part, Use
 from dynamo.kvcache.hazards import ReuseTables, group_of
 from dynamo.kvcache.reuse import ReuseTracker, parts
 
@@ -35,15 +38,37 @@ class AdmitAlways:
         return num_lacking
 
 
-class SecondSighting:
-    """Blocks that an earlier use offered already. Implements AdmissionPolicy.
+class _Ghosts:
+    """Keys that were refused, the last `limit` of them, at about 100 bytes each."""
 
-    It remembers the last `max_ghosts` keys that were refused, per tier, at about 100 bytes each.
-    """
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._offered_by: dict[int, int] = {}  # hash of a key -> number of the use that offered it first; oldest first
+
+    def __len__(self) -> int:
+        return len(self._offered_by)
+
+    def count_leading(self, keys: Sequence[Hashable], use: Use) -> int:
+        """How many of `keys`, from the first on, an earlier use offered."""
+        seen = (self._offered_by.get(hash(key), use.number) != use.number for key in keys)
+        return sum(1 for _ in takewhile(bool, seen))
+
+    def settle(self, keys: Sequence[Hashable], use: Use, num_admitted: int) -> None:
+        """Forgets the admitted ones: should the tier lose them, their next sighting is a first one. Remembers the others."""
+        ghosts = self._offered_by
+        for key in keys[:num_admitted]:
+            ghosts.pop(hash(key), None)
+        for key in keys[num_admitted:]:
+            ghosts.setdefault(hash(key), use.number)
+        for _ in range(len(ghosts) - self._limit):
+            del ghosts[next(iter(ghosts))]
+
+
+class SecondSighting:
+    """Blocks that an earlier use offered already. Implements AdmissionPolicy. Memory is bounded by `max_ghosts` per tier."""
 
     def __init__(self, *, max_ghosts: int = 1 << 20) -> None:
-        self._max_ghosts = max_ghosts
-        self._ghosts: dict[str, dict[int, int]] = {}  # tier -> hash of a key -> number of the use that offered it
+        self._ghosts = defaultdict[str, _Ghosts](lambda: _Ghosts(max_ghosts))  # by tier
 
     @property
     def num_ghosts(self) -> int:
@@ -52,19 +77,9 @@ class SecondSighting:
 
     def admit(self, tier: str, keys: Sequence[Hashable], use: Use, num_lacking: int) -> int:
         """Those seen before, from the first lacking block on."""
-        ghosts = self._ghosts.setdefault(tier, {})
-        lacking = [hash(key) for key in keys[len(keys) - num_lacking :]]
-        admitted = 0
-        for name in lacking:
-            seen = ghosts.get(name)
-            if seen is None or seen == use.number:
-                break
-            del ghosts[name]  # it is written now; should the tier lose it, the next sighting is a first one
-            admitted += 1
-        for name in lacking[admitted:]:
-            ghosts.setdefault(name, use.number)
-        for _ in range(len(ghosts) - self._max_ghosts):
-            del ghosts[next(iter(ghosts))]
+        lacking = keys[len(keys) - num_lacking :]
+        admitted = self._ghosts[tier].count_leading(lacking, use)
+        self._ghosts[tier].settle(lacking, use, admitted)
         return admitted
 
 
@@ -76,10 +91,12 @@ class Adaptive:
     may be written when its chain comes back, if it does, and has lost one hit. A block is admitted if the first is worth more
     than the second by the cost of a write, in hits:
 
-        write_cost = seconds to write a block / seconds saved by a hit
+        write_cost = seconds of disk bandwidth for a block / seconds saved by a hit
 
-    which for a prefill of 50 ms a block and a disk of 2 GB/s is 0.02. A higher cost spares flash: writes fall much faster
-    than hits. A write budget raises the cost as it gets tight.
+    which for a prefill of 50 ms a block and writes beside other work is about 0.02. A block that an earlier use offered has
+    proven itself; the others, most of all writes, may be charged more to spare flash. With `unproven_cost` large this is
+    second sighting among what is worth its place; the lower it is, the more is bet on what the tracker foresees. A write
+    budget raises both costs as it gets tight.
     """
 
     def __init__(
@@ -88,45 +105,72 @@ class Adaptive:
         price: Callable[[str], float],
         *,
         write_cost: float = 0.02,
+        unproven_cost: float = 0.02,
         budget: Callable[[], float] | None = None,
+        max_ghosts: int = 1 << 20,
     ) -> None:
         """
         Args:
             price: of a tier, hits per second and slot.
-            write_cost: of one block, in hits.
+            write_cost: of a block that an earlier use offered, in hits.
+            unproven_cost: of any other block, in hits.
             budget: how tight the write budget is: 0 for not at all, 1 when nothing may be written.
+            max_ghosts: refused keys remembered per tier, at about 100 bytes each.
         """
         self._tracker = tracker
         self._price = price
-        self._write_cost = write_cost
+        self._costs = (write_cost, unproven_cost)
         self._budget = budget
-        self._known: dict[str, tuple[ReuseTables, float, float, Sequence[float]]] = {}  # by tier, for what it was
+        self._ghosts = defaultdict[str, _Ghosts](lambda: _Ghosts(max_ghosts))  # by tier
+        self._gains: dict[tuple[str, bool], _Gains] = {}  # by tier and whether proven
+
+    @property
+    def num_ghosts(self) -> int:
+        """Keys remembered, of all tiers."""
+        return sum(map(len, self._ghosts.values()))
 
     def admit(self, tier: str, keys: Sequence[Hashable], use: Use, num_lacking: int) -> int:
         """Up to the end of that part up to which the chain gains most: a part may be written for the sake of the next."""
-        room = 1.0 if self._budget is None else 1.0 - self._budget()
-        if room <= 0:
-            return 0
-        cost = self._write_cost / room
-        gains = self._gains(tier, cost)
         first = len(keys) - num_lacking
+        lacking = keys[first:]
+        ghosts = self._ghosts[tier]
+        proven_end = max(use.num_known_blocks, first + ghosts.count_leading(lacking, use))
+        prompt_end = max(len(keys) if use.num_prompt_blocks is None else use.num_prompt_blocks, proven_end)
+        use_now = replace(use, num_known_blocks=proven_end, num_prompt_blocks=prompt_end)
+        room = 1.0 if self._budget is None else 1.0 - self._budget()
         gain, best_gain, admitted = 0.0, 0.0, 0
-        for start, end, part in reversed(list(parts(use, len(keys)))):
-            if end > first:
-                gain += (end - max(start, first)) * gains[group_of(part)]
+        for start, end, part in reversed(list(parts(use_now, len(keys)))):
+            if end > first and room > 0:
+                is_proven = part.part in (Part.KNOWN, Part.SHARED)
+                gain += (end - max(start, first)) * self._gain_of(tier, is_proven, room)[group_of(part)]
                 if gain > best_gain:
                     best_gain, admitted = gain, end - first
+        ghosts.settle(lacking, use, admitted)
         return admitted
 
-    def _gains(self, tier: str, cost: float) -> Sequence[float]:
+    def _gain_of(self, tier: str, is_proven: bool, room: float) -> Sequence[float]:
         """By group; computed anew when the tracker has learned, or price or cost have moved by an eighth."""
         tables, price = self._tracker.tables, self._price(tier)
-        known = self._known.get(tier)
-        if known is not None and known[0] is tables and _is_near(price, known[1]) and _is_near(cost, known[2]):
-            return known[3]
-        gains: list[float] = tables.write_gain(price, cost).tolist()
-        self._known[tier] = (tables, price, cost, gains)
-        return gains
+        cost = self._costs[0 if is_proven else 1] / room
+        known = self._gains.get((tier, is_proven))
+        if (
+            known is None
+            or known.tables is not tables
+            or not (_is_near(price, known.price) and _is_near(cost, known.cost))
+        ):
+            known = _Gains(tables, price, cost, tables.write_gain(price, cost).tolist())
+            self._gains[tier, is_proven] = known
+        return known.by_group
+
+
+@dataclass(frozen=True, slots=True)
+class _Gains:
+    """Result of ReuseTables.write_gain, and what it was computed for."""
+
+    tables: ReuseTables
+    price: float
+    cost: float
+    by_group: Sequence[float]
 
 
 def _is_near(value: float, other: float) -> bool:

@@ -31,7 +31,7 @@ __all__ = ["SUMMARY", "add_arguments", "run"]
 SUMMARY = "replays a request trace through tier sizes and policies: hit rates, bytes written, prefill saved"
 
 _DAY_S = 86400.0
-_WRITE_COSTS = (0.02, 0.2, 0.8)  # of a block, in hits: the default of `Adaptive`, and what spares flash
+_UNPROVEN_COSTS = (0.02, 0.5, 8.0)  # of a block on its first sighting, in hits: the default, and what spares flash
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,13 @@ def _second(history: TableHistory, orders: Sequence[EvictionOrder]) -> Admission
     return SecondSighting()
 
 
-def _adaptive(write_cost: float) -> MakeAdmission:
+def _adaptive(unproven_cost: float) -> MakeAdmission:
     def make(history: TableHistory, orders: Sequence[EvictionOrder]) -> AdmissionPolicy:
         def price(tier: str) -> float:
             order = orders[int(tier)]
             return order.price if isinstance(order, HitDensity) else 0.0
 
-        return Adaptive(history, price, write_cost=write_cost)
+        return Adaptive(history, price, unproven_cost=unproven_cost)
 
     return make
 
@@ -183,8 +183,8 @@ class _WhatIf:
     def admission(self, size: float) -> Iterator[Result]:
         """What is written to one disk tier under hit density, for what hit rate."""
         capacity = self._blocks(size)
-        policies = [("admit always", _always), ("second sighting", _second)]
-        policies += [(f"adaptive, write cost {cost:.2g}", _adaptive(cost)) for cost in _WRITE_COSTS]
+        policies: list[tuple[str, MakeAdmission]] = [("admit always", _always), ("second sighting", _second)]
+        policies += [(f"adaptive, unproven cost {cost:g}", _adaptive(cost)) for cost in _UNPROVEN_COSTS]
         for subject, make_admission in policies:
             done = replay(self._chains, [capacity], HitDensity, make_admission)
             yield from self._results(f"writing, {size:g} %", subject, done, (self._disk_s,))
@@ -197,7 +197,7 @@ class _WhatIf:
         for subject, make_order, make_admission in (
             ("leaf-first LRU, always", _lru, _always),
             ("hit density, always", HitDensity, _always),
-            ("hit density, adaptive", HitDensity, _adaptive(_WRITE_COSTS[0])),
+            ("hit density, adaptive", HitDensity, _adaptive(_UNPROVEN_COSTS[0])),
         ):
             done = replay(self._chains, [host, disk], make_order, make_admission)
             yield from self._results(case, subject, done, (self._host_s, self._disk_s))

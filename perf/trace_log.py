@@ -77,16 +77,15 @@ def read_trace(path: Path) -> list[TracedRequest]:
         BenchmarkError: a line is in neither format, or there is none. The message names the line.
         OSError: the file cannot be read.
     """
-    decoders = (msgspec.json.Decoder(_MooncakeLine), msgspec.json.Decoder(_KeyLogLine))
-    decoder = decoders[0]
+    kind: type[_MooncakeLine | _KeyLogLine] = _MooncakeLine
     requests: list[TracedRequest] = []
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         if not requests:
-            decoder = decoders[b'"hash_ids"' not in line]
+            kind = _MooncakeLine if b'"hash_ids"' in line else _KeyLogLine
         try:
-            requests.append(decoder.decode(line).request())
+            requests.append(msgspec.json.decode(line, type=kind).request())
         except (ValueError, msgspec.DecodeError) as error:
             raise BenchmarkError(
                 f"{path.name}:{number}: {error}; expected a line of Mooncake's format (timestamp in ms, input_length, "

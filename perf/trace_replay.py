@@ -110,7 +110,7 @@ class ReplayedTier:
         evicted, last = 0, -1
         while evicted < count and last < evicted:  # a second round finds tails whose descendants went in the first
             last = evicted
-            emptied = []
+            emptied: list[int] = []
             for entry in self._order.candidates(now_s):
                 evicted += self._evict_from(entry, count - evicted, emptied)
                 if evicted == count:

@@ -21,7 +21,7 @@ from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_distinct, 
 from dynamo.kernels.pairing import Range, check_alike, check_tokens, cut_views
 from dynamo.kernels.view import View, common_alignment
 
-__all__ = ["Axis", "CopyPlan", "check_apart", "plan_copy"]
+__all__ = ["Axis", "CopyPlan", "check_apart", "plan_copy", "storage_starts"]
 
 Int64s = npt.NDArray[np.int64]
 
@@ -140,8 +140,21 @@ def plan_copy(
         Axis(src.num_heads, src.head_stride, dst.head_stride),
     ]
     axes, row_bytes = _widen([axis for axis in axes if axis.count > 1], src.row_bytes)
-    storages = np.unique(np.concatenate([view.limits[..., 0].reshape(-1) for view in (src, dst)]))
-    return CopyPlan(src_bases, dst_bases, src_offsets, dst_offsets, tuple(_join(axes)), row_bytes, storages)
+    return CopyPlan(
+        src_bases, dst_bases, src_offsets, dst_offsets, tuple(_join(axes)), row_bytes, storage_starts(src, dst)
+    )
+
+
+def storage_starts(src: View, dst: View) -> Int64s:
+    """Where the storages of both views begin, int64, ascending.
+
+    >>> import torch
+    >>> from dynamo.kernels.layouts import from_paged
+    >>> layers = [torch.zeros(4, 16, 8) for _ in range(3)]
+    >>> storage_starts(from_paged(layers, "BTD"), from_paged(torch.zeros(4, 16, 8), "BTD")).size
+    4
+    """
+    return np.unique(np.concatenate([view.limits[..., 0].reshape(-1) for view in (src, dst)]))
 
 
 def check_apart(read: View, written: View) -> None:

@@ -57,4 +57,4 @@ def seen_from_device(view: View, driver: CudaDriver) -> View:
 
 def _storages(view: View) -> list[tuple[int, int]]:
     """First and one-past-last address of each storage of a view."""
-    return [(first, end) for first, end in np.unique(view.limits.reshape(-1, 2), axis=0).tolist()]
+    return sorted({(first, end) for first, end in view.limits.reshape(-1, 2).tolist()})

@@ -25,7 +25,7 @@ import torch
 from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_distinct
 from dynamo.kernels.copy_blocks import copy_blocks
 from dynamo.kernels.copy_engine import copy_runs
-from dynamo.kernels.copy_plan import CopyPlan, plan_copy
+from dynamo.kernels.copy_plan import CopyPlan, plan_copy, storage_starts
 from dynamo.kernels.driver import LEGACY_STREAMS, CudaDriver, wait_for_event
 from dynamo.kernels.pairing import cut_views, match_views
 from dynamo.kernels.runs import ascending_pairs, runs_of
@@ -253,16 +253,18 @@ class Staging:
             if not to_host:  # DMA must not read what work queued before on `stream` still writes
                 self._driver.event_record(self._started, stream)
                 self._driver.stream_wait(self._stream, self._started)
-            layouts: dict[tuple[int, tuple[int, int], int], _Layout] = {}
+            layouts: dict[tuple[tuple[int, int], int], list[_Layout]] = {}  # one for each buffer that was its turn
             for chunk in chunks:
                 self._turn = (self._turn + 1) % NUM_BUFFERS
-                key = self._turn, chunk.layers, chunk.stop - chunk.start
-                if key not in layouts:
-                    layouts[key] = _lay_out(job, chunk, self._buffers[self._turn].memory)
                 buffer = self._buffers[self._turn]
+                known = layouts.setdefault((chunk.layers, chunk.stop - chunk.start), [])
+                layout = next((found for found in known if found.packed.tensors[0] is buffer.memory), None)
+                if layout is None:
+                    layout = known[0].moved_to(buffer.memory) if known else _lay_out(job, chunk, buffer.memory)
+                    known.append(layout)
                 is_queued = False
                 try:
-                    self._submit(job, layouts[key], chunk, buffer, stream)
+                    self._submit(job, layout, chunk, buffer, stream)
                     is_queued = True
                 finally:
                     if not is_queued:
@@ -341,6 +343,18 @@ class _Layout(NamedTuple):
     packed: View
     packed_ids: SlotIds
     dma: CopyPlan
+    to_host: bool
+
+    def moved_to(self, memory: torch.Tensor) -> "_Layout":
+        """The same with the other buffer's memory, which is as large."""
+        shift = memory.data_ptr() - self.packed.tensors[0].data_ptr()
+        base, limits = self.packed.base + shift, self.packed.limits + shift
+        packed = replace(self.packed, tensors=(memory,), base=base, limits=limits)
+        if self.to_host:
+            dma = replace(self.dma, src_bases=self.dma.src_bases + shift, storages=storage_starts(packed, self.dst))
+        else:
+            dma = replace(self.dma, dst_bases=self.dma.dst_bases + shift, storages=storage_starts(self.src, packed))
+        return self._replace(packed=packed, dma=dma)
 
 
 def _lay_out(job: _Job, chunk: Chunk, memory: torch.Tensor) -> _Layout:
@@ -349,9 +363,9 @@ def _lay_out(job: _Job, chunk: Chunk, memory: torch.Tensor) -> _Layout:
     ids = np.arange(chunk.stop - chunk.start, dtype=np.int64)
     if job.to_host:
         packed = packed_like(dst, memory, ids.size)
-        return _Layout(src, dst, packed, ids, plan_copy(packed, ids, dst, job.dst_ids[part]))
+        return _Layout(src, dst, packed, ids, plan_copy(packed, ids, dst, job.dst_ids[part]), True)
     packed = packed_like(src, memory, ids.size)
-    return _Layout(src, dst, packed, ids, plan_copy(src, job.src_ids[part], packed, ids))
+    return _Layout(src, dst, packed, ids, plan_copy(src, job.src_ids[part], packed, ids), False)
 
 
 def _mean_step(steps: npt.NDArray[np.int64]) -> float:

@@ -44,7 +44,7 @@ LoadKind = Literal["loaded", "split", "computed", "gave_up"]
 
 _MIN_PATIENCE_S = 0.002  # what a wait for a thread costs anyway
 _TRUSTING_PATIENCE_S = 0.010  # likewise on a busy machine; only where the tier's last load came in time
-_FIRST_PART = 0.015  # of a load: two parts run at once, so the first has come when the patience ends
+_FIRST_PART = 0.01  # of a load: two parts run at once, so the first has come when the patience ends
 _PART_GROWTH = 0.25  # of what precedes it: a part has come before what precedes it is used up
 _MAX_UNSETTLED = 256
 
@@ -148,7 +148,7 @@ class LoadPlanner:
         *,
         block_size: int,
         block_bytes: int,
-        patience: float | None = 0.03,
+        patience: float | None = 0.02,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._block_size = block_size

@@ -2,8 +2,8 @@
 
 Reads Mooncake's trace format and the key log that a server records, plain or gzipped. A *prefix hit* is a block that the tier
 holds together with all blocks before it; the hit rate is of all blocks of all requests. Requests are replayed one after the
-other, each ending before the next begins. Policies learn as they go: they know nothing of the trace beforehand. Only
-"Belady, knows the future" does: see `trace_replay.belady_hits` for what it bounds.
+other, each ending before the next begins, through the pool and the policies that a cache runs. Policies learn as they go: they
+know nothing of the trace beforehand. Only "Belady, knows the future" does: see `trace_belady` for what it bounds.
 """
 
 import argparse
@@ -17,14 +17,17 @@ from rich.console import Console
 from dynamo.kvcache.admission import Adaptive, AdmissionPolicy, AdmitAlways, SecondSighting
 from dynamo.kvcache.eviction import EvictionOrder, LeafFirstLRU
 from dynamo.kvcache.hit_density import HitDensity
+from dynamo.kvcache.retention import Retention
+from dynamo.kvcache.reuse import ReuseTracker
 from dynamo.kvcache.s3_fifo import S3Fifo
 from dynamo.perf import trace_plot
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.machine import machine_record
 from dynamo.perf.report import Report, Result
-from dynamo.perf.trace_chains import Chains, TableHistory, prepare
+from dynamo.perf.trace_belady import Belady
+from dynamo.perf.trace_chains import Chains, prepare
 from dynamo.perf.trace_log import read_trace
-from dynamo.perf.trace_replay import MakeAdmission, MakeOrder, Replay, belady_hits, replay
+from dynamo.perf.trace_replay import MakeAdmission, MakeOrder, Replay, hits_by_tier, replay
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
@@ -39,40 +42,38 @@ class _Policy:
     subject: str
     make_order: MakeOrder
     make_admission: MakeAdmission
+    is_tracked: bool = True  # takes uses apart as the tracker tells; LRU takes them whole
 
 
-def _lru(history: TableHistory) -> EvictionOrder:
-    return LeafFirstLRU()
+def _lru(tracker: ReuseTracker) -> EvictionOrder:
+    return Retention(LeafFirstLRU)
 
 
-def _s3_fifo(history: TableHistory) -> EvictionOrder:
-    return S3Fifo()
+def _s3_fifo(tracker: ReuseTracker) -> EvictionOrder:
+    return Retention(S3Fifo)
 
 
-def _always(history: TableHistory, orders: Sequence[EvictionOrder]) -> AdmissionPolicy:
+def _always(tracker: ReuseTracker, order: EvictionOrder) -> AdmissionPolicy:
     return AdmitAlways()
 
 
-def _second(history: TableHistory, orders: Sequence[EvictionOrder]) -> AdmissionPolicy:
+def _second(tracker: ReuseTracker, order: EvictionOrder) -> AdmissionPolicy:
     return SecondSighting()
 
 
 def _adaptive(unproven_cost: float) -> MakeAdmission:
-    def make(history: TableHistory, orders: Sequence[EvictionOrder]) -> AdmissionPolicy:
-        def price(tier: str) -> float:
-            order = orders[int(tier)]
-            return order.price if isinstance(order, HitDensity) else 0.0
-
-        return Adaptive(history, price, unproven_cost=unproven_cost)
+    def make(tracker: ReuseTracker, order: EvictionOrder) -> AdmissionPolicy:
+        assert isinstance(order, HitDensity), "the price of a slot is known to hit density alone"
+        return Adaptive(tracker, lambda tier: order.price, unproven_cost=unproven_cost)
 
     return make
 
 
-_EVICTION = (
-    _Policy("leaf-first LRU", _lru, _always),
-    _Policy("S3-FIFO", _s3_fifo, _always),
-    _Policy("hit density (default)", HitDensity, _always),
-)
+_LRU = _Policy("leaf-first LRU", _lru, _always, is_tracked=False)
+_S3_FIFO = _Policy("S3-FIFO", _s3_fifo, _always)
+_DENSITY = _Policy("hit density (default)", HitDensity, _always)
+_SECOND = _Policy("second sighting", HitDensity, _second)
+_ADAPTIVE = tuple(_Policy(f"adaptive, unproven cost {cost:g}", HitDensity, _adaptive(cost)) for cost in _UNPROVEN_COSTS)
 _BOUND = "Belady, knows the future"
 
 
@@ -119,14 +120,14 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         raise BenchmarkError("no request of the trace has a block")
     what_if = _WhatIf(chains, options)
     results: list[Result] = []
-    for size in options.sizes:
-        results += what_if.one_tier(size)
-        console.print(f"{size:g} %: one tier done, {time.perf_counter() - begun:.0f} s", markup=False, highlight=False)
-    for size in options.sizes:
-        results += what_if.admission(size)
-        console.print(f"{size:g} %: admission done, {time.perf_counter() - begun:.0f} s", markup=False, highlight=False)
-    for size in options.sizes if options.disk_times else ():
-        results += what_if.two_tiers(size)
+    for what, tables in (
+        ("one tier", what_if.one_tier),
+        ("admission", what_if.admission),
+        ("two tiers", what_if.two_tiers),
+    ):
+        for size in options.sizes:
+            results += tables(size)
+        console.print(f"{what}: done, {time.perf_counter() - begun:.0f} s", markup=False, highlight=False)
     report = Report(
         benchmark="trace",
         title=f"{len(chains.requests):,} requests, {chains.num_references:,} blocks, {chains.num_unique:,} different ones",
@@ -153,10 +154,11 @@ class _WhatIf:
 
     def __init__(self, chains: Chains, options: argparse.Namespace) -> None:
         self._chains = chains
-        self._block_tokens = chains.requests[0].request.block_tokens
-        self.block_bytes: int = options.block_bytes or self._block_tokens * (128 << 10)
+        self._belady = Belady(chains)
+        self._replays: dict[tuple[_Policy, int], Replay] = {}  # tiers of different tables may be the same
+        self.block_bytes: int = options.block_bytes or chains.block_tokens * (128 << 10)
         self._disk_times: float = options.disk_times
-        self._compute_s = self._block_tokens / options.prefill_tokens_per_s
+        self._compute_s = chains.block_tokens / options.prefill_tokens_per_s
         self._host_s = self.block_bytes / options.host_gb_per_s / 1e9
         self._disk_s = self.block_bytes / options.disk_gb_per_s / 1e9
 
@@ -164,51 +166,45 @@ class _WhatIf:
         """Eviction: each policy, and the bound."""
         capacity = self._blocks(size)
         case = f"{size:g} %, {capacity:,} blocks"
-        for policy in _EVICTION:
-            begun = time.thread_time()
-            done = replay(self._chains, [capacity], policy.make_order, policy.make_admission)
-            cpu_s = time.thread_time() - begun
-            if policy.make_order is HitDensity:
-                cpu_s += self._chains.tracker_cpu_s
-            yield from self._results(case, policy.subject, done, (self._host_s,))
-            yield Result(
-                case=case,
-                subject=policy.subject,
-                metric="CPU",
-                value=cpu_s / self._chains.num_references * 1e6,
-                unit="us/block",
-            )
-        yield self._rate(case, _BOUND, "prefix hits", belady_hits(self._chains, capacity))
+        for policy in (_LRU, _S3_FIFO, _DENSITY):
+            done = self._replay(policy, capacity)
+            yield from self._results(case, policy.subject, [done], [self._host_s])
+            cpu_s = done.cpu_s + (self._chains.tracker_cpu_s if policy.is_tracked else 0.0)
+            cpu_us = cpu_s / self._chains.num_references * 1e6
+            yield Result(case=case, subject=policy.subject, metric="CPU", value=cpu_us, unit="us/block")
+        yield self._rate(case, _BOUND, "prefix hits", self._belady.hits(capacity))
 
     def admission(self, size: float) -> Iterator[Result]:
         """What is written to one disk tier under hit density, for what hit rate."""
         capacity = self._blocks(size)
-        policies: list[tuple[str, MakeAdmission]] = [("admit always", _always), ("second sighting", _second)]
-        policies += [(f"adaptive, unproven cost {cost:g}", _adaptive(cost)) for cost in _UNPROVEN_COSTS]
-        for subject, make_admission in policies:
-            done = replay(self._chains, [capacity], HitDensity, make_admission)
-            yield from self._results(f"writing, {size:g} %", subject, done, (self._disk_s,))
+        for subject, policy in (
+            ("admit always", _DENSITY),
+            *((policy.subject, policy) for policy in (_SECOND, *_ADAPTIVE)),
+        ):
+            done = self._replay(policy, capacity)
+            yield from self._results(f"writing, {size:g} %", subject, [done], [self._disk_s])
 
     def two_tiers(self, size: float) -> Iterator[Result]:
         """A host tier over a disk tier."""
+        if not self._disk_times:
+            return
         host = self._blocks(size)
-        disk = min(round(host * self._disk_times), self._chains.num_unique)
+        disk = max(1, min(round(host * self._disk_times), self._chains.num_unique))
         case = f"host {size:g} %, disk {disk / self._chains.num_unique * 100:.3g} %"
-        for subject, make_order, make_admission in (
-            ("leaf-first LRU, always", _lru, _always),
-            ("hit density, adaptive", HitDensity, _adaptive(_UNPROVEN_COSTS[0])),
+        for subject, above, below in (
+            ("leaf-first LRU, always", _LRU, _LRU),
+            ("hit density, adaptive", _DENSITY, _ADAPTIVE[0]),
         ):
-            done = replay(self._chains, [host, disk], make_order, make_admission)
-            yield from self._results(case, subject, done, (self._host_s, self._disk_s))
+            tiers = [self._replay(above, host), self._replay(below, disk)]
+            yield from self._results(case, subject, tiers, [self._host_s, self._disk_s])
 
     def notes(self, wall_s: float, cpu_s: float) -> list[str]:
         """What a reader must know."""
         references = self._chains.num_references
         return [
-            f"prefill saved: {self._compute_s * 1e3:.3g} ms for each block that need not be computed, less "
-            f"{self._host_s * 1e3:.3g} ms to load it from host memory or {self._disk_s * 1e3:.3g} ms from disk; summed over "
-            "the trace, which is what first tokens come earlier",
-            f"CPU: the whole replay; hit density with the tracker, "
+            f"TTFT saved, mean of all requests: {self._compute_s * 1e3:.3g} ms for each block that need not be computed, "
+            f"less {self._host_s * 1e3:.3g} ms to load it from host memory or {self._disk_s * 1e3:.3g} ms from disk",
+            f"CPU: of the whole pool, per block of a request; but for LRU with the tracker, "
             f"{self._chains.tracker_cpu_s / references * 1e6:.2f} us/block, which all tiers share",
             f"{wall_s:.1f} s, {cpu_s:.1f} s of one processor, for everything shown",
         ]
@@ -216,14 +212,25 @@ class _WhatIf:
     def _blocks(self, size: float) -> int:
         return max(1, int(self._chains.num_unique * size / 100))
 
-    def _results(self, case: str, subject: str, done: Replay, load_s: Sequence[float]) -> Iterator[Result]:
-        yield self._rate(case, subject, "prefix hits", sum(done.hits))
-        if len(done.hits) > 1:
-            yield self._rate(case, subject, "from host", done.hits[0])
-            yield self._rate(case, subject, "from disk", done.hits[1])
-        saved_s = sum(hits * max(0.0, self._compute_s - cost) for hits, cost in zip(done.hits, load_s, strict=True))
-        yield Result(case=case, subject=subject, metric="prefill saved", value=saved_s, unit="s")
-        written = done.written[-1] * self.block_bytes
+    def _replay(self, policy: _Policy, capacity: int) -> Replay:
+        done = self._replays.get((policy, capacity))
+        if done is None:
+            done = replay(
+                self._chains, capacity, policy.make_order, policy.make_admission, is_tracked=policy.is_tracked
+            )
+            self._replays[policy, capacity] = done
+        return done
+
+    def _results(self, case: str, subject: str, tiers: Sequence[Replay], load_s: Sequence[float]) -> Iterator[Result]:
+        hits = hits_by_tier(tiers)
+        yield self._rate(case, subject, "prefix hits", sum(hits))
+        if len(hits) > 1:
+            yield self._rate(case, subject, "from host", hits[0])
+            yield self._rate(case, subject, "from disk", hits[1])
+        saved_s = sum(count * max(0.0, self._compute_s - cost) for count, cost in zip(hits, load_s, strict=True))
+        saved_ms = saved_s / len(self._chains.requests) * 1e3
+        yield Result(case=case, subject=subject, metric="TTFT saved", value=saved_ms, unit="ms/request")
+        written = tiers[-1].num_written * self.block_bytes
         days = max(self._chains.duration_s, 1e-3) / _DAY_S
         yield Result(case=case, subject=subject, metric="written", value=written / days / 1e12, unit="TB/day")
 

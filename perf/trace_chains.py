@@ -1,8 +1,7 @@
-"""A trace made ready for many replays: its chains as a tree of runs, and what the tracker says of each request.
+"""A trace made ready for many replays: what the tracker says of each request, asked once.
 
-Blocks between two places where chains begin, branch, end or are taken apart always come and go in order, so a replay needs no
-more than *runs* of blocks: of each run a leading part is resident. What the tracker tells does not depend on any cache, so it
-is asked once, in the order of time, and replays see at each request the tables it had at that moment.
+What the tracker tells does not depend on any cache. So it is asked in the order of time, before all replays, and each of them
+sees at each request the tables that the tracker had at that moment.
 """
 
 import time
@@ -10,30 +9,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynamo.kvcache.eviction import Use
+from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.hazards import ReuseTables
-from dynamo.kvcache.reuse import ReuseTracker, parts
+from dynamo.kvcache.reuse import ReuseTracker
 from dynamo.perf.trace_log import TracedRequest
 
-__all__ = ["Chains", "PartRuns", "RequestChain", "TableHistory", "prepare"]
-
-
-@dataclass(frozen=True, slots=True)
-class PartRuns:
-    """One part of a request's chain: what a pool files as an entry."""
-
-    use: Use
-    runs: Sequence[int]
-    num_blocks: int
+__all__ = ["Chains", "RequestChain", "TableHistory", "prepare"]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestChain:
-    """A request as a path through the tree."""
+    """A request as the cache sees it.
 
-    request: TracedRequest
+    Attributes:
+        time_s: when it came; the trace's first request comes at 0.
+        keys: of all its blocks.
+        use: what the tracker knows of it when it ends.
+        bare_use: the same where there is no tracker.
+        tables: what the tracker had learned when it came.
+    """
+
+    time_s: float
+    keys: list[BlockKey]
     use: Use
-    runs: Sequence[int]
-    parts: Sequence[PartRuns]
+    bare_use: Use
     tables: ReuseTables
 
 
@@ -42,27 +41,22 @@ class Chains:
     """The whole trace.
 
     Attributes:
-        lengths: blocks of each run.
-        parents: the run before each; None for the first of a chain.
         num_references: blocks of all requests.
+        num_unique: different blocks.
+        block_tokens: tokens of a block.
         tracker_cpu_s: processor time that the tracker took.
     """
 
     requests: Sequence[RequestChain]
-    lengths: Sequence[int]
-    parents: Sequence[int | None]
     num_references: int
+    num_unique: int
+    block_tokens: int
     tracker_cpu_s: float
-
-    @property
-    def num_unique(self) -> int:
-        """Different blocks."""
-        return sum(self.lengths)
 
     @property
     def duration_s(self) -> float:
         """From the first request to the last."""
-        return self.requests[-1].request.time_s - self.requests[0].request.time_s
+        return self.requests[-1].time_s - self.requests[0].time_s
 
 
 class TableHistory(ReuseTracker):
@@ -78,65 +72,29 @@ class TableHistory(ReuseTracker):
 
 
 def prepare(requests: Sequence[TracedRequest]) -> Chains:
-    """Asks the tracker about each request and builds the tree."""
+    """Asks the tracker about each request.
+
+    Args:
+        requests: at least one, in order of time.
+    """
+    named = [[BlockKey(key.to_bytes(16, "little")) for key in request.keys] for request in requests]
     tracker = ReuseTracker()
-    uses: list[Use] = []
-    tables: list[ReuseTables] = []
-    begun = time.thread_time()
-    for request in requests:
-        tables.append(tracker.tables)
-        use = tracker.observe(
-            request.keys[: request.num_prompt_blocks], request.time_s, num_prompt_tokens=request.num_prompt_tokens
-        )
-        uses.append(tracker.finish(use, request.keys, request.num_output_tokens))
-    tracker_cpu_s = time.thread_time() - begun
-    tree = _Tree(requests, uses)
     chains: list[RequestChain] = []
-    for request, use, known in zip(requests, uses, tables, strict=True):
-        path, ends = tree.path(request.keys)
-        pieces = []
-        for start, end, part in parts(use, len(request.keys)):
-            first = 0 if start == 0 else ends.index(start) + 1
-            pieces.append(PartRuns(part, path[first : ends.index(end) + 1], end - start))
-        chains.append(RequestChain(request, use, path, pieces, known))
-    return Chains(chains, tree.lengths, tree.parents, sum(len(r.keys) for r in requests), tracker_cpu_s)
-
-
-class _Tree:
-    def __init__(self, requests: Sequence[TracedRequest], uses: Sequence[Use]) -> None:
-        self.lengths: list[int] = []
-        self.parents: list[int | None] = []
-        self._run_at: dict[int, int] = {}  # key of a run's first block -> run
-        self._children: dict[int, int] = {}  # key -> how many different blocks follow it
-        self._ends: set[int] = set()  # keys of blocks that end a run although one block follows
-        known: set[int] = set()
-        for request, use in zip(requests, uses, strict=True):
-            keys = request.keys
-            for i, key in enumerate(keys):
-                if key not in known:
-                    known.add(key)
-                    if i:
-                        self._children[keys[i - 1]] = self._children.get(keys[i - 1], 0) + 1
-            self._ends.update(keys[end - 1] for _, end, _ in parts(use, len(keys)))
-
-    def path(self, keys: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Runs of a chain and, of each, how many blocks of the chain lie before its end."""
-        path: list[int] = []
-        ends: list[int] = []
-        start = 0
-        while start < len(keys):
-            run = self._run_at.get(keys[start])
-            if run is None:
-                end = start + 1
-                while end < len(keys) and not (
-                    keys[end - 1] in self._ends or self._children.get(keys[end - 1], 0) != 1
-                ):
-                    end += 1
-                run = len(self.lengths)
-                self._run_at[keys[start]] = run
-                self.lengths.append(end - start)
-                self.parents.append(path[-1] if path else None)
-            path.append(run)
-            start += self.lengths[run]
-            ends.append(start)
-        return path, ends
+    begun = time.thread_time()
+    for request, keys in zip(requests, named, strict=True):
+        tables = tracker.tables
+        use = tracker.observe(
+            keys[: request.num_prompt_blocks], request.time_s, num_prompt_tokens=request.num_prompt_tokens
+        )
+        use = tracker.finish(use, keys, request.num_output_tokens)
+        bare_use = Use(
+            use.number, use.time_s, num_prompt_tokens=use.num_prompt_tokens, num_output_tokens=use.num_output_tokens
+        )
+        chains.append(RequestChain(request.time_s, keys, use, bare_use, tables))
+    return Chains(
+        requests=chains,
+        num_references=sum(map(len, named)),
+        num_unique=len(set().union(*named)),
+        block_tokens=requests[0].block_tokens,
+        tracker_cpu_s=time.thread_time() - begun,
+    )

@@ -15,14 +15,15 @@ from dynamo.kvcache.hit_density import HitDensity
 from dynamo.kvcache.s3_fifo import S3Fifo
 from dynamo.perf.__main__ import main
 from dynamo.perf.harness import BenchmarkError
+from dynamo.perf.trace_belady import Belady
 from dynamo.perf.trace_chains import prepare
 from dynamo.perf.trace_log import TracedRequest, read_trace
-from dynamo.perf.trace_replay import belady_hits, replay
+from dynamo.perf.trace_replay import hits_by_tier, replay
 
 ORDERS = {"lru": lambda _: LeafFirstLRU(), "s3": lambda _: S3Fifo(), "hit density": HitDensity}
 
 
-def always(_history, _orders):
+def always(_tracker, _order):
     return AdmitAlways()
 
 
@@ -79,11 +80,11 @@ def brute_force_best(requests: list[TracedRequest], capacity: int) -> int:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 2**32), st.integers(1, 60))
-def test_lru_is_leaf_first_lru(seed, capacity):
+@given(st.integers(0, 2**32), st.integers(1, 60), st.booleans())
+def test_lru_is_leaf_first_lru(seed, capacity, is_tracked):
     requests = conversations(seed, 15)
-    done = replay(prepare(requests), [capacity], ORDERS["lru"], always)
-    assert done.hits[0] == brute_force_lru(requests, capacity)
+    done = replay(prepare(requests), capacity, ORDERS["lru"], always, is_tracked=is_tracked)
+    assert done.num_hits == brute_force_lru(requests, capacity)
 
 
 @settings(deadline=None, max_examples=25)
@@ -97,41 +98,40 @@ def test_belady_is_the_best_possible(seed, capacity):
         while (parent := parents[keys[0]]) is not None:
             keys.insert(0, parent)
         requests.append(TracedRequest(float(number), 512 * len(keys), 1, tuple(keys), len(keys), 512))
-    assert belady_hits(prepare(requests), capacity) == brute_force_best(requests, capacity)
+    assert Belady(prepare(requests)).hits(capacity) == brute_force_best(requests, capacity)
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**32), st.integers(1, 120))
 def test_no_policy_beats_belady(seed, capacity):
     chains = prepare(conversations(seed, 30))
-    best = belady_hits(chains, capacity)
+    best = Belady(chains).hits(capacity)
     assert best <= chains.num_references - chains.num_unique
     for make_order in ORDERS.values():
-        assert replay(chains, [capacity], make_order, always).hits[0] <= best
+        assert replay(chains, capacity, make_order, always).num_hits <= best
 
 
 def test_with_room_for_everything_all_policies_are_perfect():
     chains = prepare(conversations(1, 40))
     possible = chains.num_references - chains.num_unique
-    assert belady_hits(chains, chains.num_unique) == possible
+    assert Belady(chains).hits(chains.num_unique) == possible
     for make_order in ORDERS.values():
-        done = replay(chains, [chains.num_unique], make_order, always)
-        assert (done.hits[0], done.written[0]) == (possible, chains.num_unique)
+        done = replay(chains, chains.num_unique, make_order, always)
+        assert (done.num_hits, done.num_written) == (possible, chains.num_unique)
 
 
-def test_two_tiers_hit_as_often_as_the_larger_alone_and_the_faster_counts_first():
+def test_a_block_counts_for_the_fastest_tier_that_holds_it():
     chains = prepare(conversations(2, 60))
-    small, large = chains.num_unique // 20, chains.num_unique // 4
-    both = replay(chains, [small, large], ORDERS["lru"], always)
-    assert both.hits[0] == replay(chains, [small], ORDERS["lru"], always).hits[0]
-    assert sum(both.hits) == replay(chains, [large], ORDERS["lru"], always).hits[0]
+    small, large = (replay(chains, chains.num_unique // n, ORDERS["lru"], always) for n in (20, 4))
+    assert hits_by_tier([small, large]) == [small.num_hits, large.num_hits - small.num_hits]
+    assert hits_by_tier([large, small]) == [large.num_hits, 0]
 
 
-def test_admission_is_asked_for_the_slower_tier_only():
+def test_what_admission_refuses_is_not_written():
     chains = prepare(conversations(3, 60))
-    tiers = [chains.num_unique // 20, chains.num_unique]
-    done = replay(chains, tiers, ORDERS["lru"], lambda _history, _orders: SecondSighting())
-    assert done.written[0] >= chains.num_unique > done.written[1] > 0
+    done = replay(chains, chains.num_unique, ORDERS["lru"], lambda _tracker, _order: SecondSighting())
+    assert chains.num_unique > done.num_written > 0
+    assert done.num_hits < replay(chains, chains.num_unique, ORDERS["lru"], always).num_hits
 
 
 def test_hit_density_learns_that_only_long_prompts_come_back():
@@ -146,7 +146,7 @@ def test_hit_density_learns_that_only_long_prompts_come_back():
         times = [at_s, at_s + rng.uniform(50, 80)] if length == 8 else [at_s]
         requests += [TracedRequest(t, 512 * length, 100, keys, length, 512) for t in times]
     chains = prepare(sorted(requests, key=lambda request: request.time_s))
-    rates = {name: replay(chains, [90], make, always).hits[0] for name, make in ORDERS.items()}
+    rates = {name: replay(chains, 90, make, always).num_hits for name, make in ORDERS.items()}
     assert rates["hit density"] > 2 * rates["lru"]
 
 
@@ -224,7 +224,7 @@ def test_the_command_prints_its_tables_and_writes_them(tmp_path, capsys):
         "from host",
         "from disk",
         "written",
-        "prefill saved",
+        "TTFT saved",
     }
 
 

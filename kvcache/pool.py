@@ -323,6 +323,8 @@ class BlockPool:
     ) -> Registration:
         """Makes used slots findable. Where a key is already registered, the caller's reference moves to that slot.
 
+        Slots that `resize` took away meanwhile are not registered; the caller's references on them stay.
+
         Args:
             keys: distinct keys.
             slots: distinct slots, one for each key, on which the caller holds a reference each.
@@ -332,6 +334,9 @@ class BlockPool:
         index, names = self._index, self._keys
         if not len(slots):
             return Registration(slots, ())
+        is_leaving = slots >= self.num_slots
+        if is_leaving.any():
+            return self._register_staying(keys, slots, [parent, *keys[:-1]] if parents is None else parents, is_leaving)
         if index.keys().isdisjoint(keys):
             numbers: list[int] = slots.tolist()
             index.update(zip(keys, numbers, strict=True))
@@ -390,12 +395,28 @@ class BlockPool:
         assert (self._refs >= 0).all(), "a reference count is negative"
         assert self._registered[idle].all(), "an idle slot is not registered"
         assert not self._registered[free].any(), "a free slot is registered"
+        assert not self._registered[self.num_slots :].any(), "a slot beyond the pool is registered"
         assert len(self._index) == np.count_nonzero(self._registered), "index and registered slots differ in number"
         assert all(self._keys[slot] == key for key, slot in self._index.items()), "index and slot disagree on a key"
         self._entries.check_invariants()
         self._lineage.check_invariants(self._registered)
         for number in self._entries.barred:
             assert self._lineage.first_leaf(self._entries.slots(number)) is None, f"entry {number} has a leaf"
+
+    def _register_staying(
+        self,
+        keys: Sequence[BlockKey],
+        slots: SlotIds,
+        parents: Sequence[BlockKey | None],
+        is_leaving: npt.NDArray[np.bool_],
+    ) -> Registration:
+        """`register` where some slots were taken away since they were allocated."""
+        staying = np.flatnonzero(~is_leaving)
+        places = staying.tolist()
+        registered = self.register([keys[i] for i in places], slots[staying], parents=[parents[i] for i in places])
+        held = slots.copy()
+        held[staying] = registered.slots
+        return Registration(held, [places[i] for i in registered.new])
 
     def _register_unknown(self, keys: Sequence[BlockKey], slots: SlotIds) -> Registration:
         """`register` where some keys are known; leaves the lineage to the caller."""

@@ -283,6 +283,23 @@ def test_a_pool_grows_again_even_before_it_has_shrunk():
     pool.check_invariants()
 
 
+def test_slots_taken_away_before_their_blocks_are_registered_are_not_found():
+    pool = BlockPool(8)
+    slots = pool.allocate(8).slots
+    pool.resize(4)
+    keys = [key(n) for n in range(8)]
+    registered = pool.register(keys, slots)
+    assert list(registered.new) == [0, 1, 2, 3]
+    assert registered.slots.tolist() == slots.tolist()
+    assert len(pool) == 4
+    pool.release(registered.slots)
+    assert pool.num_leaving == 0
+    pool.check_invariants()
+    pool.resize(8)
+    assert len(pool.allocate(8).slots) == 8
+    pool.check_invariants()
+
+
 class Shuffled:
     """An order without rhyme or reason."""
 
@@ -318,6 +335,7 @@ class PoolMachine(RuleBasedStateMachine):
     """Random use of a small pool by holders that keep the chain discipline, beside a plain model of what is cached."""
 
     held = Bundle("held")
+    computing = Bundle("computing")
 
     def __init__(self) -> None:
         super().__init__()
@@ -333,9 +351,9 @@ class PoolMachine(RuleBasedStateMachine):
         if seed is not None:
             self.pool, self.is_lru = BlockPool(12, Shuffled(seed)), False
 
-    @rule(target=held, chain=st.integers(0, 3), length=st.integers(1, 6))
+    @rule(target=computing, chain=st.integers(0, 3), length=st.integers(1, 6))
     def open(self, chain, length):
-        """Pins a cached prefix and computes the rest, as a sequence does."""
+        """Pins a cached prefix and reserves slots for the rest, as a sequence does."""
         keys = chain_keys(chain, length)
         matched = self.pool.find_prefix(keys)
         self.pool.acquire(matched)
@@ -352,13 +370,29 @@ class PoolMachine(RuleBasedStateMachine):
             assert not self.is_lru or all(self.last_use[gone] <= self.last_use[other] for other in kept)
             for child, parent in PARENTS.items():
                 assert parent != gone or child not in self.pool or self.holders[self.pool.find(child)]
+        return (keys, matched, room.slots)
+
+    @rule(target=held, sequence=consumes(computing))
+    def commit(self, sequence):
+        """Computed blocks become findable, as far as their slots were not taken away meanwhile."""
+        keys, matched, fresh = sequence
         parent = keys[len(matched) - 1] if len(matched) else None
-        slots = np.concatenate((matched, self.pool.register(keys[len(matched) :], room.slots, parent).slots))
-        assert len(set(slots.tolist())) == length
+        slots = np.concatenate((matched, self.pool.register(keys[len(matched) :], fresh, parent).slots))
+        assert len(set(slots.tolist())) == len(keys)
+        self.forgotten.update(k for k in keys if k not in self.pool)
         self.clock += 1
         self.last_use.update(dict.fromkeys(keys, self.clock))
-        self.holders.update(room.slots.tolist())
+        self.holders.update(slots[len(matched) :].tolist())
         return (keys, slots)
+
+    @rule(sequence=consumes(computing))
+    def abandon(self, sequence):
+        """A sequence ends before its blocks are computed."""
+        keys, matched, fresh = sequence
+        self.clock += 1
+        self.last_use.update(dict.fromkeys(keys[: len(matched)], self.clock))
+        self.holders.subtract(matched.tolist())
+        self.pool.release(np.concatenate((matched, fresh)))
 
     @rule(sequence=consumes(held))
     def close(self, sequence):

@@ -106,11 +106,8 @@ def copy_row_numbers(src: Voids, src_ids: SlotIds, dst: Voids, dst_ids: SlotIds)
 
 
 def _copy_runs(src: Voids, src_ids: SlotIds, dst: Voids, dst_ids: SlotIds, borders: SlotIds) -> None:
-    src_bytes, dst_bytes, width = (
-        src.view(np.uint8),
-        dst.view(np.uint8),
-        src.itemsize,
-    )  # numpy keeps the GIL for few items
+    width = src.itemsize
+    src_bytes, dst_bytes = src.view(np.uint8), dst.view(np.uint8)  # as bytes, since numpy keeps the GIL for few items
 
     def copy_part(first: int, last: int) -> None:
         cuts = _within(borders, first, last)

@@ -156,9 +156,8 @@ class LeafFirstLRU:
     """The entry used longest ago goes first. Implements EvictionOrder."""
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # a dict that loses its first entries gets slow to iterate
+        # Not a dict, which gets slow to iterate as it loses its first entries.
+        self._entries: OrderedDict[int, None] = OrderedDict()
 
     def add(self, entry: int, use: Use, num_blocks: int) -> None:
         """Files the entry behind all others."""

@@ -127,9 +127,7 @@ class HazardEstimator:
         self._group = np.full(capacity, -1, dtype=np.int64)  # -1: no longer waiting
         self._events = np.zeros((NUM_GROUPS, _NUM_BINS))
         self._exposure = np.zeros((NUM_GROUPS, _NUM_BINS))  # in uses that lived through the bin
-        self._follows = np.zeros(
-            (NUM_GROUPS, NUM_GROUPS)
-        )  # how often a use of one group was continued by one of another
+        self._follows = np.zeros((NUM_GROUPS, NUM_GROUPS))  # how often a use of one was continued by one of another
 
     def begin(self, group: int, now_s: float) -> int:
         """A use begins to wait for its reuse."""

@@ -14,6 +14,7 @@ than one computed whole: it lets the load go on for as long as it would have tak
 patience more. Whatever happens, time waited ≤ time saved + patience.
 """
 
+import logging
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -25,7 +26,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dynamo.kvcache.lane import Lane, LaneSpeed
+from dynamo.kvcache.lane_meter import LaneMeter, LaneSpeed
 from dynamo.kvcache.prefill_model import PrefillCost, PrefillModel
 from dynamo.tiers.transfer import Transfer
 
@@ -39,6 +40,8 @@ __all__ = [
     "TierRun",
     "growing_parts",
 ]
+
+logger = logging.getLogger(__name__)
 
 LoadKind = Literal["loaded", "split", "computed", "gave_up"]
 
@@ -73,6 +76,7 @@ class LoadQuestion:
 
     @property
     def num_blocks(self) -> int:
+        """Loadable blocks."""
         return sum(run.num_blocks for run in self.runs)
 
     def tiers(self, num_blocks: int) -> set[str]:
@@ -100,7 +104,7 @@ class LoadDecision:
         expected_load_s: until they have all come; None where a tier's speed is not known.
         expected_compute_s: computing the same blocks instead; None where that is not known.
         patience_s: what the load may cost beyond the computing that it saves; None for as long as it takes.
-        reason: for people.
+        reason: for the log.
     """
 
     question: LoadQuestion
@@ -157,7 +161,7 @@ class LoadPlanner:
         self._clock = clock
         self._lock = threading.Lock()  # guards all below
         self._prefill = PrefillModel()
-        self._lanes: dict[str, Lane] = {}
+        self._lanes: dict[str, LaneMeter] = {}
         self._decisions: Counter[LoadKind] = Counter()
         self._regret_s: defaultdict[str, float] = defaultdict(float)
         self._declined_blocks = 0
@@ -192,16 +196,12 @@ class LoadPlanner:
 
     def plan(self, question: LoadQuestion) -> LoadDecision:
         """Decides how many of the loadable blocks are loaded."""
-        num_blocks = question.num_blocks
         with self._lock:
-            now = self._clock()
-            cost = self._prefill.cost()
-            if not num_blocks:
-                return LoadDecision(question, now, 0, 0.0, 0.0, None, "no tier holds what follows")
-            if cost is None or self._patience is None:
-                reason = "the speed of computing is not known yet" if cost is None else "loads are always waited for"
-                return LoadDecision(question, now, num_blocks, None, None, None, reason)
-            return self._plan(question, cost, self._patience, now)
+            decision = self._decide(question)
+        logger.debug(
+            "%d of %d blocks are loaded: %s", decision.num_blocks_to_load, question.num_blocks, decision.reason
+        )
+        return decision
 
     def watch(self, decision: LoadDecision, transfer: Transfer, timeout_s: float) -> "LoadWatch":
         """Watches over a load that was decided for: its deadline grows with what arrives, up to `timeout_s` in all."""
@@ -252,6 +252,17 @@ class LoadPlanner:
                 lane_bytes_per_s={tier: rate * self._block_bytes for tier, rate in rates.items() if rate is not None},
                 prefill_tokens_per_s=cost.tokens_per_s if cost is not None else None,
             )
+
+    def _decide(self, question: LoadQuestion) -> LoadDecision:
+        num_blocks = question.num_blocks
+        now = self._clock()
+        cost = self._prefill.cost()
+        if not num_blocks:
+            return LoadDecision(question, now, 0, 0.0, 0.0, None, "no tier holds what follows")
+        if cost is None or self._patience is None:
+            reason = "the speed of computing is not known yet" if cost is None else "loads are always waited for"
+            return LoadDecision(question, now, num_blocks, None, None, None, reason)
+        return self._plan(question, cost, self._patience, now)
 
     def _plan(self, question: LoadQuestion, cost: PrefillCost, patience: float, now: float) -> LoadDecision:
         num_blocks = question.num_blocks
@@ -320,10 +331,10 @@ class LoadPlanner:
             lost_s = float(total_s[num_loaded] - total_s[num_loaded:].min())
             self._regret_s[question.tier_at(num_loaded)] += lost_s
 
-    def _lane(self, tier: str) -> Lane:
+    def _lane(self, tier: str) -> LaneMeter:
         lane = self._lanes.get(tier)
         if lane is None:
-            lane = self._lanes[tier] = Lane()
+            lane = self._lanes[tier] = LaneMeter()
         return lane
 
 

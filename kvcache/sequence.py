@@ -21,7 +21,7 @@ from dynamo.kvcache.onboard import SOURCES, Load, LoadRequest
 from dynamo.kvcache.planner import LoadPlanner, LoadQuestion, LoadWatch
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
-from dynamo.kvcache.window import RequestWindow
+from dynamo.kvcache.window import RequestHits, RequestWindow
 from dynamo.tiers.device import Fence
 from dynamo.tiers.mover import Priority
 from dynamo.tiers.tier import SlotIds
@@ -322,7 +322,7 @@ class Sequence:
             host, disk = self._hit_blocks
             asked = self._num_cacheable_blocks * size
             self._window.add(
-                (self._num_prompt_tokens, asked, self._num_matched_blocks * size, host * size, disk * size)
+                RequestHits(self._num_prompt_tokens, asked, self._num_matched_blocks * size, host * size, disk * size)
             )
 
     def when_ready(self, callback: Callable[[], None]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +21,22 @@ __all__ = ["DEFAULT_WINDOW_REQUESTS", "RequestHits", "RequestWindow", "WindowSta
 DEFAULT_WINDOW_REQUESTS = 1000
 _NUM_MARKS = 16  # what the tiers have moved is noted so many times per window
 
-RequestHits = tuple[int, int, int, int, int]
-"""Of one request, in tokens: prompt; those that could have come from the cache; those that came from device, host, disk."""
+
+class RequestHits(NamedTuple):
+    """One request, in tokens. A tuple, since a thousand of them become an array at once.
+
+    Attributes:
+        prompt: all of the prompt.
+        cacheable: those that could have come from the cache.
+        device, host, disk: those that came from there.
+    """
+
+    prompt: int
+    cacheable: int
+    device: int
+    host: int
+    disk: int
+
 
 _TIERS = ("device", "host", "disk")
 

@@ -12,6 +12,7 @@ import torch
 from dynamo.kvcache.config import format_size
 from dynamo.perf.disk_raw import aligned_memory
 from dynamo.perf.report import Result
+from dynamo.tiers.kvikio_io import find_kvikio
 
 __all__ = ["gds_results", "why_no_gds"]
 
@@ -20,15 +21,11 @@ _CASE = "GPU memory"
 
 def why_no_gds() -> str | None:
     """Why GPUDirect Storage cannot be measured here; None where it can."""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    try:
-        kvikio: Any = importlib.import_module("kvikio")
-        has_gds = importlib.import_module("kvikio.cufile_driver").get("is_gds_available")
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"kvikio does not load ({error}); pip install 'dynamo-kv[gpu]' brings it"
-    if not has_gds:
-        return f"kvikio {kvikio.__version__} finds no nvidia-fs driver; see `gdscheck -p` of the CUDA toolkit"
+    found = find_kvikio()
+    if isinstance(found, str):
+        return found
+    if found.is_compat_mode():
+        return "kvikio goes through host memory: it finds no nvidia-fs driver, or was told so; see `gdscheck -p`"
     return None
 
 

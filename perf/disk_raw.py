@@ -25,8 +25,6 @@ __all__ = ["EXTRA_FILES", "Rate", "RawDisk", "Way", "aligned_memory"]
 EXTRA_FILES = 3
 """Files made in each folder beside the large one, each a quarter of it, to see whether more files are faster."""
 
-_MADV_NOHUGEPAGE = mmap.MADV_NOHUGEPAGE
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
@@ -37,7 +35,7 @@ class Way:
         depth: threads, each with one call outstanding.
         is_direct: O_DIRECT; otherwise through the page cache, written back before the clock stops.
         has_huge_pages: whether memory is in huge pages, where the system has them, or in pages of 4 KiB.
-        num_files: in each folder: 1, or 1 + EXTRA_FILES of a quarter each.
+        num_files: in each folder: 1, or EXTRA_FILES of a quarter of its size each.
         is_ascending: places are still chosen at random, but visited in the order in which they lie, as a tier that sorts
             the blocks of a call would.
     """
@@ -67,7 +65,7 @@ def aligned_memory(num_bytes: int, *, has_huge_pages: bool = True) -> mmap.mmap:
     """Resident memory that starts at a page, full of random bytes, in pages of one kind."""
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages has one kind only
-        memory.madvise(mmap.MADV_HUGEPAGE if has_huge_pages else _MADV_NOHUGEPAGE)
+        memory.madvise(mmap.MADV_HUGEPAGE if has_huge_pages else mmap.MADV_NOHUGEPAGE)
     random_bytes = np.random.default_rng(7).bytes(min(num_bytes, 16 << 20))
     for start in range(0, num_bytes, len(random_bytes)):
         memory[start : start + len(random_bytes)] = random_bytes[: num_bytes - start]
@@ -82,13 +80,14 @@ class RawDisk:
     Several folders are used at the same time, as a tier striped over them would.
     """
 
-    def __init__(self, folders: Sequence[Path], size: int, window: int) -> None:
+    def __init__(self, folders: Sequence[Path], size: int, window: int, *, extra_files: int = EXTRA_FILES) -> None:
         """Makes files and memory; `fill` writes them.
 
         Args:
             folders: exist, on the disks to measure; emptied of these files in the end.
             size: bytes of the large files together.
             window: bytes of memory that calls take turns in.
+            extra_files: in each folder; 0 where no way with several files is measured.
 
         Raises:
             BenchmarkError: a file system has no direct I/O.
@@ -101,7 +100,7 @@ class RawDisk:
         self._sizes: dict[Path, int] = {}
         share = size // len(folders) // mmap.PAGESIZE * mmap.PAGESIZE
         try:
-            for number in range(1 + EXTRA_FILES):
+            for number in range(1 + extra_files):
                 for folder in folders:
                     path = folder / f"raw-{number}.dat"
                     self._open(path)

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class TierSide:
             row[:] = np.frombuffer(self._random.bytes(row.size), dtype=np.uint8)
         self._target[:] = 0
         capacity_bytes = (total_blocks + _SPARE_BLOCKS) * layout.slot_bytes
-        self._tier = DiskTier.open(_place(folders), layout, capacity_bytes, _FINGERPRINT, io_threads=io_threads)
+        self._tier = DiskTier.open(folders, layout, capacity_bytes, _FINGERPRINT, io_threads=io_threads)
         self.name = f"disk tier ({self._tier.stats().path}, {io_threads} threads)"
         # No two slots of a window are neighbours: the tier cannot merge them, and has to do with calls of one block.
         self._slots = [
@@ -226,8 +226,3 @@ def _raw_run(
 def _side_run(side: TierSide | LMCachePeer, windows: Windows, *, writes: bool) -> Callable[[int], float]:
     move = side.store if writes else side.load
     return lambda turn: windows.window_bytes / move(turn % windows.num_windows) / 1e9
-
-
-def _place(folders: Sequence[Path]) -> Any:
-    """One folder as it is; several are a striped tier."""
-    return folders[0] if len(folders) == 1 else list(folders)

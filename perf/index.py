@@ -6,10 +6,8 @@ sequences that decode record them: the worst order there is for finding parents.
 """
 
 import argparse
-import contextlib
 import gc
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     workload.add_argument("--blocks", type=int, default=1_000_000, help="blocks in the index")
     workload.add_argument("--chain", type=int, default=2048, help="blocks of each chain, and of the prefix looked up")
     workload.add_argument("--repeats", type=int, default=5, help="restarts; medians are printed")
-    workload.add_argument("--dir", type=Path, help="where to put the index; default: the system's temporary folder")
+    place = parser.add_argument_group("place")
+    place.add_argument(
+        "--path", metavar="DIR", type=Path, help="where to put the index; default: the system's temporary folder"
+    )
 
 
 def run(options: argparse.Namespace, console: Console) -> Report:
@@ -76,7 +77,8 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     machine = machine_record()
     results: list[Result] = []
     for case, num_at_a_time in CASES.items():
-        with _folder(options.dir) as folder:
+        with tempfile.TemporaryDirectory(prefix="dynamo-perf-index-", dir=options.path) as made:
+            folder = Path(made)
             console.print(f"{case}: recording {options.blocks:,} blocks ...", style="dim")
             chain = _record(folder, options.blocks, options.chain, num_at_a_time)
             console.print(f"{case}: {options.repeats} restarts ...", style="dim")
@@ -96,15 +98,6 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     )
 
 
-@contextlib.contextmanager
-def _folder(place: Path | None) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="kv-index-", dir=place))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
 def _open(folder: Path, num_blocks: int) -> DiskTier:
     return DiskTier.open(folder, _LAYOUT, num_blocks * _LAYOUT.slot_bytes, _FINGERPRINT, io_threads=1)
 
@@ -120,7 +113,7 @@ def _record(folder: Path, num_blocks: int, chain_blocks: int, num_at_a_time: int
             some = slice(start, start + _PUT_BLOCKS)
             slots = np.arange(start, min(start + _PUT_BLOCKS, num_blocks))
             if not tier.journal.put(names[some], parent_names[some], slots, slots.astype(np.uint64)):
-                raise BenchmarkError(f"the index in {folder} cannot be written; give a --dir with more room")
+                raise BenchmarkError(f"the index in {folder} cannot be written; give a --path with more room")
     finally:
         tier.close()
     (data,) = folder.rglob("blocks.dat")

@@ -124,10 +124,12 @@ def measure_throttled(
     async def store() -> None:
         bench = _Bench(settings, prompt_tokens)
         await bench.engine.start()
-        for number in (_WARM_UP, *range(1 + prompts_after)):
-            await bench.first_token_s(number, "kept")
-        bench.displace()
-        await bench.engine.stop()
+        try:
+            for number in (_WARM_UP, *range(1 + prompts_after)):
+                await bench.first_token_s(number, "kept")
+            bench.displace()
+        finally:
+            await bench.engine.stop()
 
     async def surprise(round_number: int) -> None:
         bench = _Bench(settings, prompt_tokens)

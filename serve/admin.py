@@ -35,6 +35,7 @@ from dynamo.serve.admin_bodies import (
     ClearAnswer,
     ClearRequest,
     ExplainRequest,
+    ExtendPinAnswer,
     ExtendPinRequest,
     LookupRequest,
     PinAnswer,
@@ -74,6 +75,9 @@ _LOCAL_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost")
 
 class CacheAdmin:
     """Runs operations on one cache. All methods are called on one event loop.
+
+    Each operation takes the decoded body and the parts of the path that vary, whether it needs them or not, and raises
+    RequestError for whatever the client is to be told; `OPERATIONS` says what each does.
 
     Args:
         served: how prompts become tokens.
@@ -119,11 +123,11 @@ class CacheAdmin:
         )
         return PinAnswer(lease.pin_id, lease.blocks, lease.num_tokens, ttl_s)
 
-    async def extend_pin(self, body: ExtendPinRequest, place: Mapping[str, str]) -> UnpinAnswer:
+    async def extend_pin(self, body: ExtendPinRequest, place: Mapping[str, str]) -> ExtendPinAnswer:
         pin_id = place["pin_id"]
         if not await self._run(lambda: self._cache.extend_pin(pin_id, body.ttl_s), _SHORT_S):
             raise _no_such_pin(pin_id)
-        return UnpinAnswer(pin_id)
+        return ExtendPinAnswer(pin_id, body.ttl_s)
 
     async def unpin(self, body: None, place: Mapping[str, str]) -> UnpinAnswer:
         pin_id = place["pin_id"]
@@ -306,7 +310,7 @@ OPERATIONS: Final = (
         "extendPin",
         "Give a pin more time",
         CacheAdmin.extend_pin,
-        UnpinAnswer,
+        ExtendPinAnswer,
         ExtendPinRequest,
     ),
     _operation("DELETE", "/pins/{pin_id}", "unpin", "End a pin", CacheAdmin.unpin, UnpinAnswer),

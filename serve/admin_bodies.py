@@ -7,9 +7,13 @@ from msgspec import Meta, Struct
 from dynamo.serve.openai import Label, MessageParam, TokenId
 
 __all__ = [
+    "DEFAULT_PREFETCH_S",
+    "DEFAULT_TTL_S",
+    "DEFAULT_VERIFY_S",
     "ClearAnswer",
     "ClearRequest",
     "ExplainRequest",
+    "ExtendPinAnswer",
     "ExtendPinRequest",
     "LookupRequest",
     "PinAnswer",
@@ -125,6 +129,13 @@ class PinAnswer(Struct):
     pin_id: str
     blocks: dict[str, int]
     num_tokens: int
+    ttl_s: float
+
+
+class ExtendPinAnswer(Struct):
+    """The pin ends by itself `ttl_s` seconds from now, whatever it had left."""
+
+    pin_id: str
     ttl_s: float
 
 

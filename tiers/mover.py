@@ -20,7 +20,7 @@ from enum import IntEnum
 
 from dynamo.tiers.transfer import Transfer
 
-__all__ = ["GIVE_WAY_S", "PARTS_AT_ONCE", "Lane", "Line", "Mover", "Part", "Priority", "Transfer"]
+__all__ = ["GIVE_WAY_S", "PARTS_AT_ONCE", "Lane", "Line", "Mover", "Part", "Priority"]
 
 logger = logging.getLogger(__name__)
 

@@ -50,22 +50,16 @@ class WriteBudget:
         self._clock, self._wall_clock = clock, wall_clock
         self._lock = Lock()
         self._available_bytes = self.burst_bytes
-        self._total_bytes = 0
-        self._spent_bytes = 0
+        self._written_bytes = 0
         self._unsaved_bytes = 0
         self._filled_at_s = clock()
         if path is not None:
             self._load(path)
 
     @property
-    def spent(self) -> int:
-        """Bytes written since this object was made."""
-        return self._spent_bytes
-
-    @property
-    def total_spent(self) -> int:
-        """Bytes written since the file was made, over restarts."""
-        return self._total_bytes
+    def written_bytes(self) -> int:
+        """All that was taken and not given back since the file was made, over restarts."""
+        return self._written_bytes
 
     @property
     def available_bytes(self) -> int:
@@ -73,10 +67,6 @@ class WriteBudget:
         with self._lock:
             self._fill()
             return int(self._available_bytes)
-
-    def allows(self, num_bytes: int) -> bool:
-        """Whether `num_bytes` may be written now; takes nothing."""
-        return self.available_bytes >= num_bytes
 
     def take(self, num_units: int, unit_bytes: int) -> int:
         """Takes as many of `num_units` units as the bucket holds; returns how many."""
@@ -98,8 +88,7 @@ class WriteBudget:
 
     def _book(self, num_bytes: int) -> None:
         self._available_bytes -= num_bytes
-        self._spent_bytes += num_bytes
-        self._total_bytes += num_bytes
+        self._written_bytes += num_bytes
         self._unsaved_bytes += num_bytes
         if self._unsaved_bytes >= self.burst_bytes * _SAVE_SHARE:
             self._save()
@@ -117,18 +106,18 @@ class WriteBudget:
             return
         if len(data) != _BODY.size + 8 or data[_BODY.size :] != _check(data[: _BODY.size]):
             return
-        magic, available_bytes, saved_at_s, total_bytes = _BODY.unpack(data[: _BODY.size])
+        magic, available_bytes, saved_at_s, written_bytes = _BODY.unpack(data[: _BODY.size])
         if magic != _MAGIC:
             return
         gained_bytes = max(0.0, self._wall_clock() - saved_at_s) * self.bytes_per_day / _DAY_S
         self._available_bytes = min(self.burst_bytes, available_bytes + gained_bytes)
-        self._total_bytes = total_bytes
+        self._written_bytes = written_bytes
 
     def _save(self) -> None:
         if self._path is None:
             return
         self._unsaved_bytes = 0
-        body = _BODY.pack(_MAGIC, self._available_bytes, self._wall_clock(), max(0, self._total_bytes))
+        body = _BODY.pack(_MAGIC, self._available_bytes, self._wall_clock(), max(0, self._written_bytes))
         with contextlib.suppress(OSError):  # a disk that cannot keep this keeps no blocks either
             fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:

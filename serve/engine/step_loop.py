@@ -15,7 +15,7 @@ from dynamo.serve.engine.scheduler import ScheduledStep, Scheduler
 from dynamo.serve.engine.sequence import SequenceState
 from dynamo.serve.errors import EngineDeadError, RequestFailedError, ServeError
 
-__all__ = ["Abort", "Add", "Command", "Counters", "StepLoop", "Stop"]
+__all__ = ["Abort", "Add", "Command", "Counters", "Loaded", "StepLoop", "Stop"]
 
 logger = logging.getLogger(__name__)
 

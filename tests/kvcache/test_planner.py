@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo.kvcache.planner import LoadPlanner, LoadQuestion, TierRun, growing_parts
-from dynamo.tiers.mover import Transfer
+from dynamo.tiers.transfer import Transfer
 
 SIZE = 16
 COSTS = (0.002, 1e-4, 2e-8)  # a step, a token, a pair of tokens; seconds

@@ -130,9 +130,8 @@ class StoreMachine(RuleBasedStateMachine):
         arena = HostTier(LAYOUT, num_host, num_staging=NUM_STAGING)
         self.disk = FaultyDisk.open(self.folder, LAYOUT, NUM_DISK_SLOTS * LAYOUT.slot_bytes, b"stateful", io_threads=1)
         self.disk.prepare()
-        every_slot = np.arange(
-            NUM_DISK_SLOTS
-        )  # a file that has its size: a failed write is then not taken for a full disk
+        # A file that has its size: a failed write is then not taken for a full disk.
+        every_slot = np.arange(NUM_DISK_SLOTS)
         assert self.disk.write(every_slot, map_rows(LAYOUT, NUM_DISK_SLOTS), every_slot).all()
         self.counters = CacheCounters()
         planner = LoadPlanner(block_size=LAYOUT.block_size, block_bytes=LAYOUT.block_bytes)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dynamo.kvcache import KVCache
-from dynamo.kvcache.window import RequestWindow, WindowStats
+from dynamo.kvcache.window import RequestHits, RequestWindow, WindowStats
 from dynamo.tiers.stats import TierRecorder, TierStats
 
 TOKENS = list(range(33))
@@ -38,9 +38,9 @@ def test_an_empty_window_has_no_rates() -> None:
 
 def test_lower_tiers_answer_for_what_the_device_lacked_and_shares_add_up() -> None:
     window = RequestWindow(Tiers())
-    window.add((100, 96, 32, 48, 0))
-    window.add((60, 48, 48, 0, 0))  # all on the device: no question to the tiers below
-    window.add((40, 32, 0, 0, 16))
+    window.add(RequestHits(100, 96, 32, 48, 0))
+    window.add(RequestHits(60, 48, 48, 0, 0))  # all on the device: no question to the tiers below
+    window.add(RequestHits(40, 32, 0, 0, 16))
     stats = window.snapshot()
     assert stats.prompt_tokens == 200
     assert of_tiers(stats, "asked_tokens") == {"device": 176, "host": 96, "disk": 96}
@@ -56,10 +56,10 @@ def test_old_requests_leave_the_window_and_with_them_what_was_moved_then() -> No
     window = RequestWindow(tiers, num_requests=32)
     tiers.recorders["host"].add_read(1000, 0, 1.0)
     for _ in range(64):
-        window.add((100, 96, 0, 96, 0))
+        window.add(RequestHits(100, 96, 0, 96, 0))
     tiers.recorders["host"].add_read(5, 0, 0.001)
     for _ in range(32):
-        window.add((100, 96, 0, 0, 0))
+        window.add(RequestHits(100, 96, 0, 0, 0))
     stats = window.snapshot()
     assert (stats.num_requests, stats.num_finished, stats.cached_tokens) == (32, 96, 0)
     read = of_tiers(stats, "read")["host"]
@@ -72,7 +72,7 @@ def test_before_the_window_is_full_all_that_was_moved_counts() -> None:
     window = RequestWindow(tiers, num_requests=1000)
     for _ in range(100):
         tiers.recorders["disk"].add_write(1, 0, 0.5)
-        window.add((16, 0, 0, 0, 0))
+        window.add(RequestHits(16, 0, 0, 0, 0))
     assert of_tiers(window.snapshot(), "write")["disk"].blocks == 100
 
 

@@ -158,7 +158,7 @@ def test_an_interrupted_run_cleans_up(place: Path, how: signal.Signals) -> None:
         Way(call_bytes=64 * KIB, depth=3),
         Way(call_bytes=1 * MIB, depth=1, is_direct=False),
         Way(call_bytes=64 * KIB, depth=2, has_huge_pages=False),
-        Way(call_bytes=64 * KIB, depth=2, num_files=4),
+        Way(call_bytes=64 * KIB, depth=2, num_files=3),
     ],
 )
 def test_a_run_visits_every_place_once(place: Path, way: Way) -> None:

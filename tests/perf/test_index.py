@@ -15,7 +15,7 @@ def options(*arguments: str) -> argparse.Namespace:
 
 
 def test_every_case_is_measured(tmp_path):
-    wanted = options("--blocks", "5000", "--chain", "20", "--repeats", "2", "--dir", str(tmp_path))
+    wanted = options("--blocks", "5000", "--chain", "20", "--repeats", "2", "--path", str(tmp_path))
     report = index.run(wanted, Console(file=StringIO()))
     assert {result.case for result in report.results} == set(index.CASES)
     metrics = {result.metric for result in report.results}

@@ -99,7 +99,7 @@ def test_pins_can_be_made_extended_listed_and_ended_once(serve: Any, cache: KVCa
     assert (listed["pin_id"], listed["name"]) == (pin["pin_id"], "greeting")
     assert 0 < listed["remaining_s"] <= 60
     path = f"/pins/{pin['pin_id']}"
-    assert call(server, "POST", path, {"ttl_s": 3600}).json() == {"pin_id": pin["pin_id"]}
+    assert call(server, "POST", path, {"ttl_s": 3600}).json() == {"pin_id": pin["pin_id"], "ttl_s": 3600}
     (listed,) = call(server, "GET", "").json()["pins"]
     assert listed["remaining_s"] > 3000
     cache.clear()

@@ -1,9 +1,11 @@
 import pytest
 
-from dynamo.kvcache.lane import Lane
+from dynamo.kvcache.lane_meter import LaneMeter
 
 
-def load(lane: Lane, number: int, start_s: float, parts: list[int], block_s: float, latency_s: float = 0.0) -> float:
+def load(
+    lane: LaneMeter, number: int, start_s: float, parts: list[int], block_s: float, latency_s: float = 0.0
+) -> float:
     """A load whose parts run two at a time on a lane that shares its speed between them; returns when it ended."""
     lane.expect(number, sum(parts))
     now = start_s
@@ -20,14 +22,14 @@ def load(lane: Lane, number: int, start_s: float, parts: list[int], block_s: flo
 
 
 def test_a_lane_that_was_never_used_is_unknown():
-    lane = Lane()
+    lane = LaneMeter()
     assert lane.speed(0.0) is None
     assert lane.bandwidth_blocks_per_s is None
     assert lane.speed_since(0.0) is None
 
 
 def test_parts_that_run_beside_one_another_add_up_to_the_lanes_speed():
-    lane = Lane()
+    lane = LaneMeter()
     now = load(lane, 1, 10.0, [4, 4, 6, 8, 8, 8, 8, 8], block_s=0.001, latency_s=0.004)
     speed = lane.speed(now)
     assert speed is not None
@@ -37,7 +39,7 @@ def test_parts_that_run_beside_one_another_add_up_to_the_lanes_speed():
 
 
 def test_the_latency_of_a_lane_at_rest_is_told_from_its_speed():
-    lane = Lane()
+    lane = LaneMeter()
     now = 0.0
     for number in range(6):
         now = load(lane, number, now + 1.0, [2, 4, 8, 16, 16, 16, 16, 16], block_s=0.001, latency_s=0.05)
@@ -48,7 +50,7 @@ def test_the_latency_of_a_lane_at_rest_is_told_from_its_speed():
 
 
 def test_one_load_that_was_given_up_says_nothing_about_an_unknown_lane_and_two_do():
-    lane = Lane()
+    lane = LaneMeter()
     assert lane.is_trusted
     lane.give_up(1.0, 64, 0, 0.1)
     assert lane.speed(1.0) is None
@@ -60,7 +62,7 @@ def test_one_load_that_was_given_up_says_nothing_about_an_unknown_lane_and_two_d
 
 
 def test_one_hiccup_changes_little_and_two_loads_that_were_too_slow_much():
-    lane = Lane()
+    lane = LaneMeter()
     now = 0.0
     for number in range(3):
         now = load(lane, number, now, [8] * 8, block_s=0.001)
@@ -73,7 +75,7 @@ def test_one_hiccup_changes_little_and_two_loads_that_were_too_slow_much():
 
 
 def test_blocks_that_are_still_to_come_are_told_by_load_and_cancelled_parts_end_the_wait():
-    lane = Lane()
+    lane = LaneMeter()
     now = load(lane, 1, 0.0, [8] * 4, block_s=0.001)
     lane.expect(2, 16)
     lane.expect(3, 100)
@@ -88,7 +90,7 @@ def test_blocks_that_are_still_to_come_are_told_by_load_and_cancelled_parts_end_
 
 
 def test_a_lane_that_was_too_slow_is_tried_again_ever_more_seldom_until_it_proves_fast():
-    lane = Lane()
+    lane = LaneMeter()
     now = load(lane, 1, 0.0, [8] * 8, block_s=0.1)
     pauses = []
     for _ in range(4):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Lane", "LaneSpeed"]
+__all__ = ["LaneMeter", "LaneSpeed"]
 
 _NUM_SAMPLES = 16
 _SAMPLE_PARTS = 4  # parts that run beside one another end together: one alone says nothing about the lane
@@ -46,7 +46,7 @@ class _Sample:
     is_whole: bool
 
 
-class Lane:
+class LaneMeter:
     """Speed and queue of one tier's loads. Not thread-safe: `LoadPlanner` guards it.
 
     The speed is the median over recent samples, weighted by their blocks: a single hiccup does not move it, two loads that

@@ -160,6 +160,11 @@ class BlockPool:
         """All registered keys."""
         return list(self._index)
 
+    def blocks_in(self, first: int, end: int, count: int) -> tuple[list[BlockKey], SlotIds]:
+        """The first `count` registered blocks in slots [first, end): their keys, and the slots, ascending. Not pinned."""
+        slots = np.flatnonzero(self._registered[first:end])[:count] + first
+        return self._names(slots), slots
+
     def explain(self, key: BlockKey) -> BlockPlace | Removal | None:
         """Where a block lies, or why it does not any more; None: not seen as far back as the memory of removals reaches."""
         slot = self._index.get(key)

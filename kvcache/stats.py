@@ -11,6 +11,7 @@ from dynamo.kvcache.planner import PlannerStats
 from dynamo.kvcache.pool import BlockPool
 from dynamo.kvcache.window import WindowStats
 from dynamo.tiers.latency import LatencyCounts, LatencyHistogram
+from dynamo.tiers.scrub import ScrubStats
 from dynamo.tiers.stats import MovedBlocks, TierStats
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "DropReason",
     "LatencyCounts",
     "LoadFault",
+    "ScrubStats",
     "TierUsage",
     "tier_usage",
 ]
@@ -90,9 +92,11 @@ class CacheStats:
         planner: how it was decided between loading and computing.
         num_loads: loads of sequences that have not ended, queued or running.
         num_pins: active pins.
-        verify_faults: blocks on disk that `verify` found bad and forgot, by reason: "corrupt" and "unreadable".
+        verify_faults: blocks on disk that `verify`, or the check in the background, found bad and forgot, by reason:
+            "corrupt" and "unreadable".
         load_latency: from `open` to the end of a sequence's loads, by the lowest tier they came from.
         window: the last finished sequences that `open` made.
+        scrub: how far the check of the disk tier in the background has come; None where there is none.
     """
 
     tiers: tuple[TierUsage, ...]
@@ -109,6 +113,7 @@ class CacheStats:
     verify_faults: Mapping[str, int]
     load_latency: Mapping[str, LatencyCounts]
     window: WindowStats
+    scrub: ScrubStats | None = None
 
     def tier(self, name: str) -> TierUsage:
         """The tier of that name.

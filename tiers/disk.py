@@ -233,10 +233,10 @@ class DiskTier:
         self._recorder.add_read(num_good, slots.size - num_good, time.perf_counter() - started)
         return outcomes
 
-    def inspect(self, slots: SlotIds, rows: Rows, row_ids: SlotIds, generations: Generations) -> Outcomes:
+    def inspect(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
         """Reads like `read` for somebody who only looks: neither counted as a read nor as use of the disk."""
         self._check(slots, rows, row_ids, writable=True)
-        return self._stripes.read(slots, IOTarget(rows), row_ids, generations)
+        return self._stripes.read(slots, IOTarget(rows), row_ids, None)
 
     def write(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
         """Writes rows to slots; see `Tier.write`. Not synced: after a power cut digests tell what is good.

@@ -57,6 +57,7 @@ class TierUsage:
         faults: number of faults by kind.
         read_latency: of the calls that read some blocks each.
         write_latency: of the calls that wrote some blocks each.
+        device_path: how its blocks get to device memory and back, and why that way; None where there is but one.
     """
 
     tier: str
@@ -73,6 +74,7 @@ class TierUsage:
     faults: Mapping[str, int]
     read_latency: LatencyCounts = field(default_factory=LatencyCounts)
     write_latency: LatencyCounts = field(default_factory=LatencyCounts)
+    device_path: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

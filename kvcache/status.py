@@ -69,6 +69,7 @@ class TierStatus:
     Attributes:
         tier: "device", "host" or "disk".
         path: how its bytes move: "pinned", "pageable", "O_DIRECT", "buffered" and the like.
+        device_path: how its blocks get to device memory and back, and why that way; None where there is but one.
         num_slots: blocks it has room for.
         num_cached_blocks: blocks that can be found by content.
         num_pinned_blocks: slots that somebody holds: sequences, transfers and pins.
@@ -79,6 +80,7 @@ class TierStatus:
 
     tier: str
     path: str
+    device_path: str | None
     num_slots: int
     num_cached_blocks: int
     num_pinned_blocks: int
@@ -207,6 +209,7 @@ def cache_status(stats: CacheStats, pins: tuple[PinInfo, ...]) -> CacheStatus:
             TierStatus(
                 tier=usage.tier,
                 path=usage.path,
+                device_path=usage.device_path,
                 num_slots=usage.num_slots,
                 num_cached_blocks=usage.num_cached_blocks,
                 num_pinned_blocks=usage.num_pinned_blocks,

@@ -8,10 +8,12 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from threading import Lock
 from typing import Self
 
 from dynamo.kvcache.config import DiskPlace, format_size
+from dynamo.kvcache.device_path import prove_device_path
 from dynamo.kvcache.errors import CacheConfigError, UnsupportedError
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.eviction import OpenUse
@@ -82,6 +84,7 @@ class BlockStore:
         self._arena = arena
         self._disk = disk
         self._disk_fault = disk_fault
+        self._device_path = prove_device_path(disk, device.device) if disk else None
         self._shelf = Shelf(arena, num_host_slots, disk, events, counters, policies)
         # As many device slots may be pinned for offloading as leave the sequences most of the pool.
         self._mover = start_mover()
@@ -325,7 +328,8 @@ class BlockStore:
             if self._shelf.host.num_slots:
                 yield tier_usage(self._arena.stats(), self._shelf.host, self._slot_bytes, hits("host"))
             if self._disk:
-                yield tier_usage(self._disk.stats(), self._shelf.disk, self._slot_bytes, hits("disk"))
+                usage = tier_usage(self._disk.stats(), self._shelf.disk, self._slot_bytes, hits("disk"))
+                yield replace(usage, device_path=self._device_path)
         if self._disk_fault:
             nothing = MovedBlocks()
             stats = TierStats("disk", 0, "none", nothing, nothing, {self._disk_fault: 1})

@@ -17,7 +17,7 @@ RecordDrop = Callable[[list[BlockKey], SlotIds], None]
 
 _TURN_S = 0.001
 _PAUSE_S = 0.0003  # locks are not fair: without it, whoever gave the lock back is the first to have it again
-_MIN_BLOCKS, _FIRST_BLOCKS, _MAX_BLOCKS = 16, 256, 16384
+_MIN_BLOCKS, _FIRST_BLOCKS, _MAX_BLOCKS = 64, 256, 16384
 
 
 def clear_pool(
@@ -55,10 +55,11 @@ def forget_behind(
 ) -> None:
     """Empties a pool's slots from `num_slots` on before it is made smaller, and forgets the blocks that continue theirs.
 
-    In use or not. The slots are withheld, until `BlockPool.resize` takes them away; what is written into those in use
-    meanwhile is left to it.
+    In use or not. What comes into these slots meanwhile is left to `BlockPool.resize`, which takes them away. Free ones are
+    withheld until then.
     """
     with lock:
+        pool.withhold(num_slots)
         find = pool.slots_behind(num_slots)
     going = find()
     pace = _Pace(lock)
@@ -66,7 +67,6 @@ def forget_behind(
     while start < len(going):
         with pace.turn() as num_blocks:
             removed, slots = pool.forget_slots(going[start : start + num_blocks], "resized")
-            pool.withhold(num_slots)
             events.removed(tier, removed)
         start += num_blocks
         if record_drop:

@@ -135,10 +135,10 @@ class Lineage:
         num_children = int(self._num_children[slots].sum())
         if not num_children:
             return slots[:0]
+        if np.count_nonzero(np.isin(self._parent[slots], slots)) == num_children:
+            return slots[:0]
         among = np.zeros(len(self._parent) + 1, dtype=np.bool_)  # one more, at -1: no parent
         among[slots] = True
-        if np.count_nonzero(among[self._parent[slots]]) == num_children:
-            return slots[:0]
         return np.flatnonzero(among[self._parent] & ~among[:-1])
 
     def parents(self) -> npt.NDArray[np.int32]:

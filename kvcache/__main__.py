@@ -61,7 +61,10 @@ def _verify(directories: list[Path]) -> int:
             directories, lambda done, total: progress.update(task, completed=done, total=total)
         )
     if not reports:
-        print(f"error: {directories[0]} holds no disk tier of this program", file=sys.stderr)
+        print(
+            f"error: {directories[0]} holds no disk tier of this program and version; a folder in it, given itself, says why",
+            file=sys.stderr,
+        )
         return _EXIT_USAGE
     console.print(_table(reports))
     for report in reports:
@@ -75,7 +78,7 @@ def _table(reports: list[NamespaceReport]) -> Table:
     table.add_column("model's folder", no_wrap=True)
     for name in ("blocks", "good", "corrupt", "unreadable", "GB", "GB/s"):
         table.add_column(name, justify="right")
-    table.add_column("")
+    table.add_column("state")
     for report in reports:
         gigabytes = report.read_bytes / 1e9
         table.add_row(

@@ -11,7 +11,7 @@ from typing import Literal, Self, get_args
 
 import torch
 
-from dynamo.kvcache.config import DiskPlace, parse_disk_place, parse_size
+from dynamo.kvcache.config import DiskPlace, format_size, parse_disk_place, parse_size
 from dynamo.kvcache.device_pool import DevicePool
 from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError, UnsupportedError
 from dynamo.kvcache.events import Event, EventLog, Snapshot
@@ -92,7 +92,17 @@ class KVCache:
         """
         if device_blocks < 1:
             raise CacheConfigError(f"device_blocks must be at least 1, not {device_blocks}")
+        if io_threads < 1:
+            raise CacheConfigError(f"io_threads must be at least 1, not {io_threads}")
+        if load_patience is not None and not load_patience >= 0:
+            raise CacheConfigError(f"load_patience must be a share from 0 on, or None, not {load_patience}")
         host_bytes = parse_size(host) if host is not None else 0
+        max_host_bytes = host_bytes if host_max is None else parse_size(host_max)
+        if max_host_bytes < host_bytes or max_host_bytes > host_bytes == 0:
+            raise CacheConfigError(
+                f"a host tier of {format_size(host_bytes)} cannot be resized up to host_max={format_size(max_host_bytes)}; "
+                "give a host tier, and at least its size"
+            )
         place = parse_disk_place(disk) if isinstance(disk, str) else disk
         self.spec = spec
         self.block_size = spec.block_size
@@ -121,7 +131,7 @@ class KVCache:
                     host_bytes=host_bytes,
                     disk=place,
                     io_threads=io_threads,
-                    max_host_bytes=0 if host_max is None else parse_size(host_max),
+                    max_host_bytes=max_host_bytes,
                     policies=self._policies,
                     disk_write_budget=None if disk_write_budget is None else parse_size(disk_write_budget),
                     scrub_bytes_per_s=parse_size(scrub_bytes_per_s),

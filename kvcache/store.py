@@ -14,7 +14,7 @@ from typing import Self
 
 from dynamo.kvcache.config import DiskPlace, format_size
 from dynamo.kvcache.device_path import prove_device_path
-from dynamo.kvcache.errors import CacheConfigError, UnsupportedError
+from dynamo.kvcache.errors import CacheConfigError, CacheMemoryError, UnsupportedError
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
@@ -36,6 +36,7 @@ from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
 from dynamo.tiers.host import HostTier
+from dynamo.tiers.memory import available_memory_bytes
 from dynamo.tiers.numa import pci_address
 from dynamo.tiers.scrub import ScrubStats
 from dynamo.tiers.stats import MovedBlocks, TierStats
@@ -48,6 +49,7 @@ _PART_BYTES = (
     8 << 20
 )  # one part of a transfer: large enough for the disk's full speed, small enough to overlap two hops
 _RESIZE_TIMEOUT_S = 30.0  # longer than any load
+_INDEX_BYTES = 376  # of memory for a block on disk, all books together; `perf index` measures it
 _STAGING_PARTS = 4  # without a host tier; with one, staging is for when all its slots are pinned, and one part will do
 
 
@@ -131,6 +133,7 @@ class BlockStore:
 
         Raises:
             CacheConfigError: a size does not hold one block.
+            CacheMemoryError: the index of so large a disk tier does not fit into memory.
             dynamo.tiers.errors.TierError: host memory does not suffice.
         """
         slot_bytes = spec.layout.slot_bytes
@@ -144,6 +147,8 @@ class BlockStore:
                 f"a disk tier of {format_size(disk.capacity_bytes)} is less than one block of {format_size(slot_bytes)}; "
                 "give more"
             )
+        if disk is not None:
+            _check_index_fits(disk.capacity_bytes // slot_bytes)
         with ExitStack() as undo:
             disk_tier, disk_fault = _open_disk(spec, disk, io_threads, disk_write_budget) if disk else (None, None)
             if disk_tier is not None:
@@ -298,6 +303,7 @@ class BlockStore:
 
         Raises:
             CacheConfigError: there is no such tier, or the size holds no block.
+            CacheMemoryError: the index of so large a disk tier does not fit into memory.
             TimeoutError: slots beyond are still in use after `timeout_s`. They are given to nobody any more, and their
                 memory or disk space is given back with the next call.
             dynamo.tiers.errors.TierError: the tier cannot have that size.
@@ -312,7 +318,14 @@ class BlockStore:
                 f"a {tier} tier of {format_size(num_bytes)} is less than one block of {format_size(self._slot_bytes)}; "
                 "give more"
             )
+        if tier == "host" and num_slots > self._arena.max_slots:
+            raise CacheConfigError(
+                f"the host tier can have up to {format_size(self._arena.max_slots * self._slot_bytes)}, not "
+                f"{format_size(num_bytes)}; start with a larger maximum (host_max, --host-cache-max) to go beyond"
+            )
         with self._resizing:
+            if tier == "disk":
+                _check_index_fits(num_slots - storage.num_slots)
             if num_slots > storage.num_slots:
                 storage.resize(num_slots)
             if not self._shelf.resize(tier, num_slots, timeout_s):
@@ -387,6 +400,22 @@ def _open_disk(
         logger.warning("going on without a disk tier: %s", error)
         return None, "unavailable"
     return tier, None
+
+
+def _check_index_fits(num_blocks: int) -> None:
+    """Refuses more blocks on disk than memory can keep books of, which would otherwise fail when the tier has filled up.
+
+    Raises:
+        CacheMemoryError: they need more memory than there is.
+    """
+    needed_bytes, available_bytes = num_blocks * _INDEX_BYTES, available_memory_bytes()
+    if available_bytes is not None and needed_bytes > available_bytes:
+        raise CacheMemoryError(
+            f"the index of {num_blocks:,} blocks on disk takes {format_size(needed_bytes)} of memory when they are all there, "
+            f"and {format_size(available_bytes)} are available; make the disk tier smaller, or its blocks larger",
+            needed_bytes=needed_bytes,
+            available_bytes=available_bytes,
+        )
 
 
 def _part_blocks(slot_bytes: int) -> int:

@@ -70,10 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
     progress = Console(stderr=True)
     try:
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on what cannot be kept
         report: Report = options.run(options, progress)
     except (BenchmarkError, KVCacheError, OSError) as error:
         # What a user can put right: a path, a size, a peer or a server that does not start. Bugs keep their traceback.
-        progress.print(f"error: {error}", markup=False, highlight=False)
+        progress.print(f"error: {_sentence(error)}", markup=False, highlight=False)
         return 1
     except KeyboardInterrupt:
         progress.print("interrupted; what was written for measuring is removed")
@@ -84,6 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         console.print(f"written to {write_report(report, options.out)}", markup=False, highlight=False)
     return report.exit_status
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 if __name__ == "__main__":

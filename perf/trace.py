@@ -7,6 +7,7 @@ know nothing of the trace beforehand. Only "Belady, knows the future" does: see 
 """
 
 import argparse
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from dynamo.kvcache.admission import Adaptive, AdmissionPolicy, AdmitAlways, SecondSighting
+from dynamo.kvcache.config import parse_size
+from dynamo.kvcache.errors import CacheConfigError
 from dynamo.kvcache.eviction import EvictionOrder, LeafFirstLRU
 from dynamo.kvcache.hit_density import HitDensity
 from dynamo.kvcache.retention import Retention
@@ -91,13 +94,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="per cent of the different blocks",
     )
     parser.add_argument("--disk-times", type=float, default=10, metavar="N", help="disk tier of N times the host tier")
-    parser.add_argument("--block-bytes", type=int, help="default: 128 KiB for each token, an 8B model with GQA in bf16")
+    parser.add_argument(
+        "--block-bytes",
+        type=_size,
+        default=argparse.SUPPRESS,
+        metavar="SIZE",
+        help="of a block, such as 2MiB (default: 128 KiB for each token, an 8B model with GQA in bf16)",
+    )
     parser.add_argument("--prefill-tokens-per-s", type=float, default=10_000, help="speed of computing")
     parser.add_argument("--host-gb-per-s", type=float, default=20, help="speed of loading from host memory, 1e9 bytes")
     parser.add_argument(
         "--disk-gb-per-s", type=float, default=3, help="speed of reading and of writing the disk, 1e9 bytes"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw hit rates and writes as a PNG")
+
+
+def _size(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except CacheConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not size:
+        raise argparse.ArgumentTypeError("a block has at least one byte")
+    return size
 
 
 def run(options: argparse.Namespace, console: Console) -> Report:
@@ -108,12 +127,14 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         OSError: the file cannot be read.
     """
     for name in ("prefill_tokens_per_s", "host_gb_per_s", "disk_gb_per_s"):
-        if getattr(options, name) <= 0:
+        if not 0 < getattr(options, name) < math.inf:
             raise BenchmarkError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(options, name)}")
-    if not all(0 < size <= 100 for size in options.sizes) or options.disk_times < 0:
+    if not all(0 < size <= 100 for size in options.sizes) or not 0 <= options.disk_times < math.inf:
         raise BenchmarkError(
             "--sizes are per cent of the trace's blocks, above 0 and up to 100; --disk-times is 0 or more"
         )
+    if options.plot is not None and not options.plot.parent.is_dir():
+        raise BenchmarkError(f"--plot {options.plot}: there is no folder {options.plot.parent}; make it")
     begun, begun_cpu = time.perf_counter(), time.process_time()
     chains = prepare(read_trace(options.file))
     if not chains.num_references:

@@ -1,6 +1,7 @@
 """Reading request traces: Mooncake's format, and the key log that a server of ours records."""
 
 import gzip
+import logging
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import numpy as np
 from dynamo.perf.harness import BenchmarkError
 
 __all__ = ["MOONCAKE_BLOCK_TOKENS", "TracedRequest", "read_trace"]
+
+logger = logging.getLogger(__name__)
 
 MOONCAKE_BLOCK_TOKENS = 512
 
@@ -73,8 +76,12 @@ class _KeyLogLine(msgspec.Struct):
 def read_trace(path: Path) -> list[TracedRequest]:
     """All requests of a JSONL file, plain or gzipped, in order of time.
 
+    A server that is killed leaves the line it was writing incomplete, and the next one goes on behind it: such lines of a
+    key log are left out, which the log says.
+
     Raises:
-        BenchmarkError: a line is in neither format, or there is none. The message names the line.
+        BenchmarkError: a line is in neither format, or there is none, or blocks have different sizes. The message names the
+            line.
         OSError: the file cannot be read.
     """
     kind: type[_MooncakeLine | _KeyLogLine] = _MooncakeLine
@@ -85,16 +92,29 @@ def read_trace(path: Path) -> list[TracedRequest]:
         if not requests:
             kind = _MooncakeLine if b'"hash_ids"' in line else _KeyLogLine
         try:
-            requests.append(msgspec.json.decode(line, type=kind).request())
+            request = msgspec.json.decode(line, type=kind).request()
         except (ValueError, msgspec.DecodeError) as error:
+            if requests and kind is _KeyLogLine and not isinstance(error, msgspec.ValidationError) and _is_torn(line):
+                logger.warning("%s:%d is incomplete, as a killed server leaves it behind; left out", path.name, number)
+                continue
             raise BenchmarkError(
                 f"{path.name}:{number}: {error}; expected a line of Mooncake's format (timestamp in ms, input_length, "
                 "output_length, hash_ids) or of a key log (time_s, num_prompt_tokens, num_output_tokens, block_size, keys)"
             ) from None
+        if requests and request.block_tokens != requests[0].block_tokens:
+            raise BenchmarkError(
+                f"{path.name}:{number}: blocks of {request.block_tokens} tokens, and of {requests[0].block_tokens} before; "
+                "keys of different block sizes cannot be compared, so split the file there"
+            )
+        requests.append(request)
     if not requests:
         raise BenchmarkError(f"{path.name} holds no request")
     requests.sort(key=lambda request: request.time_s)
     return requests
+
+
+def _is_torn(line: bytes) -> bool:
+    return not line.rstrip().endswith(b"}")
 
 
 def _lines(path: Path) -> Iterator[bytes]:

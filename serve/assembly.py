@@ -171,6 +171,12 @@ def _open_cache(config: Config, disk: DiskPlace | None, spec: KVSpec, device: to
             f"--disk-cache {disk.directory}: {format_size(disk.capacity_bytes)} hold less than one block of "
             f"{format_size(slot_bytes)}; give it more, or off for none"
         )
+    largest = settings.host_cache_max
+    if largest is not None and not 0 < settings.host_cache <= largest:
+        raise ConfigError(
+            f"--host-cache-max {format_size(largest)} is not above --host-cache {format_size(settings.host_cache)}, or there "
+            "is no host tier that could grow; give both, or leave --host-cache-max off"
+        )
     wanted = config.model.max_model_len
     if wanted is not None and num_blocks * spec.block_size < wanted:
         raise ConfigError(
@@ -192,9 +198,10 @@ def _open_cache(config: Config, disk: DiskPlace | None, spec: KVSpec, device: to
             host_max=settings.host_cache_max,
         )
     except MemoryError as error:  # the cache's own, and Python's
+        on_disk = f" and --disk-cache {format_size(disk.capacity_bytes)}" if disk else ""
         raise ConfigError(
-            f"--device-cache {format_size(device_bytes)} on {device} and --host-cache {format_size(settings.host_cache)} "
-            f"are more than there is: {error}"
+            f"there is no memory for --device-cache {format_size(device_bytes)} on {device}, --host-cache "
+            f"{format_size(settings.host_cache)}{on_disk}: {error}"
         ) from error
     except CacheConfigError as error:
         raise ConfigError(f"the cache cannot be made: {error}") from error

@@ -122,11 +122,13 @@ def _is_unsupported(kind: inspect.Type) -> bool:
 
 
 def _accepted_values(kind: inspect.Type) -> str | None:
-    """The range of a numeric field in words; None for fields of other kinds."""
+    """The range of a numeric field, or the words of one that takes few, in words; None for fields of other kinds."""
     kinds = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
     for option in kinds:
         if isinstance(option, inspect.Metadata):
             option = option.type
+        if isinstance(option, inspect.LiteralType):
+            return "one of " + ", ".join(str(value) for value in sorted(option.values, key=str))
         if isinstance(option, inspect.IntType):
             return f"an integer from {option.ge} to {option.le}"
         if isinstance(option, inspect.FloatType):

@@ -96,7 +96,9 @@ def _verify_namespace(folders: Sequence[Path], on_progress: Callable[[int, int],
             identities = [read_identity(folder / IDENTITY_NAME).identity for folder in folders]
             problem = _misfit(folders, identities)
             scan = None if problem else scan_index(folders[0] / JOURNAL_NAME)
-        except (TierUnavailableError, JournalFormatError, FileNotFoundError) as error:
+        except FileNotFoundError as error:
+            problem, scan = f"{error.filename} is missing; the tier starts empty there", None
+        except (TierUnavailableError, JournalFormatError) as error:
             problem, scan = str(error), None
         first = identities[0] if not problem else None
         if scan is None or first is None:

@@ -130,6 +130,10 @@ def test_a_closed_cache_says_so(spec):
         ({"host": -5}, "negative"),
         ({"disk": "/nowhere"}, "PATH:SIZE"),
         ({"disk": "/nowhere:1KB"}, "less than one block"),
+        ({"host": "2MiB", "host_max": "1MiB"}, "host_max=1 MiB"),
+        ({"host_max": "1MiB"}, "give a host tier"),
+        ({"io_threads": 0}, "io_threads must be at least 1, not 0"),
+        ({"load_patience": -0.5}, "load_patience must be .* not -0.5"),
     ],
 )
 def test_wrong_sizes_and_paths_are_named(spec, options, message):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dynamo.kvcache import KVCache
-from dynamo.kvcache.errors import CacheConfigError, OutOfBlocksError, PinLimitError, UnsupportedError
+from dynamo.kvcache.errors import CacheConfigError, CacheMemoryError, OutOfBlocksError, PinLimitError, UnsupportedError
 
 SLOT = 4096
 
@@ -112,8 +112,10 @@ def test_a_tier_takes_another_size_while_it_works(
     assert cache.resize("host", "16KiB") == 4
     tiers = {tier.tier: (tier.num_slots, tier.num_cached_blocks) for tier in cache.status().tiers}
     assert (tiers["host"], tiers["disk"]) == ((4, 4), (4, 4))
-    with pytest.raises(CacheConfigError):
+    with pytest.raises(CacheConfigError, match=r"can have up to 1 MiB, not 1 GiB.*host_max"):
         cache.resize("host", "1GiB")
+    with pytest.raises(CacheMemoryError, match=r"index of .* blocks on disk takes .* make the disk tier smaller"):
+        cache.resize("disk", 2**60)
     cache.clear("device")
     for number in range(4):
         content.run(cache, [1000 * number + i for i in range(33)])

@@ -36,6 +36,12 @@ def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+def test_a_folder_for_results_that_cannot_be_made_is_refused_first(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["trace", str(tmp_path / "nothing"), "--out", str(tmp_path / "file")]) == 1
+    assert f"error: {tmp_path / 'file'}: File exists" in capsys.readouterr().err.replace("\n", "")
+
+
 def test_help_lists_the_commands_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys)
     assert text.index("cache:") < text.index("  blocks ") < text.index("  store ") < text.index("server:")

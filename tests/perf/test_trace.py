@@ -203,6 +203,20 @@ def test_a_bad_line_is_named(tmp_path, text, message):
         read_trace(tmp_path / "trace")
 
 
+def test_lines_that_a_killed_server_left_incomplete_are_left_out(tmp_path, caplog):
+    lines = [key_log_line(TracedRequest(float(n), 600, 5, (0, n), 1, 512)) for n in range(1, 4)]
+    (tmp_path / "log").write_text(f"{lines[0]}\n{lines[1][:40]}\n{lines[2]}\n{lines[1][:90]}")
+    assert [request.time_s for request in read_trace(tmp_path / "log")] == [1.0, 3.0]
+    assert [record.getMessage().split(" is ")[0] for record in caplog.records] == ["log:2", "log:4"]
+
+
+def test_blocks_of_two_sizes_are_refused(tmp_path):
+    lines = [key_log_line(TracedRequest(0.0, 600, 5, (0, 1), 1, size)) for size in (512, 16)]
+    (tmp_path / "log").write_text("\n".join(lines))
+    with pytest.raises(BenchmarkError, match="log:2: blocks of 16 tokens, and of 512 before"):
+        read_trace(tmp_path / "log")
+
+
 def test_a_cut_gzip_file_is_named(tmp_path):
     text = "\n".join(mooncake_line(request) for request in conversations(5, 20))
     (tmp_path / "trace.gz").write_bytes(gzip.compress(text.encode())[:-20])
@@ -228,7 +242,16 @@ def test_the_command_prints_its_tables_and_writes_them(tmp_path, capsys):
     }
 
 
-@pytest.mark.parametrize("arguments", [("--sizes", "0"), ("--sizes", "101"), ("--prefill-tokens-per-s", "0")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--sizes", "0"),
+        ("--sizes", "101"),
+        ("--prefill-tokens-per-s", "0"),
+        ("--disk-gb-per-s", "nan"),
+        ("--plot", "no/x.png"),
+    ],
+)
 def test_options_without_meaning_are_refused(tmp_path, arguments, capsys):
     trace = tmp_path / "trace.jsonl"
     trace.write_text(GOOD)

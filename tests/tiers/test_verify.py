@@ -72,6 +72,15 @@ def test_every_kind_of_damage_is_found(
     assert "1 of 30 records of the index are damaged" in output
 
 
+def test_a_missing_index_is_said_in_a_sentence(tmp_path: Path, layout: BlockLayout, rows: Rows) -> None:
+    tier = fill([tmp_path], layout, rows)
+    tier.close()
+    index = tier.folder / "journal.log"
+    index.unlink()
+    (report,) = verify_directories([tmp_path])
+    assert report.problems == (f"{index} is missing; the tier starts empty there",)
+
+
 def test_a_tier_in_use_is_refused(
     tmp_path: Path, layout: BlockLayout, rows: Rows, capsys: pytest.CaptureFixture[str]
 ) -> None:

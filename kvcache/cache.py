@@ -38,6 +38,7 @@ TierName = Literal["device", "host", "disk"]
 
 _CLOSE_TIMEOUT_S = 30.0
 _MAX_ROOTS = 1024
+_SCRUB_RATE = "8MiB"  # 200 GiB in seven hours, with 0.3 % of what an NVMe disk gives; a shared network disk gives 10 %
 _MAX_TTL_S = 30 * 86400.0
 
 
@@ -64,6 +65,7 @@ class KVCache:
         admission: AdmissionName = "always",
         disk_write_budget: str | int | None = None,
         host_max: str | int | None = None,
+        scrub_bytes_per_s: str | int = _SCRUB_RATE,
     ) -> None:
         """Allocates all tiers. A disk folder that cannot be used is logged and counted; the cache goes on without it.
 
@@ -82,6 +84,7 @@ class KVCache:
             disk_write_budget: what may be written to the disk tier in a day, such as "500GB", a 24th of it at once; None: no
                 limit. Adaptive admission spends it on the blocks that promise most.
             host_max: to what `resize` may make the host tier; None: not beyond `host`. Costs addresses, not memory.
+            scrub_bytes_per_s: how fast the disk tier is checked for bad blocks while nobody else uses it; 0: not at all.
 
         Raises:
             CacheConfigError: a size or path is wrong.
@@ -121,6 +124,7 @@ class KVCache:
                     max_host_bytes=0 if host_max is None else parse_size(host_max),
                     policies=self._policies,
                     disk_write_budget=None if disk_write_budget is None else parse_size(disk_write_budget),
+                    scrub_bytes_per_s=parse_size(scrub_bytes_per_s),
                 )
             undo.pop_all()
         self._pool = DevicePool(self._device, self._events, self._counters, self._policies.new_order("device"))
@@ -408,6 +412,7 @@ class KVCache:
             verify_faults=counted.verify_faults,
             load_latency=counted.load_latency,
             window=self._window.snapshot(),
+            scrub=store.scrub_stats if store else None,
         )
 
     def check_invariants(self) -> None:

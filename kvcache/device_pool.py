@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dynamo.kvcache.clearing import clear_pool
 from dynamo.kvcache.errors import OutOfBlocksError
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.eviction import EvictionOrder, Use
@@ -153,12 +154,7 @@ class DevicePool:
 
     def clear(self) -> None:
         """Drops every block that is not in use."""
-        with self._changed:
-            removed, _ = self._pool.evict_idle()
-            if len(self._pool):
-                self._events.removed("device", removed)
-            else:
-                self._events.cleared("device")
+        clear_pool(self._pool, self._changed, self._events, "device")
 
     def explain(self, key: BlockKey) -> BlockPlace | Removal | None:
         """Where a block lies, or why it does not; see `BlockPool.explain`."""

@@ -139,6 +139,19 @@ class Entries:
         """Numbers of all entries, that which is to give up blocks first at the front."""
         return self._order.candidates(now_s)
 
+    def numbers(self) -> Iterator[int]:
+        """Numbers of all entries, in the order in which they were filed."""
+        return iter(self._entries)
+
+    def clear(self) -> None:
+        """Takes all slots out of their entries."""
+        for number in self._entries:
+            self._order.remove(number)
+        self._entries.clear()
+        self.barred.clear()
+        self._stamp[:] = 0
+        self.num_slots = self._num_places = 0
+
     def grow(self, num_slots: int) -> None:
         """Has room for slots up to `num_slots`."""
         stamp = np.zeros(num_slots, dtype=np.int64)

@@ -12,6 +12,7 @@ from dynamo.kvcache.reuse import ReuseTracker
 
 __all__ = ["HitDensity"]
 
+_PRICE_EVICTIONS = 4
 _RESORT_S = 1.0  # ranks change with age, whose bins are wider than this
 
 _Place = tuple[bool, int, float, int]
@@ -28,7 +29,8 @@ class HitDensity:
 
     def __init__(self, tracker: ReuseTracker) -> None:
         self.price = 0.0
-        """Index of the entry that was asked for last: the hits per second for which a block stays. 0: there is room."""
+        """Index up to which entries had to go, mean of late: the hits per second for which a block stays. 0: there is room."""
+        self._reached = 0.0  # by the last eviction
         self._tracker = tracker
         self._tables: ReuseTables | None = None  # those that `_sorted` was ranked with
         self._sorted_s = float("-inf")
@@ -71,6 +73,7 @@ class HitDensity:
 
     def candidates(self, now_s: float) -> Iterator[int]:
         """Least hit density first."""
+        self.price += (self._reached - self.price) / _PRICE_EVICTIONS
         if now_s - self._sorted_s >= _RESORT_S or self._tables is not self._tracker.tables:
             self._sort(now_s)
         known = self._rows
@@ -79,7 +82,7 @@ class HitDensity:
         for i in range(self._first, len(self._sorted)):
             _, _, index, entry = self._sorted[i]
             if entry in known:
-                self.price = index
+                self._reached = index
                 yield entry
 
     def _sort(self, now_s: float) -> None:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.tiers.tier import SlotIds
 
-__all__ = ["NO_PARENT", "Lineage"]
+__all__ = ["NO_PARENT", "Lineage", "slots_behind"]
 
 NO_PARENT = -1
 
@@ -131,12 +131,26 @@ class Lineage:
         return opened
 
     def children(self, slots: SlotIds) -> SlotIds:
-        """The children of `slots` that are not among them. Cost: proportional to the number of slots."""
-        if not self._num_children[slots].any():
+        """The children of `slots` that are not among them. Cost: proportional to the number of slots, if there are any."""
+        num_children = int(self._num_children[slots].sum())
+        if not num_children:
             return slots[:0]
         among = np.zeros(len(self._parent) + 1, dtype=np.bool_)  # one more, at -1: no parent
         among[slots] = True
+        if np.count_nonzero(among[self._parent[slots]]) == num_children:
+            return slots[:0]
         return np.flatnonzero(among[self._parent] & ~among[:-1])
+
+    def parents(self) -> npt.NDArray[np.int32]:
+        """Slot of each slot's parent, NO_PARENT for none; a copy."""
+        return self._parent.copy()
+
+    def clear(self) -> None:
+        """Removes all blocks."""
+        self._parent[:] = NO_PARENT
+        self._num_children[:] = 0
+        self._orphans.clear()
+        self._lacking.clear()
 
     def restore(self, slots: SlotIds, parents: SlotIds) -> None:
         """`add` for an unused pool: the parents may be among `slots`."""
@@ -169,3 +183,24 @@ class Lineage:
             siblings.discard(slot)
             if not siblings:
                 del self._orphans[key]
+
+
+def slots_behind(parents: npt.NDArray[np.int32], first: int) -> SlotIds:
+    """Slots from `first` on, and of all blocks that continue what lies there, each before its parent.
+
+    By pointer jumping (https://en.wikipedia.org/wiki/Pointer_jumping), as many rounds as the logarithm of the longest chain.
+
+    Args:
+        parents: slot of each slot's parent, NO_PARENT for none; no rings.
+    """
+    count = len(parents)
+    above = np.append(np.where(parents == NO_PARENT, count, parents), count)  # one more, its own parent, above all
+    depth = (above != count).astype(np.int32)
+    is_behind = np.arange(count + 1) >= first
+    is_behind[count] = False
+    while (above != count).any():
+        is_behind |= is_behind[above]
+        depth += depth[above]
+        above = above[above]
+    slots = np.flatnonzero(is_behind)
+    return slots[np.argsort(-depth[slots], kind="stable")]

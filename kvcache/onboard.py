@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamo.kernels.digest import digest_rows
+from dynamo.kvcache.device_path import CAPABILITIES
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.layerwise import LayerLoad
@@ -25,7 +26,7 @@ from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.mover import Mover, Part, Priority
 from dynamo.tiers.tier import Outcomes, SlotIds
-from dynamo.tiers.transfer import Capabilities, Direct, Medium, Transfer, TwoHops, Unsupported, route
+from dynamo.tiers.transfer import Direct, Medium, Transfer, TwoHops, Unsupported, route
 
 __all__ = ["SOURCES", "Load", "LoadRequest", "Onboarder"]
 
@@ -34,7 +35,6 @@ SOURCES = ("host", "disk")
 
 logger = logging.getLogger(__name__)
 
-_CAPABILITIES = Capabilities()  # blocks from disk are checked in host memory, so even with GDS they go that way
 _NUM_READS = 2  # of a block that the disk fails to give
 _FIRST_PART_BYTES = 64 << 10  # smaller parts cost more than they take
 
@@ -205,7 +205,7 @@ class Onboarder:
         sizes = growing_parts(num_blocks, self._first_part_blocks, self._part_blocks)
         cuts = [places.cut(slice(end - size, end)) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         run: Callable[[Load, _Places], int]
-        match route(source, Medium.DEVICE, _CAPABILITIES):
+        match route(source, Medium.DEVICE, CAPABILITIES):
             case Direct():
                 run = self._load_from_host
             case TwoHops():

@@ -2,9 +2,10 @@
 
 import heapq
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from functools import partial
+from itertools import islice, repeat
 from typing import cast
 
 import numpy as np
@@ -13,8 +14,8 @@ import numpy.typing as npt
 from dynamo.kvcache.entries import Entries
 from dynamo.kvcache.eviction import EvictionOrder, LeafFirstLRU, Use, anonymous_use
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.lineage import NO_PARENT, Lineage
-from dynamo.kvcache.removals import Removal, RemovalLog
+from dynamo.kvcache.lineage import NO_PARENT, Lineage, slots_behind
+from dynamo.kvcache.removals import MAX_REMOVALS, Removal, RemovalLog
 from dynamo.kvcache.reuse import parts
 from dynamo.tiers.tier import SlotIds
 
@@ -114,6 +115,11 @@ class BlockPool:
         return self._num_free
 
     @property
+    def num_idle(self) -> int:
+        """Registered blocks that nobody holds."""
+        return self._entries.num_slots
+
+    @property
     def num_pinned(self) -> int:
         """Slots somebody holds."""
         return self.num_slots - self.num_available - len(self._withheld) + self.num_leaving
@@ -159,6 +165,11 @@ class BlockPool:
     def keys(self) -> list[BlockKey]:
         """All registered keys."""
         return list(self._index)
+
+    def blocks_in(self, first: int, end: int, count: int) -> tuple[list[BlockKey], SlotIds]:
+        """The first `count` registered blocks in slots [first, end): their keys, and the slots, ascending. Not pinned."""
+        slots = np.flatnonzero(self._registered[first:end])[:count] + first
+        return self._names(slots), slots
 
     def explain(self, key: BlockKey) -> BlockPlace | Removal | None:
         """Where a block lies, or why it does not any more; None: not seen as far back as the memory of removals reaches."""
@@ -221,12 +232,20 @@ class BlockPool:
         """Takes `count` slots, each with one reference, evicting idle blocks as needed: all of them or, as None, none."""
         if count > self.num_available:
             return None
-        evicted_keys, evicted_slots = self._evict(max(0, count - self._num_free))
+        candidates = self._entries.candidates(time.monotonic())
+        evicted_keys, evicted_slots = self._evict(max(0, count - self._num_free), candidates, "evicted")
         top = self._num_free
         slots = self._free[top - count : top][::-1].copy()
         self._num_free = top - count
         self._refs[slots] = 1
         return Allocation(slots, evicted_keys, evicted_slots)
+
+    def slots_behind(self, first: int) -> Callable[[], SlotIds]:
+        """What finds the slots from `first` on, and of the blocks that continue theirs, each before its parent.
+
+        That takes a while for a large pool. It looks at the pool as it is now, so it needs no lock.
+        """
+        return partial(slots_behind, self._lineage.parents(), first)
 
     def withhold(self, first: int) -> None:
         """Takes the free ones of the slots from `first` on out of use, until `put_back`."""
@@ -323,20 +342,18 @@ class BlockPool:
     ) -> Registration:
         """Makes used slots findable. Where a key is already registered, the caller's reference moves to that slot.
 
-        Slots that `resize` took away meanwhile are not registered; the caller's references on them stay.
-
         Args:
             keys: distinct keys.
-            slots: distinct slots, one for each key, on which the caller holds a reference each.
+            slots: distinct slots, one for each key, on which the caller holds a reference each. What lies in slots that
+                `resize` took away cannot be found.
             parent: key of the block before the first, for keys that follow one another in a chain.
             parents: for keys that do not, the block before each.
         """
         index, names = self._index, self._keys
         if not len(slots):
             return Registration(slots, ())
-        is_leaving = slots >= self.num_slots
-        if is_leaving.any():
-            return self._register_staying(keys, slots, [parent, *keys[:-1]] if parents is None else parents, is_leaving)
+        if self.num_slots < len(self._refs) and (slots >= self.num_slots).any():
+            return self._register_within(keys, slots, [parent, *keys[:-1]] if parents is None else parents)
         if index.keys().isdisjoint(keys):
             numbers: list[int] = slots.tolist()
             index.update(zip(keys, numbers, strict=True))
@@ -374,13 +391,34 @@ class BlockPool:
         self._remove(known, slots, "lost")
         return known, slots
 
-    def evict_idle(self) -> tuple[list[BlockKey], SlotIds]:
-        """Evicts every block that nobody uses; returns their keys and the slots they lay in."""
-        slots = self._entries.all_idle()
+    def forget_slots(self, slots: SlotIds, reason: str) -> tuple[list[BlockKey], SlotIds]:
+        """Makes the blocks unfindable that lie in some of the distinct `slots`; as `forget`."""
+        slots = slots[self._registered[slots]]
         keys = self._names(slots)
-        self._remove(keys, slots, "cleared")
-        self.num_evicted += len(keys)
+        self._remove(keys, slots, reason)
         return keys, slots
+
+    def forget_all(self) -> Mapping[BlockKey, int]:
+        """Makes all blocks unfindable, idle or not, in a few array operations.
+
+        Returns:
+            Which blocks there were, and in which slots. Let go of it without the lock: that takes longer than all else.
+        """
+        index, self._index = self._index, {}
+        idle = self._entries.all_idle()
+        self._registered[:] = False
+        self._entries.clear()
+        self._lineage.clear()
+        self._push_free(idle)
+        self.removals.add(list(islice(reversed(index), MAX_REMOVALS))[::-1], "lost")
+        return index
+
+    def evict_idle(self, count: int) -> tuple[list[BlockKey], SlotIds]:
+        """Evicts up to `count` blocks that nobody uses, leaves first; returns their keys and the slots they lay in.
+
+        Those that became idle first go first, whatever the order of eviction is.
+        """
+        return self._evict(min(count, self.num_idle), self._entries.numbers(), "cleared")
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the books do not balance. Cost: proportional to the number of slots."""
@@ -403,20 +441,16 @@ class BlockPool:
         for number in self._entries.barred:
             assert self._lineage.first_leaf(self._entries.slots(number)) is None, f"entry {number} has a leaf"
 
-    def _register_staying(
-        self,
-        keys: Sequence[BlockKey],
-        slots: SlotIds,
-        parents: Sequence[BlockKey | None],
-        is_leaving: npt.NDArray[np.bool_],
+    def _register_within(
+        self, keys: Sequence[BlockKey], slots: SlotIds, parents: Sequence[BlockKey | None]
     ) -> Registration:
-        """`register` where some slots were taken away since they were allocated."""
-        staying = np.flatnonzero(~is_leaving)
-        places = staying.tolist()
-        registered = self.register([keys[i] for i in places], slots[staying], parents=[parents[i] for i in places])
-        held = slots.copy()
-        held[staying] = registered.slots
-        return Registration(held, [places[i] for i in registered.new])
+        """`register` for those of the blocks that lie in the pool's slots."""
+        places = np.flatnonzero(slots < self.num_slots)
+        numbers = places.tolist()
+        within = self.register([keys[i] for i in numbers], slots[places], parents=[parents[i] for i in numbers])
+        canonical = slots.copy()
+        canonical[places] = within.slots
+        return Registration(canonical, [numbers[i] for i in within.new])
 
     def _register_unknown(self, keys: Sequence[BlockKey], slots: SlotIds) -> Registration:
         """`register` where some keys are known; leaves the lineage to the caller."""
@@ -458,23 +492,23 @@ class BlockPool:
         self._free[top : top + len(slots)] = slots[::-1]
         self._num_free = top + len(slots)
 
-    def _evict(self, count: int) -> tuple[list[BlockKey], SlotIds]:
+    def _evict(self, count: int, candidates: Iterable[int], reason: str) -> tuple[list[BlockKey], SlotIds]:
         if not count:
             return [], _NO_SLOTS
-        chosen, passed = self._choose(count)
+        chosen, passed = self._choose(count, candidates)
         slots = chosen[0] if len(chosen) == 1 else np.concatenate([_NO_SLOTS, *chosen])
         keys = self._drop(slots)
         self._push_free(slots[::-1])  # a chain that lay in ascending slots leaves them for another in this order
-        self.removals.add(keys, "evicted")
+        self.removals.add(keys, reason)
         if len(keys) < count:  # all that is left is held by those that hold what continues it, and not it
             left = np.concatenate([self._entries.slots(number) for number in passed])[: count - len(keys)]
             names = self._names(left)
-            self._remove(names, left, "evicted")
+            self._remove(names, left, reason)
             keys, slots = keys + names, np.concatenate((slots, left))
         self.num_evicted += len(keys)
         return keys, slots
 
-    def _choose(self, count: int) -> tuple[list[SlotIds], list[int]]:
+    def _choose(self, count: int, candidates: Iterable[int]) -> tuple[list[SlotIds], list[int]]:
         """Takes up to `count` blocks out of entries and lineage, leaves first.
 
         Always the first leaf of the first entry that has one, and what it alone continues; so when the last descendant of
@@ -486,7 +520,7 @@ class BlockPool:
         chosen: list[SlotIds] = []
         emptied: list[int] = []
         passed: dict[int, int] = {}  # rank by entry
-        for rank, candidate in enumerate(self._entries.candidates(time.monotonic())):
+        for rank, candidate in enumerate(candidates):
             if candidate in self._entries.barred:
                 passed[candidate] = rank
                 continue

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from dynamo.kvcache.hashing import BlockKey
 
-__all__ = ["Removal", "RemovalLog"]
+__all__ = ["MAX_REMOVALS", "Removal", "RemovalLog"]
 
-_MAX_KEYS = 4096
+MAX_REMOVALS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,10 @@ class RemovalLog:
     """The last few thousand removals of one pool. Not thread-safe: belongs to a pool. Adding a batch is a list copy."""
 
     def __init__(self) -> None:
-        self._keys: deque[BlockKey] = deque(maxlen=_MAX_KEYS)
-        self._batches: deque[tuple[int, Removal]] = deque(maxlen=_MAX_KEYS)  # number of keys added with it and before
+        self._keys: deque[BlockKey] = deque(maxlen=MAX_REMOVALS)
+        self._batches: deque[tuple[int, Removal]] = deque(
+            maxlen=MAX_REMOVALS
+        )  # number of keys added with it and before
         self._num_added = 0
 
     def add(self, keys: Sequence[BlockKey], reason: str) -> None:

@@ -11,6 +11,7 @@ from itertools import groupby, zip_longest
 import numpy as np
 import numpy.typing as npt
 
+from dynamo.kvcache.clearing import clear_pool, forget_behind
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
@@ -296,14 +297,7 @@ class Shelf:
         pool = self.host if tier == "host" else self.disk
         if not pool.num_slots:
             return
-        with self.changed:
-            removed, slots = pool.evict_idle()
-            if len(pool):
-                self.events.removed(tier, removed)
-            else:
-                self.events.cleared(tier)
-        if tier == "disk":
-            self.record_drop(removed, slots)
+        clear_pool(pool, self.changed, self.events, tier, self.record_drop if tier == "disk" else None)
 
     def forget_on_disk(self, keys: list[BlockKey], slots: SlotIds) -> None:
         """Drops blocks whose bytes in `slots` are not what they were; not those that were written anew elsewhere."""
@@ -329,9 +323,10 @@ class Shelf:
             if self._disk_tier.generation == self._generation:
                 return False
             self._generation = self._disk_tier.generation
-            self.disk.forget(self.disk.keys())
+            lost = self.disk.forget_all()
             self.events.cleared("disk")
-            return True
+        logger.debug("%d KV blocks were lost with the disk file", len(lost))
+        return True
 
     def explain(self, key: BlockKey) -> dict[str, BlockPlace | Removal | None]:
         """Where a block lies in host and disk, or why it does not; see `BlockPool.explain`."""
@@ -356,15 +351,18 @@ class Shelf:
         """
         deadline = time.monotonic() + timeout_s
         pool = self.host if tier == "host" else self.disk
+        record_drop = self.record_drop if tier == "disk" else None
+        if num_slots < pool.num_slots:
+            forget_behind(pool, num_slots, self.changed, self.events, tier, record_drop)
         with self.changed:
-            removed, slots = pool.resize(num_slots)
+            removed, slots = pool.resize(num_slots)  # what came meanwhile
             self.events.removed(tier, removed)
             if tier == "disk" and num_slots > len(self.disk_digests):
                 added = np.zeros(num_slots - len(self.disk_digests), dtype=np.uint64)
                 self.disk_digests = np.concatenate((self.disk_digests, added))
             self.changed.notify_all()
-        if tier == "disk":
-            self.record_drop(removed, slots)
+        if record_drop:
+            record_drop(removed, slots)
         with self.changed:
             return self.changed.wait_for(lambda: not pool.num_leaving, deadline - time.monotonic())
 

@@ -11,6 +11,7 @@ from dynamo.kvcache.planner import PlannerStats
 from dynamo.kvcache.pool import BlockPool
 from dynamo.kvcache.window import WindowStats
 from dynamo.tiers.latency import LatencyCounts, LatencyHistogram
+from dynamo.tiers.scrub import ScrubStats
 from dynamo.tiers.stats import MovedBlocks, TierStats
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "DropReason",
     "LatencyCounts",
     "LoadFault",
+    "ScrubStats",
     "TierUsage",
     "tier_usage",
 ]
@@ -55,6 +57,7 @@ class TierUsage:
         faults: number of faults by kind.
         read_latency: of the calls that read some blocks each.
         write_latency: of the calls that wrote some blocks each.
+        device_path: how its blocks get to device memory and back, and why that way; None where there is but one.
     """
 
     tier: str
@@ -71,6 +74,7 @@ class TierUsage:
     faults: Mapping[str, int]
     read_latency: LatencyCounts = field(default_factory=LatencyCounts)
     write_latency: LatencyCounts = field(default_factory=LatencyCounts)
+    device_path: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +94,11 @@ class CacheStats:
         planner: how it was decided between loading and computing.
         num_loads: loads of sequences that have not ended, queued or running.
         num_pins: active pins.
-        verify_faults: blocks on disk that `verify` found bad and forgot, by reason: "corrupt" and "unreadable".
+        verify_faults: blocks on disk that `verify`, or the check in the background, found bad and forgot, by reason:
+            "corrupt" and "unreadable".
         load_latency: from `open` to the end of a sequence's loads, by the lowest tier they came from.
         window: the last finished sequences that `open` made.
+        scrub: how far the check of the disk tier in the background has come; None where there is none.
     """
 
     tiers: tuple[TierUsage, ...]
@@ -109,6 +115,7 @@ class CacheStats:
     verify_faults: Mapping[str, int]
     load_latency: Mapping[str, LatencyCounts]
     window: WindowStats
+    scrub: ScrubStats | None = None
 
     def tier(self, name: str) -> TierUsage:
         """The tier of that name.

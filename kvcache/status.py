@@ -14,11 +14,13 @@ from dynamo.kvcache.pool import BlockPlace
 from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.stats import CacheStats
 from dynamo.kvcache.window import WindowStats
+from dynamo.tiers.scrub import ScrubStats
 
 __all__ = [
     "BlockStatus",
     "CacheStatus",
     "Residency",
+    "ScrubStatus",
     "TierBlock",
     "TierStatus",
     "Verification",
@@ -67,6 +69,7 @@ class TierStatus:
     Attributes:
         tier: "device", "host" or "disk".
         path: how its bytes move: "pinned", "pageable", "O_DIRECT", "buffered" and the like.
+        device_path: how its blocks get to device memory and back, and why that way; None where there is but one.
         num_slots: blocks it has room for.
         num_cached_blocks: blocks that can be found by content.
         num_pinned_blocks: slots that somebody holds: sequences, transfers and pins.
@@ -77,12 +80,30 @@ class TierStatus:
 
     tier: str
     path: str
+    device_path: str | None
     num_slots: int
     num_cached_blocks: int
     num_pinned_blocks: int
     num_idle_blocks: int
     num_bytes: int
     num_cached_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScrubStatus:
+    """How far the check of the disk tier in the background has come. What it found bad is in the statistics.
+
+    Attributes:
+        num_checked: blocks read and compared since the cache was made.
+        num_rounds: how often it came to the end of the tier.
+        round_share: how much of the tier the present round has seen, from 0 to 1.
+        last_round_s: how long ago the last round ended; None before.
+    """
+
+    num_checked: int
+    num_rounds: int
+    round_share: float
+    last_round_s: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +118,7 @@ class CacheStatus:
         num_pending_disk_blocks: blocks on their way from host memory to disk.
         pins: active pins, oldest first.
         window: what the last finished requests got from which tier.
+        scrub: the check of the disk tier in the background; None where there is none.
     """
 
     tiers: tuple[TierStatus, ...]
@@ -106,6 +128,7 @@ class CacheStatus:
     num_pending_disk_blocks: int
     pins: tuple[PinInfo, ...]
     window: WindowStats
+    scrub: ScrubStatus | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +209,7 @@ def cache_status(stats: CacheStats, pins: tuple[PinInfo, ...]) -> CacheStatus:
             TierStatus(
                 tier=usage.tier,
                 path=usage.path,
+                device_path=usage.device_path,
                 num_slots=usage.num_slots,
                 num_cached_blocks=usage.num_cached_blocks,
                 num_pinned_blocks=usage.num_pinned_blocks,
@@ -201,4 +225,15 @@ def cache_status(stats: CacheStats, pins: tuple[PinInfo, ...]) -> CacheStatus:
         num_pending_disk_blocks=stats.num_pending_disk_blocks,
         pins=pins,
         window=stats.window,
+        scrub=_scrub_status(stats.scrub) if stats.scrub else None,
+    )
+
+
+def _scrub_status(stats: ScrubStats) -> ScrubStatus:
+    ended_s = stats.round_ended_s
+    return ScrubStatus(
+        num_checked=stats.num_checked,
+        num_rounds=stats.num_rounds,
+        round_share=stats.round_share,
+        last_round_s=None if ended_s is None else time.monotonic() - ended_s,
     )

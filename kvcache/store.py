@@ -8,10 +8,12 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from threading import Lock
 from typing import Self
 
 from dynamo.kvcache.config import DiskPlace, format_size
+from dynamo.kvcache.device_path import prove_device_path
 from dynamo.kvcache.errors import CacheConfigError, UnsupportedError
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.eviction import OpenUse
@@ -35,6 +37,7 @@ from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
 from dynamo.tiers.host import HostTier
 from dynamo.tiers.numa import pci_address
+from dynamo.tiers.scrub import ScrubStats
 from dynamo.tiers.stats import MovedBlocks, TierStats
 
 __all__ = ["BlockStore"]
@@ -66,6 +69,7 @@ class BlockStore:
         *,
         disk_fault: str | None = None,
         policies: Policies | None = None,
+        scrub_bytes_per_s: float = 0.0,
     ) -> None:
         """Starts the threads. `open` is the usual way to make one.
 
@@ -73,12 +77,14 @@ class BlockStore:
             arena: its first `num_host_slots` slots are the host tier; it has at least one staging row.
             planner: is told how fast loads are.
             disk_fault: why there is no disk tier although one was asked for.
+            scrub_bytes_per_s: how fast the disk tier is checked while nobody else uses it; 0: not at all.
         """
         part_blocks = _part_blocks(device.layout.slot_bytes)
         self._slot_bytes = device.layout.slot_bytes
         self._arena = arena
         self._disk = disk
         self._disk_fault = disk_fault
+        self._device_path = prove_device_path(disk, device.device) if disk else None
         self._shelf = Shelf(arena, num_host_slots, disk, events, counters, policies)
         # As many device slots may be pinned for offloading as leave the sequences most of the pool.
         self._mover = start_mover()
@@ -86,7 +92,11 @@ class BlockStore:
             self._shelf, device, self._mover, part_blocks=part_blocks, max_pending_blocks=max(1, device.num_slots // 4)
         )
         self._onboarder = Onboarder(self._shelf, device, self._mover, planner, part_blocks=part_blocks)
-        self._verifier = DiskVerifier(self._shelf, disk, device.layout, part_blocks=part_blocks) if disk else None
+        self._verifier: DiskVerifier | None = None
+        if disk:
+            self._verifier = DiskVerifier(
+                self._shelf, disk, device.layout, part_blocks=part_blocks, scrub_bytes_per_s=scrub_bytes_per_s
+            )
         self._num_pinned = 0  # references held by `pin`; guarded by the shelf's lock
         self._resizing = Lock()
         self._is_closed = False
@@ -106,6 +116,7 @@ class BlockStore:
         max_host_bytes: int = 0,
         policies: Policies | None = None,
         disk_write_budget: int | None = None,
+        scrub_bytes_per_s: float = 0.0,
     ) -> Self:
         """Makes the tiers. A disk folder that cannot be used is logged and counted, and the store goes on without it.
 
@@ -116,6 +127,7 @@ class BlockStore:
             max_host_bytes: to what `resize` may make the host tier; less than it has now for no more than that.
             policies: of eviction and admission; None: leaf-first LRU, and everything is admitted.
             disk_write_budget: bytes that may be written to the disk tier in a day; None: no limit.
+            scrub_bytes_per_s: how fast the disk tier is checked while nobody else uses it; 0: not at all.
 
         Raises:
             CacheConfigError: a size does not hold one block.
@@ -157,6 +169,7 @@ class BlockStore:
                 planner,
                 disk_fault=disk_fault,
                 policies=policies,
+                scrub_bytes_per_s=scrub_bytes_per_s,
             )
             undo.pop_all()
         return store
@@ -257,6 +270,11 @@ class BlockStore:
             raise UnsupportedError("there is no disk tier to verify; give the cache one")
         return self._verifier.run(timeout_s)
 
+    @property
+    def scrub_stats(self) -> ScrubStats | None:
+        """How far the check of the disk in the background has come; None where there is none."""
+        return self._verifier.scrub_stats if self._verifier else None
+
     def tier_stats(self) -> Iterator[TierStats]:
         """The counters of each tier alone, without a look at its books."""
         if self._shelf.host.num_slots:
@@ -310,7 +328,8 @@ class BlockStore:
             if self._shelf.host.num_slots:
                 yield tier_usage(self._arena.stats(), self._shelf.host, self._slot_bytes, hits("host"))
             if self._disk:
-                yield tier_usage(self._disk.stats(), self._shelf.disk, self._slot_bytes, hits("disk"))
+                usage = tier_usage(self._disk.stats(), self._shelf.disk, self._slot_bytes, hits("disk"))
+                yield replace(usage, device_path=self._device_path)
         if self._disk_fault:
             nothing = MovedBlocks()
             stats = TierStats("disk", 0, "none", nothing, nothing, {self._disk_fault: 1})

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 
 from dynamo.kvcache.config import format_size
+from dynamo.kvcache.device_path import prove_device_path
 from dynamo.perf.disk_raw import RawDisk, Way
 from dynamo.perf.harness import BenchmarkError, median, timed
 from dynamo.perf.peer_process import PeerProcess
@@ -71,6 +73,10 @@ class TierSide:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def prove_device_path(self, device: torch.device) -> str:
+        """How a cache would get blocks from here to `device`, and why that way."""
+        return prove_device_path(self._tier, device)
 
     def store(self, window: int) -> float:
         """Seconds to write a window anew, with its rows in another order."""

@@ -97,10 +97,11 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     else:
         console.print("disk ...", style="dim")
         place = config.cache.disk_cache
-        results += examine_disk(place, config.cache.io_threads, num_blocks * _LAYOUT.slot_bytes, findings)
+        size = num_blocks * _LAYOUT.slot_bytes
+        results += examine_disk(place, config.cache.io_threads, size, _device(config), findings)
         findings.say(
             "GPUDirect Storage",
-            "there; `perf disk` measures it" if (refusal := why_no_gds()) is None else f"not in use: {refusal}",
+            "there; `perf disk` measures it" if (refusal := why_no_gds()) is None else f"not there: {refusal}",
         )
         if config.cache.host_cache > place.capacity_bytes:
             findings.advise("the disk tier is smaller than the host tier, so it adds little; give --disk-cache more")
@@ -169,10 +170,11 @@ def _examine_system(findings: Findings) -> None:
 
 def _examine_memory(config: Config, num_blocks: int, findings: Findings) -> Iterator[Result]:
     """The host tier beside memcpy, and copies between it and the device tier beside one large copy."""
-    device = torch.device(config.model.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        findings.problem(f"--device {device} was asked for, but torch sees no GPU; use cpu, or see to the driver")
-        device = torch.device("cpu")
+    device = _device(config)
+    if device.type == "cpu" and config.model.device not in (None, "cpu"):
+        findings.problem(
+            f"--device {config.model.device} was asked for, but torch sees no GPU; use cpu, or see to the driver"
+        )
     _examine_sizes(config.cache, findings)
     try:
         host = HostTier(_LAYOUT, num_blocks, num_staging=num_blocks, gpu=pci_address(device))
@@ -195,6 +197,12 @@ def _examine_memory(config: Config, num_blocks: int, findings: Findings) -> Iter
             host.close()
     except TierError as error:
         findings.problem(f"memory could not be measured: {error}")
+
+
+def _device(config: Config) -> torch.device:
+    """Where blocks are measured: as the server chooses, but on the CPU where torch sees no GPU."""
+    has_gpu = torch.cuda.is_available()
+    return torch.device((config.model.device or "cuda") if has_gpu else "cpu")
 
 
 def _examine_sizes(cache: CacheSettings, findings: Findings) -> None:

@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from dynamo.kvcache.config import DiskPlace, format_size
 from dynamo.perf.disk_raw import EXTRA_FILES, RawDisk
 from dynamo.perf.disk_tier import Comparison, TierSide, Windows, compare
@@ -24,11 +26,14 @@ _SLOW_SHARE = 60.0
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse", "ceph", "lustre", "overlay"})
 
 
-def examine_disk(place: DiskPlace, io_threads: int, size: int, findings: Findings) -> Iterator[Result]:
+def examine_disk(
+    place: DiskPlace, io_threads: int, size: int, device: torch.device, findings: Findings
+) -> Iterator[Result]:
     """Facts, advice, problems and rates of a disk tier at `place`. Nothing there is changed.
 
     Args:
         size: bytes to measure with; about three times as much is written for a while.
+        device: where the blocks are wanted.
     """
     folder = nearest_folder(place.directory)
     findings.say("disk tier", f"{place.directory}, {format_size(place.capacity_bytes)}")
@@ -54,7 +59,7 @@ def examine_disk(place: DiskPlace, io_threads: int, size: int, findings: Finding
         return
     try:
         with tempfile.TemporaryDirectory(prefix="dynamo-perf-doctor-", dir=folder) as scratch:
-            yield from _measure(Path(scratch), io_threads, size, findings)
+            yield from _measure(Path(scratch), io_threads, size, device, findings)
     except (OSError, TierError, BenchmarkError) as error:
         findings.problem(f"the disk tier could not be measured in {folder}: {error}")
 
@@ -89,13 +94,14 @@ def _examine_space(place: DiskPlace, folder: Path, findings: Findings) -> None:
         )
 
 
-def _measure(scratch: Path, io_threads: int, size: int, findings: Findings) -> Iterator[Result]:
+def _measure(scratch: Path, io_threads: int, size: int, device: torch.device, findings: Findings) -> Iterator[Result]:
     num_blocks = max(2, size // _BLOCK_BYTES // 2)
     windows = Windows(block_bytes=_BLOCK_BYTES, num_blocks=num_blocks, num_windows=2)
     with RawDisk([scratch], size, windows.window_bytes) as disk:
         disk.fill(lambda _: None)
         with TierSide([scratch / "tier"], windows, io_threads) as ours:
             findings.say("", f"path: {ours.name}")
+            findings.say("", f"to {device}: {ours.prove_device_path(device)}")
             if "buffered" in ours.name:
                 findings.problem(
                     f"O_DIRECT does not work in {scratch.parent}: blocks go through the page cache, which costs memory and "

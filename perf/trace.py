@@ -196,7 +196,6 @@ class _WhatIf:
         case = f"host {size:g} %, disk {disk / self._chains.num_unique * 100:.3g} %"
         for subject, make_order, make_admission in (
             ("leaf-first LRU, always", _lru, _always),
-            ("hit density, always", HitDensity, _always),
             ("hit density, adaptive", HitDensity, _adaptive(_UNPROVEN_COSTS[0])),
         ):
             done = replay(self._chains, [host, disk], make_order, make_admission)

@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from dynamo.kvcache.planner import PlannerStats
-from dynamo.kvcache.stats import CacheStats, LatencyCounts, TierUsage
+from dynamo.kvcache.stats import CacheStats, LatencyCounts, ScrubStats, TierUsage
 from dynamo.kvcache.window import WindowTier
 
 __all__ = ["CacheCollector"]
@@ -89,7 +89,8 @@ class CacheCollector(Collector):
         yield _by_reason("load_faults", "Blocks a tier held that had to be computed all the same.", stats.load_faults)
         yield _by_reason("dropped_blocks", "Offered blocks that did not reach a tier.", stats.dropped_blocks)
         yield from _load_decisions(stats.planner)
-        yield _by_reason("verify_faults", "Blocks on disk that a verification found bad.", stats.verify_faults)
+        yield _by_reason("verify_faults", "Blocks on disk that a check found bad.", stats.verify_faults)
+        yield from _scrubbing(stats.scrub)
         yield from _latencies(stats)
         yield from _window(stats)
         yield CounterMetricFamily(_PREFIX + "requested_blocks", "Full blocks asked for.", stats.requested_blocks)
@@ -102,6 +103,22 @@ class CacheCollector(Collector):
             ("pending_disk_blocks", "Blocks on their way from host memory to disk.", stats.num_pending_disk_blocks),
         ):
             yield GaugeMetricFamily(_PREFIX + name, text, value)
+
+
+def _scrubbing(scrub: ScrubStats | None) -> Iterator[Metric]:
+    if scrub is None:
+        return
+    yield CounterMetricFamily(
+        _PREFIX + "scrub_checked_blocks", "Blocks on disk checked in the background.", scrub.num_checked
+    )
+    yield CounterMetricFamily(
+        _PREFIX + "scrub_rounds", "How often the background check came to the end of the disk tier.", scrub.num_rounds
+    )
+    yield GaugeMetricFamily(
+        _PREFIX + "scrub_round_ratio",
+        "How much of the disk tier the present round of the background check has seen.",
+        scrub.round_share,
+    )
 
 
 def _latencies(stats: CacheStats) -> Iterator[Metric]:

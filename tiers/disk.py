@@ -233,10 +233,10 @@ class DiskTier:
         self._recorder.add_read(num_good, slots.size - num_good, time.perf_counter() - started)
         return outcomes
 
-    def inspect(self, slots: SlotIds, rows: Rows, row_ids: SlotIds, generations: Generations) -> Outcomes:
+    def inspect(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
         """Reads like `read` for somebody who only looks: neither counted as a read nor as use of the disk."""
         self._check(slots, rows, row_ids, writable=True)
-        return self._stripes.read(slots, IOTarget(rows), row_ids, generations)
+        return self._stripes.read(slots, IOTarget(rows), row_ids, None)
 
     def write(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
         """Writes rows to slots; see `Tier.write`. Not synced: after a power cut digests tell what is good.
@@ -249,7 +249,7 @@ class DiskTier:
     def prove_gds(self, device: torch.device, kvikio: Kvikio | None = None) -> list[GdsProof]:
         """Tries GPUDirect Storage between `device` and every directory; where all prove it, `has_device_io` is true from now.
 
-        Says in the log which path is used and why. Call it once, before reads and writes of device memory.
+        Says in the log what was found. Call it once, before reads and writes of device memory.
         """
         from dynamo.tiers.kvikio_io import GdsProof, KvikioIO, find_kvikio, prove_gds
 
@@ -261,8 +261,8 @@ class DiskTier:
             if all(proof.ok for proof in proofs):
                 self._device_io = KvikioIO(found)
         for folder, proof in zip(self.folders, proofs, strict=True):
-            path = "GPUDirect Storage" if self._device_io else f"two hops through host memory, {self._stripes.path}"
-            logger.info("disk tier %s: %s; GPUDirect Storage: %s", folder, path, proof.reason)
+            verdict = "proven" if proof.ok else "not proven"
+            logger.info("disk tier %s: GPUDirect Storage is %s: %s", folder, verdict, proof.reason)
         return proofs
 
     @property

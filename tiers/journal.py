@@ -165,13 +165,6 @@ class Journal:
         with self._lock:
             return chosen(chosen(self._live, slots), self._live["kind"][slots] == PUT)
 
-    def generations(self, slots: SlotIds) -> npt.NDArray[np.uint64]:
-        """Sequence number of the record of each slot, uint64 [n]; 0 where it holds no block. No number is used twice."""
-        check_ids(slots, "slots", self.num_slots)
-        with self._lock:
-            sequences: npt.NDArray[np.uint64] = self._live["sequence"][slots]
-            return sequences
-
     def resize(self, num_slots: int) -> None:
         """Changes the number of slots; blocks in slots beyond are dropped.
 

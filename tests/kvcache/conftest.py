@@ -79,6 +79,7 @@ def make_cache() -> Iterator[Callable[..., KVCache]]:
 
         def make(device_blocks: int = 16, **options: object) -> KVCache:
             options.setdefault("device", "cpu")
+            options.setdefault("scrub_bytes_per_s", 0)  # a test that damages a block says who is to find it
             cache = stack.enter_context(KVCache(options.pop("spec", SPEC), device_blocks=device_blocks, **options))
             stack.callback(cache.check_invariants)
             return cache

@@ -105,6 +105,8 @@ def test_what_comes_back_more_often_stays_though_it_is_older():
     order = HitDensity(learned_tracker())
     order.add(0, Use(1, 0.0, turn=1, num_new_tokens=160, num_output_tokens=20), 4)
     order.add(1, Use(2, 10.0, turn=0, num_new_tokens=160, num_output_tokens=20), 4)
+    assert order.price == 0
+    assert ranked(order, 11.0) == [1, 0]
     assert ranked(order, 11.0) == [1, 0]
     assert order.price > 0
 

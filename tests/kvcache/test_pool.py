@@ -269,6 +269,57 @@ def test_shrinking_takes_what_continues_a_block_that_goes():
     pool.check_invariants()
 
 
+def test_what_is_written_into_slots_that_go_is_not_found():
+    pool = BlockPool(6)
+    slots = pool.allocate(6).slots
+    pool.resize(3)
+    registered = pool.register([key(n) for n in range(6)], slots)
+    assert registered.slots.tolist() == slots.tolist()
+    assert list(registered.new) == [0, 1, 2]
+    pool.release(registered.slots)
+    pool.check_invariants()
+    assert (len(pool), pool.num_available, pool.num_leaving) == (3, 3, 0)
+    assert len(pool.allocate(3).slots) == 3
+
+
+def test_slots_behind_are_told_each_before_its_parent():
+    pool = BlockPool(8)
+    slots = pool.allocate(6).slots[[0, 5, 1, 4, 2]]
+    pool.register([key(n) for n in range(5)], slots)  # a chain through slots 0, 5, 1, 4, 2
+    assert pool.slots_behind(5)().tolist()[:4] == [2, 4, 1, 5]
+    assert sorted(pool.slots_behind(5)().tolist()) == [1, 2, 4, 5, 6, 7]
+    assert sorted(pool.slots_behind(8)().tolist()) == []
+
+
+def test_evicting_idle_blocks_by_and_by_leaves_prefixes_whole():
+    pool = BlockPool(12)
+    use_chain(pool, list(range(6)), use=1)
+    use_chain(pool, [*range(3), 10, 11, 12], use=2)
+    assert pool.evict_idle(0)[0] == []
+    assert sorted(pool.evict_idle(3)[0]) == [key(n) for n in (3, 4, 5)]
+    assert pool.evict_idle(2)[0] == [key(12), key(11)]
+    pool.check_invariants()
+    assert len(pool.evict_idle(100)[0]) == pool.num_evicted - 5 == 4
+    assert len(pool) == 0
+    assert pool.explain(key(4)).reason == "cleared"
+    pool.check_invariants()
+
+
+def test_all_blocks_are_forgotten_at_once():
+    pool = BlockPool(8)
+    use_chain(pool, [1, 2, 3], use=1)
+    used = pool.register([key(n) for n in (11, 12)], pool.allocate(2).slots).slots
+    lost = pool.forget_all()
+    assert sorted(lost) == [key(n) for n in (1, 2, 3, 11, 12)]
+    assert (len(pool), pool.num_available, pool.num_pinned) == (0, 6, 2)
+    assert pool.explain(key(12)).reason == "lost"
+    pool.check_invariants()
+    pool.release(used)
+    assert pool.num_free == 8
+    use_chain(pool, list(range(8)), use=2)
+    pool.check_invariants()
+
+
 def test_a_pool_grows_again_even_before_it_has_shrunk():
     pool = BlockPool(4)
     slots = pool.register([key(n) for n in range(4)], pool.allocate(4).slots).slots
@@ -435,9 +486,29 @@ class PoolMachine(RuleBasedStateMachine):
                 self.last_use[k] = self.clock
         self.pool.touch(slots)
 
+    @rule(count=st.integers(0, 16))
+    def evict(self, count):
+        before = self.pool.num_idle
+        keys, slots = self.pool.evict_idle(count)
+        assert len(keys) == len(slots) == min(count, before)
+        assert self.pool.num_idle == before - len(keys)
+        for gone in keys:
+            for child, parent in PARENTS.items():
+                assert parent != gone or child not in self.pool or self.holders[self.pool.find(child)]
+
     @rule()
-    def evict(self):
-        self.pool.evict_idle()
+    def lose(self):
+        lost = self.pool.forget_all()
+        self.forgotten.update(lost)
+        assert len(self.pool) == 0
+        assert self.pool.num_idle == 0
+
+    @rule(num_slots=st.integers(4, 16))
+    def forget_behind(self, num_slots):
+        slots = self.pool.slots_behind(num_slots)()
+        assert {*range(num_slots, self.pool.num_slots)} <= {*slots.tolist()}
+        keys, _ = self.pool.forget_slots(slots, "resized")
+        self.forgotten.update(keys)
 
     @invariant()
     def books_balance(self):

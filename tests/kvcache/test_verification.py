@@ -1,7 +1,9 @@
 """`KVCache.verify`: finds what is wrong on disk while the cache works, and nothing else."""
 
+import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 
 from dynamo.kvcache import KVCache
 from dynamo.kvcache.errors import CacheClosedError, UnsupportedError
+from dynamo.kvcache.status import ScrubStatus
 
 SLOT = 4096
 NUM_SEQUENCES = 6
@@ -111,3 +114,63 @@ def test_a_closed_cache_is_not_checked(cache: KVCache) -> None:
 def test_a_check_has_an_end(cache: KVCache, timeout_s: float) -> None:
     with pytest.raises(ValueError, match="timeout_s"):
         cache.verify(timeout_s)
+
+
+# --- in the background
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def scrubbed(make_cache: Callable[..., KVCache], cache: KVCache, tmp_path: Path) -> Callable[[], KVCache]:
+    """Opens what `cache` left on disk again, to be checked in the background."""
+    cache.close()
+    return lambda: make_cache(device_blocks=24, disk=f"{tmp_path}:{64 * SLOT}", scrub_bytes_per_s="1GiB")
+
+
+def scrub(cache: KVCache) -> ScrubStatus:
+    status = cache.status().scrub
+    assert status is not None
+    return status
+
+
+def test_bad_blocks_are_found_and_forgotten_while_nobody_uses_the_disk(
+    scrubbed: Callable[[], KVCache], content: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(tmp_path, 5, 40)
+    cache = scrubbed()
+    wait_until(lambda: scrub(cache).num_rounds == 1)
+    assert scrub(cache).num_checked == 48
+    assert scrub(cache).last_round_s is not None
+    assert cache.stats().verify_faults == {"corrupt": 2}
+    assert cache.stats().tier("disk").num_cached_blocks == 46
+    assert cache.stats().tier("disk").read.blocks == 0
+    assert [record.message for record in caplog.records if "in the background" in record.message]
+    for number in range(NUM_SEQUENCES):
+        content.run(cache, tokens_of(number))
+    assert cache.stats().load_faults == {}
+
+
+def test_a_disk_that_gives_nothing_at_all_keeps_its_blocks(
+    scrubbed: Callable[[], KVCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> int:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    cache = scrubbed()
+    monkeypatch.setattr(os, "preadv", fails)
+    wait_until(lambda: scrub(cache).num_rounds == 1)
+    monkeypatch.undo()
+    assert scrub(cache).num_checked == 0
+    assert cache.stats().verify_faults == {}
+    assert cache.stats().tier("disk").num_cached_blocks == 48
+
+
+def test_without_a_rate_nothing_is_checked(cache: KVCache, make_cache: Callable[..., KVCache]) -> None:
+    assert cache.status().scrub is None
+    assert make_cache(scrub_bytes_per_s="8MiB").status().scrub is None

@@ -28,7 +28,9 @@ TEXT = "What does os.path.join do in Python?"  # 36 bytes, so 9 blocks, of which
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[KVCache]:
     """Holds TEXT in all three tiers."""
-    with KVCache(SPEC, device="cpu", device_blocks=64, host=32 * SLOT, disk=f"{tmp_path}:{64 * SLOT}") as cache:
+    with KVCache(
+        SPEC, device="cpu", device_blocks=64, host=32 * SLOT, disk=f"{tmp_path}:{64 * SLOT}", scrub_bytes_per_s=0
+    ) as cache:
         remember(cache, list(TEXT.encode()))
         yield cache
     cache.check_invariants()

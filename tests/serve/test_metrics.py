@@ -2,7 +2,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo.kvcache.planner import PlannerStats
-from dynamo.kvcache.stats import CacheStats, LatencyCounts, TierUsage
+from dynamo.kvcache.stats import CacheStats, LatencyCounts, ScrubStats, TierUsage
 from dynamo.kvcache.window import WindowStats, WindowTier
 from dynamo.serve.cache_metrics import CacheCollector
 from dynamo.serve.metrics import Histogram, ServerMetrics
@@ -91,6 +91,7 @@ def test_the_caches_numbers_come_out_per_tier() -> None:
         verify_faults={"corrupt": 7},
         load_latency={"disk": LatencyCounts((5, *[0] * 16), 0.0005)},
         window=window,
+        scrub=ScrubStats(num_checked=11, num_rounds=2, round_share=0.5),
     )
     values = samples(CacheCollector(lambda: stats))
     assert "dynamo_kvcache_window_write_bytes_per_second" not in {name for name, _ in values}, "nothing was written"
@@ -99,6 +100,9 @@ def test_the_caches_numbers_come_out_per_tier() -> None:
         ("loads", ()): 2,
         ("pins", ()): 4,
         ("verify_faults_total", ("corrupt",)): 7,
+        ("scrub_checked_blocks_total", ()): 11,
+        ("scrub_rounds_total", ()): 2,
+        ("scrub_round_ratio", ()): 0.5,
         ("load_duration_seconds_bucket", ("0.0001", "disk")): 5,
         ("load_duration_seconds_count", ("disk",)): 5,
         ("read_call_duration_seconds_bucket", ("0.0001", "disk")): 0,

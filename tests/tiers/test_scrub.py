@@ -1,5 +1,6 @@
-"""The background check of blocks on disk."""
+"""When the background check of a disk tier looks at what."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,42 +10,38 @@ import numpy as np
 import pytest
 
 from dynamo.kernels.checks import Rows
-from dynamo.kernels.digest import digest_rows
 from dynamo.tiers.disk import DiskTier
-from dynamo.tiers.errors import TierConfigError
-from dynamo.tiers.journal import ROOT_NAME
+from dynamo.tiers.errors import TierClosedError, TierConfigError
 from dynamo.tiers.layout import BlockLayout
-from dynamo.tiers.scrub import BadBlocks, Scrubber
+from dynamo.tiers.scrub import Scrubber, ScrubStep
 
 NUM_SLOTS = 64
+STEP = 24
 
 
-def name(slot: int) -> bytes:
-    return (slot + 1).to_bytes(8, "little") + b"the rest"
-
-
-@pytest.fixture(params=[1, 2])
-def disk(request: pytest.FixtureRequest, tmp_path: Path, layout: BlockLayout, rows: Rows) -> Iterator[DiskTier]:
-    """A tier over one or two directories with blocks in its first 40 slots."""
-    places = [tmp_path / str(i) for i in range(request.param)]
-    tier = DiskTier.open(places, layout, NUM_SLOTS * layout.slot_bytes, b"model-a.")
-    slots = np.arange(40)
-    assert tier.write(slots, rows, slots % 32).all()
-    seeds = np.arange(1, 41, dtype=np.uint64)
-    digests = digest_rows(rows, slots % 32, seeds, layout.block_bytes)
-    assert tier.journal.put([name(slot) for slot in slots.tolist()], [ROOT_NAME] * 40, slots, digests)
+@pytest.fixture
+def disk(tmp_path: Path, layout: BlockLayout) -> Iterator[DiskTier]:
+    tier = DiskTier.open(tmp_path, layout, NUM_SLOTS * layout.slot_bytes, b"model-a.")
     yield tier
     tier.close()
 
 
-def flip(tier: DiskTier, slot: int) -> None:
-    """Changes a bit of a slot behind the tier's back."""
-    count = len(tier.folders)
-    with (tier.folders[slot % count] / "blocks.dat").open("r+b") as file:
-        file.seek(slot // count * tier.layout.slot_bytes + 77)
-        byte = file.read(1)[0]
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 8]))
+class Looks:
+    """A check that finds a block in every slot, and notes where it was asked to look."""
+
+    def __init__(self, disk: DiskTier) -> None:
+        self.slot_bytes = disk.layout.slot_bytes
+        self.firsts: list[int] = []
+        self.is_unwilling = threading.Event()
+        self.num_refused = 0
+
+    def __call__(self, first: int) -> ScrubStep | None:
+        if self.is_unwilling.is_set():
+            self.num_refused += 1
+            return None
+        self.firsts.append(first)
+        count = min(STEP, NUM_SLOTS - first)
+        return ScrubStep(count, count * self.slot_bytes, first + count if first + count < NUM_SLOTS else None)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -55,91 +52,104 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def scrubbing(disk: DiskTier, found: list[BadBlocks], bytes_per_s: float = 1e12) -> Iterator[Scrubber]:
-    scrubber = Scrubber(disk, found.append, bytes_per_s=bytes_per_s, quiet_s=0.0)
-    yield scrubber
-    scrubber.close(20)
-
-
-def test_good_blocks_are_checked_again_and_again(disk: DiskTier) -> None:
-    found: list[BadBlocks] = []
-    with scrubbing(disk, found) as scrubber:
-        wait_until(lambda: scrubber.stats.num_passes >= 3)
-    assert scrubber.stats.num_checked >= 120
-    assert scrubber.stats.checked_bytes == scrubber.stats.num_checked * disk.layout.slot_bytes
-    assert found == []
-    assert disk.stats().read.blocks == 0  # looking is not using
-
-
-def test_flipped_bits_are_reported_with_name_and_slot(disk: DiskTier) -> None:
-    for slot in (3, 17, 38):
-        flip(disk, slot)
-    found: list[BadBlocks] = []
-    with scrubbing(disk, found) as scrubber:
-        wait_until(lambda: scrubber.stats.num_passes >= 1)
+def scrubbing(
+    disk: DiskTier,
+    check: Callable[[int], ScrubStep | None],
+    *,
+    bytes_per_s: float = 1e12,
+    quiet_s: float = 0.0,
+    round_s: float = 0.0,
+) -> Iterator[Scrubber]:
+    scrubber = Scrubber(disk, check, bytes_per_s=bytes_per_s, quiet_s=quiet_s, round_s=round_s)
+    try:
+        yield scrubber
+    finally:
         scrubber.close(20)
-    bad = [
-        (block.tobytes(), slot) for part in found for block, slot in zip(part.names, part.slots.tolist(), strict=True)
-    ]
-    assert set(bad) == {(name(slot), slot) for slot in (3, 17, 38)}
-    assert scrubber.stats.num_corrupt == len(bad)
 
 
-def test_blocks_written_and_dropped_meanwhile_are_no_errors(disk: DiskTier, rows: Rows) -> None:
-    found: list[BadBlocks] = []
-    slots = np.arange(8)
-    rng = np.random.default_rng(0)
-    with scrubbing(disk, found) as scrubber:
-        for _ in range(100):
-            names = [name(slot) for slot in slots.tolist()]
-            assert disk.journal.drop(names, slots)
-            row_ids = rng.permutation(32)[:8]
-            assert disk.write(slots, rows, row_ids).all()
-            digests = digest_rows(rows, row_ids, np.arange(1, 9, dtype=np.uint64), disk.layout.block_bytes)
-            assert disk.journal.put(names, [ROOT_NAME] * 8, slots, digests)
-        wait_until(lambda: scrubber.stats.num_passes >= 1)
-    assert found == []
+def test_it_walks_over_the_tier_again_and_again(disk: DiskTier) -> None:
+    looks = Looks(disk)
+    with scrubbing(disk, looks) as scrubber:
+        wait_until(lambda: scrubber.stats.num_rounds >= 3)
+    assert looks.firsts[:9] == [0, 24, 48] * 3
+    assert scrubber.stats.num_checked >= 3 * NUM_SLOTS
+    assert scrubber.stats.round_ended_s is not None
 
 
-def test_a_paused_scrubber_reads_nothing_until_it_goes_on(disk: DiskTier) -> None:
-    with scrubbing(disk, []) as scrubber:
-        scrubber.pause()
-        wait_until(lambda: scrubber.stats.num_checked == _settled(scrubber))
-        before = scrubber.stats.num_checked
-        scrubber.resume()
-        wait_until(lambda: scrubber.stats.num_checked > before)
-
-
-def _settled(scrubber: Scrubber) -> int:
-    """The number of blocks checked a little later."""
-    before = scrubber.stats.num_checked
-    deadline = time.monotonic() + 0.05
-    while time.monotonic() < deadline and scrubber.stats.num_checked == before:
-        time.sleep(0.001)
-    return scrubber.stats.num_checked
+def test_it_tells_how_far_the_round_is(disk: DiskTier) -> None:
+    rate = STEP * disk.layout.slot_bytes / 3600  # a step an hour
+    with scrubbing(disk, Looks(disk), bytes_per_s=rate) as scrubber:
+        wait_until(lambda: scrubber.stats.num_checked > 0)
+    stats = scrubber.stats
+    assert (stats.num_checked, stats.num_rounds, stats.round_ended_s) == (STEP, 0, None)
+    assert stats.round_share == STEP / NUM_SLOTS
 
 
 def test_it_waits_while_the_disk_is_in_use(disk: DiskTier, rows: Rows) -> None:
-    scrubber = Scrubber(disk, lambda _: None, bytes_per_s=1e12, quiet_s=30.0)
-    assert disk.read(np.arange(4), rows, np.arange(4)).all()
-    assert disk.idle_s < 30
-    scrubber.close(20)
-    assert scrubber.stats.num_checked == 0
+    looks = Looks(disk)
+    with scrubbing(disk, looks, quiet_s=30.0):
+        assert disk.write(np.arange(4), rows, np.arange(4)).all()
+        assert disk.idle_s < 30
+    assert looks.firsts == []
 
 
-def test_it_keeps_to_its_rate_and_closes_in_the_middle_of_a_pause(disk: DiskTier) -> None:
+def test_to_inspect_is_not_to_use(disk: DiskTier, rows: Rows) -> None:
+    assert disk.write(np.arange(4), rows, np.arange(4)).all()
+    wait_until(lambda: disk.idle_s > 0.01)
+    assert disk.inspect(np.arange(4), rows, np.arange(4)).all()
+    assert disk.idle_s > 0.01
+    assert disk.stats().read.blocks == 0
+
+
+def test_what_cannot_be_looked_at_now_is_looked_at_later(disk: DiskTier) -> None:
+    looks = Looks(disk)
+    looks.is_unwilling.set()
+    with scrubbing(disk, looks) as scrubber:
+        wait_until(lambda: looks.num_refused > 2)
+        assert scrubber.stats.num_checked == 0
+        looks.is_unwilling.clear()
+        wait_until(lambda: scrubber.stats.num_rounds > 0)
+    assert looks.firsts[:3] == [0, 24, 48]
+
+
+def test_a_small_tier_is_not_read_all_the_time(disk: DiskTier) -> None:
+    looks = Looks(disk)
+    with scrubbing(disk, looks, round_s=3600.0) as scrubber:
+        wait_until(lambda: scrubber.stats.num_rounds == 1)
+    assert looks.firsts == [0, 24, 48]
+    assert scrubber.stats.round_share == 0.0
+
+
+def test_it_closes_in_the_middle_of_a_pause(disk: DiskTier) -> None:
     started_s = time.monotonic()
-    with scrubbing(disk, [], bytes_per_s=40 * disk.layout.slot_bytes / 3600) as scrubber:  # an hour per pass
-        wait_until(lambda: scrubber.stats.num_checked == 40)
-    assert scrubber.stats.num_passes == 1
+    with scrubbing(disk, Looks(disk), bytes_per_s=1.0) as scrubber:
+        wait_until(lambda: scrubber.stats.num_checked > 0)
     assert time.monotonic() - started_s < 20
 
 
-def test_a_tier_closed_first_ends_it(disk: DiskTier) -> None:
-    with scrubbing(disk, []):
-        disk.close()
+def test_a_tier_closed_first_ends_it(disk: DiskTier, caplog: pytest.LogCaptureFixture) -> None:
+    num_looks = 0
+
+    def check(first: int) -> ScrubStep:
+        nonlocal num_looks
+        num_looks += 1
+        raise TierClosedError("closed")
+
+    with scrubbing(disk, check):
+        wait_until(lambda: num_looks > 0)
+    assert num_looks == 1
+    assert caplog.records == []
+
+
+def test_a_check_that_fails_ends_it_with_a_word_in_the_log(disk: DiskTier, caplog: pytest.LogCaptureFixture) -> None:
+    def check(first: int) -> ScrubStep:
+        raise ZeroDivisionError
+
+    with scrubbing(disk, check):
+        wait_until(lambda: bool(caplog.records))
+    assert "is given up" in caplog.text
 
 
 def test_a_rate_of_nothing_is_refused(disk: DiskTier) -> None:
     with pytest.raises(TierConfigError, match="checks nothing"):
-        Scrubber(disk, lambda _: None, bytes_per_s=0)
+        Scrubber(disk, Looks(disk), bytes_per_s=0)

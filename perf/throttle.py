@@ -3,10 +3,11 @@
 Each round is a surprise: an engine that has seen the disk at full speed finds it throttled from one prompt to the next.
 Prompts after the first meet a planner that knows. Computed and cached answers take turns, so that both see the same machine.
 
-The throttle is a token bucket around `os.preadv`: the real disk tier reads a real file underneath.
+The throttle is a token bucket around `os.preadv`, without asynchronous I/O: the real disk tier reads a real file underneath.
 """
 
 import asyncio
+import errno
 import os
 import random
 import threading
@@ -21,6 +22,7 @@ from dynamo.perf.harness import BenchmarkError
 from dynamo.serve.assembly import Assembly, build_engine
 from dynamo.serve.config import load_config
 from dynamo.serve.engine.request import GenerationRequest, SamplingParams
+from dynamo.tiers.aio import RequestQueue, Requests
 
 __all__ = ["Throttle", "ThrottledTimes", "measure_throttled", "throttled_reads"]
 
@@ -50,7 +52,10 @@ class Throttle:
 def throttled_reads() -> Iterator[Throttle]:
     """Makes all vectored reads of this process pay, until the end of the block."""
     throttle = Throttle()
-    read = os.preadv
+    read, submit = os.preadv, RequestQueue.submit
+
+    def refuse(queue: RequestQueue, requests: Requests, start: int, stop: int) -> int:
+        raise OSError(errno.ENOSYS, "throttled reads are calls of preadv")
 
     def preadv(fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
         count = read(fd, buffers, offset, flags)
@@ -58,10 +63,12 @@ def throttled_reads() -> Iterator[Throttle]:
         return count
 
     os.preadv = preadv  # type: ignore[assignment]
+    RequestQueue.submit = refuse  # type: ignore[method-assign]
     try:
         yield throttle
     finally:
         os.preadv = read
+        RequestQueue.submit = submit  # type: ignore[method-assign]
 
 
 @dataclass(slots=True)

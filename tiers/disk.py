@@ -14,9 +14,10 @@ import numpy as np
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
 from dynamo.tiers.errors import TierConfigError, TierUnavailableError
-from dynamo.tiers.file_io import FileIO, SlotIO, check_aligned
+from dynamo.tiers.file_io import SlotIO, check_aligned
 from dynamo.tiers.journal import Journal
 from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.queued_io import QueuedIO
 from dynamo.tiers.recovered import RecoveredBlocks
 from dynamo.tiers.stats import TierRecorder, TierStats
 from dynamo.tiers.stripe import FaultReport, Generations, IOTarget
@@ -107,7 +108,7 @@ class DiskTier:
         io_threads: int = 16,
         *,
         write_bytes_per_day: int | None = None,
-        new_io: Callable[[int], SlotIO] = FileIO,
+        new_io: Callable[[int], SlotIO] = QueuedIO,
     ) -> DiskTier:
         """Opens, or creates, the folder of one model inside each of `directories`.
 
@@ -118,7 +119,7 @@ class DiskTier:
             capacity_bytes: what all models in `directories` may take together, in equal shares. Folders of models not in
                 use, the least recently used first, make way when this one grows.
             fingerprint: names model, dtype and layout; blocks of another fingerprint are never seen.
-            io_threads: calls in flight at each device.
+            io_threads: calls in flight at each device where there is no asynchronous I/O.
             write_bytes_per_day: how much may be written in a day, an hour's share of it at once; None for no limit.
             new_io: makes the I/O back-end of a directory, given the number of threads.
 

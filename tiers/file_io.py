@@ -28,7 +28,17 @@ from dynamo.tiers.tier import Outcomes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BlockFile", "FileIO", "IOResult", "PendingIO", "SlotIO", "check_aligned", "fault_kind"]
+__all__ = [
+    "BlockFile",
+    "FileIO",
+    "IOResult",
+    "PendingBatch",
+    "PendingIO",
+    "SlotBatch",
+    "SlotIO",
+    "check_aligned",
+    "fault_kind",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -149,11 +159,14 @@ class PendingIO(Protocol):
         """
 
 
-class _Batch:
+class SlotBatch:
     """One read or write: its calls, and what has become of them. Calls touch disjoint positions of `outcomes`.
 
-    `cuts[i]:cuts[i + 1]` are the positions, in order of slots, of call i: consecutive slots. Threads take several calls at a
-    time, so that small slots do not cost a lock each.
+    Attributes:
+        slots: int64 [n], ascending; `row_ids` and `outcomes` are in the same order.
+        cuts: `cuts[i]:cuts[i + 1]` are the positions of call i: consecutive slots.
+        address: of the first row.
+        shares: what threads take at a time: the first of several calls, so that small slots do not cost a lock each.
     """
 
     def __init__(
@@ -166,6 +179,7 @@ class _Batch:
         self.slots = slots
         self.row_ids: list[int] = row_ids.tolist()
         self.slot_bytes = rows.shape[1]
+        self.address = rows.ctypes.data
         self.memory = rows.reshape(-1).data
         self.writes = writes
         self.call: Callable[[int, list[memoryview], int], int] = os.pwritev if writes else os.preadv
@@ -173,19 +187,38 @@ class _Batch:
         self.faults: Counter[str] = Counter()
         self.lock = Lock()
         self.cuts = _cuts(slots, self.slot_bytes, num_threads)
-        num_calls = len(self.cuts) - 1
-        share_calls = max(1, min(_MAX_SHARE_CALLS, -(-num_calls // (_SHARES_PER_THREAD * num_threads))))
-        self.shares = deque(range(0, num_calls, share_calls))
+        self.num_calls = len(self.cuts) - 1
+        share_calls = max(1, min(_MAX_SHARE_CALLS, -(-self.num_calls // (_SHARES_PER_THREAD * num_threads))))
+        self.shares = deque(range(0, self.num_calls, share_calls))
         self.num_shares = self.num_unfinished = len(self.shares)
         self.share_calls = share_calls
         self.done = Event()
 
+    @classmethod
+    def of(
+        cls,
+        file: BlockFile,
+        slots: SlotIds,
+        rows: Rows | torch.Tensor,
+        row_ids: SlotIds,
+        num_threads: int,
+        writes: bool,
+    ) -> Self:
+        """A batch of rows that are checked.
+
+        Raises:
+            KernelArgumentError: the rows are not in host memory, or not aligned.
+        """
+        if not isinstance(rows, np.ndarray):
+            raise KernelArgumentError("rows in GPU memory cannot be read and written by system calls; use host rows")
+        check_aligned(rows)
+        return cls(file, slots, rows, row_ids, num_threads, writes)
+
     def run(self, first: int) -> None:
         """Makes the calls of one share, and records their outcomes."""
         try:
-            cuts = self.cuts
-            for i in range(first, min(first + self.share_calls, len(cuts) - 1)):
-                self._run_call(cuts[i], cuts[i + 1])
+            for call in range(first, min(first + self.share_calls, self.num_calls)):
+                self.run_call(call)
         finally:
             with self.lock:
                 self.num_unfinished -= 1
@@ -200,8 +233,21 @@ class _Batch:
         outcomes[self.order] = self.outcomes
         return IOResult(outcomes, dict(self.faults))
 
-    def _run_call(self, start: int, stop: int) -> None:
-        good, fault = self._transfer(start, stop)
+    def run_call(self, call: int) -> None:
+        """Makes one call, again and in parts where that helps, and records its outcomes."""
+        start, stop = self.cuts[call], self.cuts[call + 1]
+        self._record(start, stop, *self._transfer(start, stop))
+
+    def settle(self, call: int, result: int) -> None:
+        """Records what became of a call that somebody else made and that gave not all bytes, but fewer or -errno."""
+        start, stop = self.cuts[call], self.cuts[call + 1]
+        self.outcomes[start:stop] = False
+        if result < 0 and result != -errno.EINVAL:
+            self._record(start, stop, 0, fault_kind(OSError(-result, os.strerror(-result))))
+        else:
+            self.run_call(call)
+
+    def _record(self, start: int, stop: int, good: int, fault: str | None) -> None:
         self.outcomes[start : start + good] = True
         if fault is None:
             return
@@ -279,7 +325,7 @@ class FileIO:
     def __init__(self, num_threads: int) -> None:
         """Starts `num_threads` - at least 1 - daemon threads."""
         self.num_threads = max(1, num_threads)
-        self._batches: deque[_Batch] = deque()
+        self._batches: deque[SlotBatch] = deque()
         self._wake = Condition()
         self._closed = False
         self._threads = [Thread(target=self._work, name=f"kv-disk-{i}", daemon=True) for i in range(self.num_threads)]
@@ -290,15 +336,15 @@ class FileIO:
         self, file: BlockFile, slots: SlotIds, rows: Rows | torch.Tensor, row_ids: SlotIds, *, writes: bool
     ) -> PendingIO:
         """Begins a read or write; see `SlotIO.start`."""
-        if not isinstance(rows, np.ndarray):
-            raise KernelArgumentError("rows in GPU memory cannot be read and written by system calls; use host rows")
-        check_aligned(rows)
-        batch = _Batch(file, slots, rows, row_ids, self.num_threads, writes)
+        return self.start_batch(SlotBatch.of(file, slots, rows, row_ids, self.num_threads, writes))
+
+    def start_batch(self, batch: SlotBatch) -> PendingBatch:
+        """Shares a batch out among the threads."""
         if batch.num_shares > 1:
             with self._wake:
                 self._batches.append(batch)
                 self._wake.notify(batch.num_shares - 1)
-        return _PendingBatch(batch)
+        return PendingBatch(batch)
 
     def read(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> IOResult:
         """Reads `slots` of the file into rows and waits for them; as `start`."""
@@ -332,11 +378,14 @@ class FileIO:
             del batch  # an idle thread must not keep the rows' memory
 
 
-class _PendingBatch:
-    def __init__(self, batch: _Batch) -> None:
+class PendingBatch:
+    """A batch that its caller works on too, alone where nobody else has it."""
+
+    def __init__(self, batch: SlotBatch) -> None:
         self._batch = batch
 
     def result(self) -> IOResult:
+        """See `PendingIO.result`."""
         batch = self._batch
         if not batch.num_shares:
             return batch.result()
@@ -375,12 +424,11 @@ def _cuts(slots: SlotIds, slot_bytes: int, num_threads: int) -> list[int]:
     target_bytes = slots.size * slot_bytes // num_threads
     target_bytes = max(_MIN_CALL_BYTES, min(_MAX_CALL_BYTES, target_bytes))
     step = max(1, min(_MAX_IOVECS, target_bytes // slot_bytes))
-    breaks = (np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1).tolist()
-    cuts: list[int] = []
-    for start, stop in zip([0, *breaks], [*breaks, slots.size], strict=True):
-        cuts.extend(range(start, stop, step))
-    cuts.append(slots.size)
-    return cuts
+    position = np.arange(slots.size)
+    run_start = position.copy()
+    run_start[1:][slots[1:] - slots[:-1] == 1] = 0
+    run_start = np.maximum.accumulate(run_start)
+    return [*np.flatnonzero((position - run_start) % step == 0).tolist(), slots.size]
 
 
 def _can_use_direct(folder: Path) -> bool:

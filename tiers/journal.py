@@ -32,6 +32,7 @@ from dynamo.tiers.records import (
     make_records,
     names_of,
     record_checks,
+    replay,
     surviving_puts,
 )
 from dynamo.tiers.recovered import RecoveredBlocks, read_records
@@ -331,9 +332,11 @@ class Journal:
         self._fd = fd
         good = chosen(records, record_checks(records, header.seed) == records["check"])
         self._num_damaged = records.size - good.size
-        live = surviving_puts(good)
-        live = chosen(live, live["slot"] < self.num_slots)
-        self._recovered = RecoveredBlocks.from_records(live)
+        log = replay(good)
+        live = log.records
+        is_here = live["slot"] < self.num_slots
+        self._recovered = RecoveredBlocks.from_log(log).selected(is_here)
+        live = chosen(live, is_here)
         if good.size:
             self._next_sequence = int(good["sequence"].max()) + 1
         self._adopt(header, live, records.size)

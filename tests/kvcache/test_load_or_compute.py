@@ -1,12 +1,14 @@
 """The cache loads what is sooner loaded than computed, and gives a load up before it costs more than it saves."""
 
 import asyncio
+import errno
 import os
 import time
 
 import pytest
 
 from dynamo.kvcache import KVCache
+from dynamo.tiers.aio import RequestQueue
 
 TOKENS = list(range(257))  # 64 full blocks and one token to compute
 
@@ -16,6 +18,11 @@ def slow_reads(monkeypatch):
     """Makes every read of the disk take the seconds in the list's only item."""
     seconds = [0.0]
     read = os.preadv
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "reads shall be calls of os.preadv")
+
+    monkeypatch.setattr(RequestQueue, "submit", refuse)
 
     def preadv(fd, buffers, offset, flags=0):
         time.sleep(seconds[0])

@@ -8,9 +8,9 @@ from dynamo.kvcache.config import parse_disk_place
 from dynamo.kvcache.errors import CacheConfigError
 from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.hashing import block_keys, chain_root
+from dynamo.kvcache.planner import LoadPlanner
 from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.stats import CacheCounters
-from dynamo.kvcache.planner import LoadPlanner
 from dynamo.kvcache.store import BlockStore
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.host import HostTier

@@ -24,8 +24,8 @@ from dynamo.kvcache.events import EventLog
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.offload import SaveRequest
 from dynamo.kvcache.onboard import LoadRequest
-from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.planner import LoadPlanner
+from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
 from dynamo.tiers.arena import map_rows
 from dynamo.tiers.device import DeviceTier

@@ -12,9 +12,11 @@ from dynamo.kernels.checks import Rows
 from dynamo.tiers.arena import map_rows
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.file_io import FileIO, SlotIO
 from dynamo.tiers.host import HostTier
 from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.queued_io import QueuedIO
 from dynamo.tiers.tier import Tier
 
 NUM_SLOTS = 24
@@ -49,12 +51,13 @@ def contents(layout: BlockLayout) -> list[bytes]:
     return [np.random.default_rng(100 + i).bytes(layout.block_bytes) for i in range(NUM_SLOTS)]
 
 
-@pytest.fixture(params=["device", "host", "disk"])
+@pytest.fixture(params=["device", "host", "disk", "disk-by-threads"])
 def open_tier(
     request: pytest.FixtureRequest, layout: BlockLayout, contents: list[bytes], tmp_path: Path
 ) -> Iterator[OpenTier]:
     """Each tier in turn, with `contents` laid into its slots behind its back."""
-    opened = {"device": _open_device, "host": _open_host, "disk": _open_disk}[request.param](layout, contents, tmp_path)
+    open_it = {"device": _open_device, "host": _open_host, "disk": _open_disk, "disk-by-threads": _open_disk_by_threads}
+    opened = open_it[request.param](layout, contents, tmp_path)
     yield opened
     opened.tier.close()
 
@@ -81,7 +84,13 @@ def _open_host(layout: BlockLayout, contents: list[bytes], _: Path) -> OpenTier:
     return OpenTier(tier, lambda slot: rows[slot, : layout.block_bytes].tobytes())
 
 
-def _open_disk(layout: BlockLayout, contents: list[bytes], directory: Path) -> OpenTier:
+def _open_disk_by_threads(layout: BlockLayout, contents: list[bytes], directory: Path) -> OpenTier:
+    return _open_disk(layout, contents, directory, FileIO)
+
+
+def _open_disk(
+    layout: BlockLayout, contents: list[bytes], directory: Path, new_io: Callable[[int], SlotIO] = QueuedIO
+) -> OpenTier:
     capacity_bytes = NUM_SLOTS * layout.slot_bytes
     with_index = DiskTier.open(directory, layout, capacity_bytes, FINGERPRINT)
     names = [slot.to_bytes(16, "little") for slot in range(1, NUM_SLOTS + 1)]
@@ -90,7 +99,7 @@ def _open_disk(layout: BlockLayout, contents: list[bytes], directory: Path) -> O
     with_index.close()
     blocks = with_index.folder / "blocks.dat"
     blocks.write_bytes(b"".join(payload.ljust(layout.slot_bytes, b"\0") for payload in contents))
-    tier = DiskTier.open(directory, layout, capacity_bytes, FINGERPRINT)
+    tier = DiskTier.open(directory, layout, capacity_bytes, FINGERPRINT, new_io=new_io)
 
     def stored(slot: int) -> bytes:
         return blocks.read_bytes()[slot * layout.slot_bytes :][: layout.block_bytes]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,8 +21,10 @@ from dynamo.kernels.digest import digest_rows
 from dynamo.tiers.arena import map_rows
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierConfigError, TierUnavailableError
+from dynamo.tiers.file_io import FileIO, SlotIO
 from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.queued_io import QueuedIO
 from dynamo.tiers.verify import verify_directories
 
 NUM_SLOTS = 64
@@ -38,9 +40,13 @@ def name(slot: int) -> bytes:
 
 
 def open_disk(
-    directory: Path, layout: BlockLayout, fingerprint: bytes = b"model-a.", num_slots: int = NUM_SLOTS
+    directory: Path,
+    layout: BlockLayout,
+    fingerprint: bytes = b"model-a.",
+    num_slots: int = NUM_SLOTS,
+    new_io: Callable[[int], SlotIO] = QueuedIO,
 ) -> DiskTier:
-    return DiskTier.open(directory, layout, num_slots * layout.slot_bytes, fingerprint)
+    return DiskTier.open(directory, layout, num_slots * layout.slot_bytes, fingerprint, new_io=new_io)
 
 
 def store(tier: DiskTier, slots: list[int], rows: Rows) -> None:
@@ -308,7 +314,7 @@ def test_a_really_full_disk_keeps_what_fits_and_works_again_with_space(
 def test_a_slot_overwritten_while_it_is_read_fails_the_read(
     tmp_path: Path, layout: BlockLayout, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tier = open_disk(tmp_path, layout)
+    tier = open_disk(tmp_path, layout, new_io=FileIO)
     store(tier, [1, 2, 9], rows)
     preadv = os.preadv
     overwritten = False
@@ -361,7 +367,7 @@ def test_writes_refused_by_the_system_are_counted_by_kind_and_logged_once(
     kind: str,
 ) -> None:
     caplog.set_level(logging.WARNING)
-    tier = open_disk(tmp_path, layout)
+    tier = open_disk(tmp_path, layout, new_io=FileIO)
     store(tier, [1, 2], rows)
 
     def refuse(*_: object) -> int:
@@ -382,7 +388,7 @@ def test_writes_refused_by_the_system_are_counted_by_kind_and_logged_once(
 def test_a_dead_disk_is_left_alone_and_used_again_when_it_comes_back(
     tmp_path: Path, layout: BlockLayout, rows: Rows, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    tier = open_disk(tmp_path, layout)
+    tier = open_disk(tmp_path, layout, new_io=FileIO)
     store(tier, [1], rows)
     num_calls = 0
 

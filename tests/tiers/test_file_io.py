@@ -1,5 +1,6 @@
-"""Vectored slot I/O: merging, and what becomes of each slot when the file misbehaves."""
+"""Vectored slot I/O, by threads and by the kernel's queue: merging, and what becomes of each slot when the file misbehaves."""
 
+import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -11,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dynamo.kernels.checks import KernelArgumentError, Rows
+from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds
 from dynamo.tiers import file_io
+from dynamo.tiers.aio import READ, Events, RequestQueue, Requests
 from dynamo.tiers.arena import map_rows
-from dynamo.tiers.file_io import BlockFile, FileIO
+from dynamo.tiers.file_io import BlockFile, FileIO, IOResult, SlotIO
 from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.queued_io import QueuedIO
 
 NUM_SLOTS = 32
 Call = Callable[[int, list[memoryview], int], int]
@@ -32,11 +35,69 @@ def block_file(tmp_path: Path) -> Iterator[BlockFile]:
     file.close()
 
 
+class CallingQueue(RequestQueue):
+    """Makes each request at once, by `os.preadv` or `os.pwritev`, and gives events in reverse order."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = min(depth, 4)
+        self._done: list[tuple[int, int, int, int]] = []
+
+    def submit(self, requests: Requests, start: int, stop: int) -> int:
+        assert len(self._done) + stop - start <= self.depth
+        for request in requests[start:stop]:
+            call = os.preadv if request["operation"] == READ else os.pwritev
+            vectors = (ctypes.c_uint64 * (2 * int(request["num_vectors"]))).from_address(int(request["vectors"]))
+            pieces = [
+                memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+                for address, size in zip(vectors[::2], vectors[1::2], strict=True)
+            ]
+            try:
+                result = call(int(request["fd"]), pieces, int(request["offset"]))
+            except OSError as error:
+                assert error.errno
+                result = -error.errno
+            self._done.append((int(request["data"]), 0, result, 0))
+        return stop - start
+
+    def wait(self, count: int) -> Events:
+        ended, self._done = self._done[::-1][:count], self._done[::-1][count:][::-1]
+        names = ["data", "request", "result", "result2"]
+        return np.array(ended, dtype=np.dtype({"names": names, "formats": ["<u8", "<u8", "<i8", "<i8"]}))
+
+    def close(self) -> None:
+        assert not self._done
+
+
+class Blocking:
+    """Any back-end, waited for."""
+
+    def __init__(self, io: SlotIO) -> None:
+        self.io = io
+        self.close = io.close
+
+    def read(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> IOResult:
+        return self.io.start(file, slots, rows, row_ids, writes=False).result()
+
+    def write(self, file: BlockFile, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> IOResult:
+        return self.io.start(file, slots, rows, row_ids, writes=True).result()
+
+
+@pytest.fixture(params=["threads", "kernel-queue", "queue-of-calls"])
+def back_end(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def file_io_pool() -> Iterator[FileIO]:
-    pool = FileIO(3)
-    yield pool
-    pool.close()
+def file_io_pool(back_end: str) -> Iterator[Blocking]:
+    """Threads; the kernel's queue; and a queue whose requests are calls of `os`, which a test may replace."""
+    io: SlotIO = FileIO(3) if back_end == "threads" else QueuedIO(3)
+    if back_end == "queue-of-calls":
+        io = QueuedIO(3, CallingQueue)
+    yield Blocking(io)
+    io.close()
+
+
+patches_calls = pytest.mark.parametrize("back_end", ["threads", "queue-of-calls"], indirect=True)
 
 
 def fill(file: BlockFile, rows: Rows) -> bytes:
@@ -50,7 +111,7 @@ def slot_bytes_of(content: bytes, slot: int, rows: Rows) -> bytes:
     return content[slot * rows.shape[1] : (slot + 1) * rows.shape[1]]
 
 
-def test_scattered_slots_and_rows_arrive_whole(block_file: BlockFile, file_io_pool: FileIO, rows: Rows) -> None:
+def test_scattered_slots_and_rows_arrive_whole(block_file: BlockFile, file_io_pool: Blocking, rows: Rows) -> None:
     content = fill(block_file, rows)
     rng = np.random.default_rng(1)
     for n in (1, 2, 7, 32):
@@ -60,23 +121,24 @@ def test_scattered_slots_and_rows_arrive_whole(block_file: BlockFile, file_io_po
             assert rows[row].tobytes() == slot_bytes_of(content, slot, rows)
 
 
+@patches_calls
 def test_consecutive_slots_are_one_call_whatever_their_rows(
-    block_file: BlockFile, file_io_pool: FileIO, rows: Rows, monkeypatch: pytest.MonkeyPatch
+    block_file: BlockFile, file_io_pool: Blocking, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(block_file, rows)
     calls: list[tuple[int, int]] = []
     preadv = os.preadv
 
     def counting(fd: int, vectors: list[memoryview], offset: int) -> int:
-        calls.append((offset // rows.shape[1], len(vectors)))
+        calls.append((offset // rows.shape[1], sum(map(len, vectors)) // rows.shape[1]))
         return preadv(fd, vectors, offset)
 
     monkeypatch.setattr(os, "preadv", counting)
     file_io_pool.read(block_file, ids(9, 4, 3, 8, 5), rows, ids(20, 11, 10, 30, 12))
-    assert sorted(calls) == [(3, 1), (8, 2)]
+    assert sorted(calls) == [(3, 3), (8, 2)]
 
 
-def test_large_runs_are_shared_out_among_threads(tmp_path: Path, file_io_pool: FileIO) -> None:
+def test_large_runs_are_shared_out_among_threads(tmp_path: Path, file_io_pool: Blocking) -> None:
     layout = BlockLayout(num_layers=8, block_size=16, num_kv_heads=8, head_dim=64, itemsize=4)  # 512 KiB slots
     rows = map_rows(layout, 24)
     rows[:] = np.random.default_rng(0).integers(0, 256, rows.shape, dtype=np.uint8)
@@ -91,7 +153,7 @@ def test_large_runs_are_shared_out_among_threads(tmp_path: Path, file_io_pool: F
 
 
 def test_slots_past_the_end_are_truncated_and_those_before_are_good(
-    block_file: BlockFile, file_io_pool: FileIO, rows: Rows
+    block_file: BlockFile, file_io_pool: Blocking, rows: Rows
 ) -> None:
     content = fill(block_file, rows)
     os.truncate(block_file.path, 10 * rows.shape[1] + 1000)
@@ -121,8 +183,9 @@ def cut_short(call: Call) -> Call:
 os_pwritev = os.pwritev
 
 
+@patches_calls
 def test_short_calls_are_continued(
-    block_file: BlockFile, file_io_pool: FileIO, rows: Rows, monkeypatch: pytest.MonkeyPatch
+    block_file: BlockFile, file_io_pool: Blocking, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = fill(block_file, rows)
     source = rows.copy()
@@ -150,8 +213,9 @@ def failing_at(slot: int, code: int, slot_bytes: int) -> Callable[[Call], Call]:
     return wrap
 
 
+@patches_calls
 def test_a_bad_sector_fails_only_its_slot(
-    block_file: BlockFile, file_io_pool: FileIO, rows: Rows, monkeypatch: pytest.MonkeyPatch
+    block_file: BlockFile, file_io_pool: Blocking, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = fill(block_file, rows)
     patched(monkeypatch, "preadv", failing_at(6, errno.EIO, rows.shape[1]))
@@ -161,6 +225,7 @@ def test_a_bad_sector_fails_only_its_slot(
     assert rows[3].tobytes() == slot_bytes_of(content, 7, rows)
 
 
+@patches_calls
 @pytest.mark.parametrize(
     ("code", "kind"),
     [
@@ -173,7 +238,7 @@ def test_a_bad_sector_fails_only_its_slot(
     ],
 )
 def test_a_refused_write_fails_the_slots_not_written(
-    block_file: BlockFile, file_io_pool: FileIO, rows: Rows, monkeypatch: pytest.MonkeyPatch, code: int, kind: str
+    block_file: BlockFile, file_io_pool: Blocking, rows: Rows, monkeypatch: pytest.MonkeyPatch, code: int, kind: str
 ) -> None:
     patched(monkeypatch, "pwritev", failing_at(6, code, rows.shape[1]))
     result = file_io_pool.write(block_file, ids(2, 6, 7), rows, ids(0, 1, 2))
@@ -181,8 +246,9 @@ def test_a_refused_write_fails_the_slots_not_written(
     assert result.faults == {kind: 2}
 
 
+@patches_calls
 def test_refused_direct_io_goes_on_buffered_and_is_counted_once(
-    block_file: BlockFile, file_io_pool: FileIO, rows: Rows, monkeypatch: pytest.MonkeyPatch
+    block_file: BlockFile, file_io_pool: Blocking, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not block_file.is_direct:
         pytest.skip("this file system has no O_DIRECT to be refused")
@@ -206,7 +272,7 @@ def test_refused_direct_io_goes_on_buffered_and_is_counted_once(
 
 
 def test_a_file_system_without_direct_io_is_used_buffered(
-    tmp_path: Path, file_io_pool: FileIO, rows: Rows, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, file_io_pool: Blocking, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = os.open
 
@@ -229,13 +295,13 @@ def test_the_probe_leaves_no_file(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["blocks.dat"]
 
 
-def test_unaligned_rows_are_refused(block_file: BlockFile, file_io_pool: FileIO, rows: Rows) -> None:
+def test_unaligned_rows_are_refused(block_file: BlockFile, file_io_pool: Blocking, rows: Rows) -> None:
     unaligned = rows.reshape(-1)[512 : 512 + 8192].reshape(2, 4096)
     with pytest.raises(KernelArgumentError, match="must start at a page"):
         file_io_pool.read(block_file, ids(0), unaligned, ids(0))
 
 
-def test_callers_take_turns_and_finish_after_close(block_file: BlockFile, file_io_pool: FileIO, rows: Rows) -> None:
+def test_callers_take_turns_and_finish_after_close(block_file: BlockFile, file_io_pool: Blocking, rows: Rows) -> None:
     content = fill(block_file, rows)
     start = Barrier(5)
 

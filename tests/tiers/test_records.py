@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo.kernels.checks import KernelArgumentError
@@ -53,6 +53,7 @@ def naive_replay(steps: list[tuple[int, int, int]]) -> list[tuple[bytes, int]]:
 
 
 @given(steps=st.lists(st.tuples(st.sampled_from([PUT, PUT, DROP]), st.integers(1, 6), st.integers(0, 4)), max_size=40))
+@settings(deadline=None)
 def test_replay_agrees_with_one_step_at_a_time(steps: list[tuple[int, int, int]]) -> None:
     log = [record(kind, number, slot, i + 1) for i, (kind, number, slot) in enumerate(steps)]
     records = np.concatenate([np.zeros(0, dtype=RECORD), *log])

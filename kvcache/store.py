@@ -316,7 +316,7 @@ class BlockStore:
             )
         deadline = time.monotonic() + timeout_s
         if not self._resizing.acquire(timeout=timeout_s):
-            raise TimeoutError("another resize still waits for blocks in use; nothing was changed, try again")
+            raise TimeoutError("another resize still waits for blocks in use")
         try:
             if num_slots > storage.num_slots:
                 storage.resize(num_slots)

@@ -302,7 +302,7 @@ class BlockPool:
         ends: Sequence[int],
         lacking: Mapping[int, BlockKey] | None = None,
     ) -> None:
-        """Fills an unused pool with idle blocks. Takes half a second for a million of them.
+        """Fills an unused pool with idle blocks. Takes a third of a second for a million of them.
 
         Args:
             names: distinct keys, void16 [n], in the order in which blocks are to be evicted.
@@ -315,9 +315,11 @@ class BlockPool:
         self._registered[slots] = True
         self._num_free = 0
         self._push_free(np.flatnonzero(~self._registered))
-        by_slot = np.argsort(slots)
-        keys: list[BlockKey] = names[by_slot].tolist()
-        numbers: list[int] = slots[by_slot].tolist()
+        taken = np.flatnonzero(self._registered)
+        by_slot = np.empty(self.num_slots, dtype=np.int64)
+        by_slot[slots] = np.arange(len(slots))
+        keys: list[BlockKey] = names[by_slot[taken]].tolist()
+        numbers: list[int] = taken.tolist()
         self._index = dict(zip(keys, numbers, strict=True))
         if numbers and numbers[-1] == len(numbers) - 1:
             self._keys[: len(numbers)] = keys

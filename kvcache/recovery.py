@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Positions = npt.NDArray[np.int64]
 
+_MAX_LAG = 4096  # so many sequences may have grown at a time
 _ENTRY_BLOCKS = 1024  # blocks of several chains are filed together up to about so many: entries cost more than blocks
 
 
@@ -60,11 +61,11 @@ class RecoveredOrder:
 
 @dataclass(frozen=True, slots=True)
 class _Runs:
-    """Blocks recorded right after their parents: run k is blocks [starts[k], starts[k] + lengths[k]).
+    """Blocks that stand right after their parents: run k is at places [starts[k], starts[k] + lengths[k]).
 
     Attributes:
-        of: each block's run, [n].
-        above: the block before the first of each run, NO_PARENT for none.
+        of: the run at each place, [n].
+        above: the place of the block before the first of each run, NO_PARENT for none.
     """
 
     starts: Positions
@@ -81,9 +82,8 @@ def order_recovered(parent: Positions) -> RecoveredOrder:
     """
     if not len(parent):
         return RecoveredOrder(parent, [])
-    runs = _find_runs(parent)
-    depth, last_use, is_ringed = _follow_chains(runs)
-    kept = np.flatnonzero(~is_ringed[runs.of])
+    depth, last_use, is_ringed = _follow_chains(parent)
+    kept = np.flatnonzero(~is_ringed)
     if not len(kept):
         return RecoveredOrder(kept, [])
     # Blocks of equal last use make up a path, which leads up from the block that was recorded then.
@@ -109,14 +109,42 @@ def _find_runs(parent: Positions) -> _Runs:
     return _Runs(starts, np.diff(np.append(starts, len(parent))), np.cumsum(is_start) - 1, parent[starts])
 
 
-def _follow_chains(runs: _Runs) -> tuple[Positions, Positions, npt.NDArray[np.bool_]]:
-    """Depth and last use of each block, and which runs lead up to a ring: their blocks' values mean nothing."""
+def _follow_chains(parent: Positions) -> tuple[Positions, Positions, npt.NDArray[np.bool_]]:
+    """Depth and last use of each block, and which ones lie below a ring: their values mean nothing."""
+    lag = _usual_lag(parent)
+    if lag == 1:
+        recorded = np.arange(len(parent))
+        runs = _find_runs(parent)
+    else:  # every lag-th block first, then those after them, and so on: then most stand right after their parents
+        recorded = np.concatenate([np.arange(first, len(parent), lag) for first in range(lag)])
+        place = np.empty_like(recorded)
+        place[recorded] = np.arange(len(parent))
+        above = parent[recorded]
+        runs = _find_runs(np.where(above == NO_PARENT, NO_PARENT, place[above]))
+    depth, last_use, is_ringed = _follow_runs(runs, recorded)
+    if lag == 1:
+        return depth, last_use, is_ringed[runs.of]
+    return depth[place], last_use[place], is_ringed[runs.of][place]
+
+
+def _usual_lag(parent: Positions) -> int:
+    """How many blocks after their parents most blocks were recorded."""
+    lags = np.arange(len(parent)) - parent
+    lags = lags[(parent != NO_PARENT) & (lags > 0) & (lags <= _MAX_LAG)]
+    return int(np.bincount(lags).argmax()) if len(lags) else 1
+
+
+def _follow_runs(runs: _Runs, recorded: Positions) -> tuple[Positions, Positions, npt.NDArray[np.bool_]]:
+    """Depth and last use of the blocks at each place, and which runs lead up to a ring.
+
+    Args:
+        recorded: when the block at each place was.
+    """
     starts, above = runs.starts, runs.above
     num_runs = len(starts)
-    tails = starts + runs.lengths - 1
     jump = np.where(above == NO_PARENT, NO_PARENT, runs.of[above])  # the ancestor 2**round runs above
     start_depth = np.where(above == NO_PARENT, 0, above - starts[jump] + 1)
-    latest = tails.copy()  # of all that descends from a run, up to 2**round runs below it
+    latest = np.maximum.reduceat(recorded, starts)  # of all that descends from a run, up to 2**round runs below it
     for _ in range(num_runs.bit_length() + 1):
         (active,) = np.nonzero(jump != NO_PARENT)
         if not len(active):
@@ -126,12 +154,14 @@ def _follow_chains(runs: _Runs) -> tuple[Positions, Positions, npt.NDArray[np.bo
         start_depth[active] += start_depth[targets]
         jump[active] = jump[targets]
     is_ringed = jump != NO_PARENT
-    depth = start_depth[runs.of] + np.arange(len(runs.of)) - starts[runs.of]
+    depth = np.arange(len(runs.of)) + np.repeat(start_depth - starts, runs.lengths)
     # From a run's end up: the last use of all that branches off there or below.
-    last_use = np.zeros(len(runs.of), dtype=np.int64)
-    last_use[tails] = tails
+    last_use = recorded.copy()
     branches = np.flatnonzero((above != NO_PARENT) & ~is_ringed)
     np.maximum.at(last_use, above[branches], latest[branches])
-    floor = (num_runs - 1 - runs.of) * len(runs.of)  # keeps one run's values out of the next one's
-    last_use = np.maximum.accumulate((last_use + floor)[::-1])[::-1] - floor
+    floor = np.repeat(
+        np.arange(num_runs)[::-1] * len(runs.of), runs.lengths
+    )  # keeps a run's values out of the next one's
+    last_use += floor
+    last_use = np.maximum.accumulate(last_use[::-1])[::-1] - floor
     return depth, last_use, is_ringed

@@ -302,10 +302,10 @@ class BlockStore:
             The tier's number of slots from now on.
 
         Raises:
-            CacheConfigError: there is no such tier, or the size holds no block.
+            CacheConfigError: there is no such tier, or the size holds no block, or none in each directory.
             CacheMemoryError: the index of so large a disk tier does not fit into memory.
             TimeoutError: slots beyond are still in use after `timeout_s`. They are given to nobody any more, and their
-                memory or disk space is given back with the next call.
+                memory or disk space is given back with the next call. Or another resize still waits for such slots.
             dynamo.tiers.errors.TierError: the tier cannot have that size.
         """
         storage: HostTier | DiskTier | None = self._disk if tier == "disk" else self._arena
@@ -313,25 +313,32 @@ class BlockStore:
         num_slots = num_bytes // self._slot_bytes
         if storage is None or not pool.num_slots:
             raise CacheConfigError(f"the cache has no {tier} tier to resize")
-        if num_slots < 1:
+        num_folders = len(storage.folders) if isinstance(storage, DiskTier) else 1
+        if num_slots < num_folders:  # before anything is evicted for it
+            where = f" in each of its {num_folders} directories" if num_folders > 1 else ""
             raise CacheConfigError(
-                f"a {tier} tier of {format_size(num_bytes)} is less than one block of {format_size(self._slot_bytes)}; "
-                "give more"
+                f"a {tier} tier of {format_size(num_bytes)} is less than one block of {format_size(self._slot_bytes)}"
+                f"{where}; give more"
             )
         if tier == "host" and num_slots > self._arena.max_slots:
             raise CacheConfigError(
                 f"the host tier can have up to {format_size(self._arena.max_slots * self._slot_bytes)}, not "
                 f"{format_size(num_bytes)}; start with a larger maximum (host_max, --host-cache-max) to go beyond"
             )
-        with self._resizing:
+        deadline = time.monotonic() + timeout_s
+        if not self._resizing.acquire(timeout=timeout_s):
+            raise TimeoutError("another resize still waits for blocks in use")
+        try:
             if tier == "disk":
                 _check_index_fits(num_slots - storage.num_slots)
             if num_slots > storage.num_slots:
                 storage.resize(num_slots)
-            if not self._shelf.resize(tier, num_slots, timeout_s):
+            if not self._shelf.resize(tier, num_slots, max(0.0, deadline - time.monotonic())):
                 raise TimeoutError(f"{pool.num_leaving} blocks of the {tier} tier are in use beyond its new size")
             if num_slots < storage.num_slots:
                 storage.resize(num_slots)
+        finally:
+            self._resizing.release()
         return num_slots
 
     def usage(self) -> Iterator[TierUsage]:

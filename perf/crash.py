@@ -2,13 +2,15 @@
 
 A worker process opens a cache over one folder, loads and compares every block that survived, and then goes on opening,
 writing and committing sequences until it is killed with SIGKILL at a random moment. In the second half of the rounds files are
-damaged as well: bits are flipped, sectors zeroed, the end cut off. What a block must contain follows from its key, so every
-byte that comes back is checked. Nothing here is a stub: real processes, real files, the cache's public face.
+damaged as well: bits are flipped, sectors zeroed, the end cut off. A folder that is refused then is emptied, as the refusal
+asks for. What a block must contain follows from its key, so every byte that comes back is checked. Nothing here is a stub:
+real processes, real files, the cache's public face.
 """
 
 import argparse
 import multiprocessing
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +51,7 @@ class Tally:
         num_wrong: blocks with other bytes than were once written.
         num_early: kills before everything that survived was checked.
         num_damaged: rounds after which files were damaged.
+        num_refused: restarts that found the folder damaged so that it passed for another program's.
         num_unusable: blocks found by a restart before any damage that could not be loaded. After damage, blocks whose prefix
             was lost lie there unusable until it is computed again.
         lost: blocks known to be on disk before a kill and not there after it, for each kill before any damage.
@@ -60,6 +63,7 @@ class Tally:
     num_wrong: int = 0
     num_early: int = 0
     num_damaged: int = 0
+    num_refused: int = 0
     num_unusable: int = 0
     lost: list[int] = field(default_factory=list)
     survivors: list[int] = field(default_factory=list)
@@ -127,7 +131,7 @@ def crash_rounds(
         watch: wraps the rounds, to show progress.
 
     Raises:
-        BenchmarkError: a worker died by itself or does not answer within a minute.
+        BenchmarkError: a worker died by itself or does not answer within a minute, or refused an undamaged folder.
     """
     chance = random.Random(workload.seed)
     context = multiprocessing.get_context("forkserver")
@@ -136,8 +140,15 @@ def crash_rounds(
     known: set[BlockKey] = set()
     is_clean = True
     for number in watch(range(num_rounds)):
+        num_refused = tally.num_refused
         known = _round(context, workload, number, chance, tally, known if is_clean else None)
-        if number >= num_rounds // 2 and chance.random() < damage_share:
+        if tally.num_refused > num_refused:
+            if is_clean:
+                raise BenchmarkError(
+                    f"the worker of round {number} found the disk tier's folder refused without damage"
+                )
+            _empty(workload.folder)  # or all rounds from here on would be without a disk tier
+        elif number >= num_rounds // 2 and chance.random() < damage_share:
             damage(workload.folder, chance)
             tally.num_damaged += 1
             is_clean = False
@@ -190,6 +201,7 @@ def _round(
 def _count(recovered: Recovered, tally: Tally, known: set[BlockKey] | None) -> None:
     tally.num_checked += len(recovered.usable)
     tally.num_wrong += recovered.num_wrong
+    tally.num_refused += recovered.is_refused
     tally.survivors.append(recovered.num_found)
     tally.restart_s.append(recovered.open_s)
     if known is not None:
@@ -215,6 +227,11 @@ def _rest(connection: Connection) -> Iterator[Message]:
             yield connection.recv()
     except (EOFError, OSError):
         return
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path)
 
 
 def damage(folder: Path, chance: random.Random) -> Damage:
@@ -243,6 +260,7 @@ def _results(tally: Tally) -> Iterator[Result]:
     for case, total in (
         ("kills before everything was checked", tally.num_early),
         ("kills followed by damage", tally.num_damaged),
+        ("restarts that refused the folder", tally.num_refused),
         ("blocks compared", tally.num_checked),
         ("blocks with wrong bytes", tally.num_wrong),
         ("blocks found but not usable", tally.num_unusable),

@@ -51,12 +51,17 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What a worker found at its start: blocks the disk tier had, those that loaded with right bytes, and wrong ones."""
+    """What a worker found at its start: blocks the disk tier had, those that loaded with right bytes, and wrong ones.
+
+    Attributes:
+        is_refused: the folder could not be used, and the worker goes on without a disk tier.
+    """
 
     open_s: float
     num_found: int
     usable: frozenset[BlockKey]
     num_wrong: int
+    is_refused: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,7 @@ def work(workload: Workload, number: int, connection: Connection) -> None:
         disk=f"{workload.folder}:{workload.num_disk_blocks * slot_bytes}",
     )
     open_s = time.perf_counter() - started_s
-    num_found = cache.stats().tier("disk").num_cached_blocks
+    found = cache.stats().tier("disk")
     usable: set[BlockKey] = set()
     num_wrong = 0
     for conversation in range(_NUM_CONVERSATIONS):
@@ -94,7 +99,9 @@ def work(workload: Workload, number: int, connection: Connection) -> None:
         keys, wrong = _use(cache, tokens, _MAX_BLOCKS, is_read_only=True)
         usable.update(keys)
         num_wrong += wrong
-    connection.send(Recovered(open_s, num_found, frozenset(usable), num_wrong))
+    connection.send(
+        Recovered(open_s, found.num_cached_blocks, frozenset(usable), num_wrong, is_refused=not found.num_slots)
+    )
     chance = random.Random(f"{workload.seed} {number}")
     last = max((event.sequence_number for event in cache.events()), default=-1)
     while True:

@@ -32,6 +32,7 @@ from dynamo.tiers.records import (
     make_records,
     names_of,
     record_checks,
+    replay,
     surviving_puts,
 )
 from dynamo.tiers.recovered import RecoveredBlocks, read_records
@@ -56,6 +57,7 @@ class Journal:
         """Use `open` or `create`."""
         self.path = path
         self.num_slots = num_slots
+        self._max_slots = num_slots  # it ever had
         self._fingerprint = fingerprint
         self._lock = Lock()
         self._live = np.zeros(num_slots, dtype=RECORD)
@@ -143,6 +145,8 @@ class Journal:
     def drop(self, names: Sequence[bytes] | Names, slots: SlotIds) -> bool:
         """Records that blocks no longer lie in their slots. A name that is not in its slot is ignored.
 
+        So is a slot that `resize` has taken away, with what lay there.
+
         Returns:
             False when it could not be recorded: the blocks may come back after a restart, and their digest then tells
             whether they are still good.
@@ -155,14 +159,14 @@ class Journal:
 
     def forget(self, slots: SlotIds) -> bool:
         """Drops whatever blocks lie in `slots`, one write for all; as `drop`."""
-        check_ids(slots, "slots", self.num_slots)
         live = self.records_in(slots)
         return self.drop(names_of(live, "name"), live["slot"].astype(np.int64))
 
     def records_in(self, slots: SlotIds) -> Records:
         """The records of those of `slots` that hold a block, as they are now; RECORD [m], in the order of `slots`."""
-        check_ids(slots, "slots", self.num_slots)
+        check_ids(slots, "slots", self._max_slots)
         with self._lock:
+            slots = slots[slots < self.num_slots]
             return chosen(chosen(self._live, slots), self._live["kind"][slots] == PUT)
 
     def resize(self, num_slots: int) -> None:
@@ -180,6 +184,7 @@ class Journal:
             live.view(f"V{RECORD_BYTES}")[:num_kept] = self._live.view(f"V{RECORD_BYTES}")[:num_kept]
             self._live = live
             self.num_slots = num_slots
+            self._max_slots = max(self._max_slots, num_slots)
 
     def clear(self) -> bool:
         """Forgets everything, on disk too before it returns.
@@ -239,10 +244,12 @@ class Journal:
         slots: SlotIds,
         digests: npt.NDArray[np.uint64],
     ) -> bool:
-        check_ids(slots, "slots", self.num_slots, len(names))
         with self._lock:
             fd = self._open_fd()
+            check_ids(slots, "slots", self.num_slots if kind == PUT else self._max_slots, len(names))
             records = make_records(kind, names, parents, slots, digests, self._next_sequence, self._seed)
+            self._next_sequence += records.size
+            records = chosen(records, records["slot"] < self.num_slots)
             if records.size == 0:
                 return True
             try:
@@ -254,7 +261,6 @@ class Journal:
             except OSError as error:
                 self._log_failure(error)
                 return False
-            self._next_sequence += records.size
             self._num_records += records.size
             self._remember(kind, records)
             if self._num_records > self._compact_at:
@@ -331,9 +337,11 @@ class Journal:
         self._fd = fd
         good = chosen(records, record_checks(records, header.seed) == records["check"])
         self._num_damaged = records.size - good.size
-        live = surviving_puts(good)
-        live = chosen(live, live["slot"] < self.num_slots)
-        self._recovered = RecoveredBlocks.from_records(live)
+        log = replay(good)
+        live = log.records
+        is_here = live["slot"] < self.num_slots
+        self._recovered = RecoveredBlocks.from_log(log).selected(is_here)
+        live = chosen(live, is_here)
         if good.size:
             self._next_sequence = int(good["sequence"].max()) + 1
         self._adopt(header, live, records.size)

@@ -31,10 +31,12 @@ __all__ = [
     "ROOT_NAME",
     "Header",
     "Records",
+    "Survivors",
     "chosen",
     "make_records",
     "names_of",
     "record_checks",
+    "replay",
     "surviving_puts",
 ]
 
@@ -68,6 +70,7 @@ _HEADER = struct.Struct("<8sII16sQQQ")  # the check follows
 _MAX_TABLE_SLOTS = 1 << 26
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio; odd, so that multiplying loses nothing
 _SHIFT = np.uint64(29)
+_CHECK_RECORDS = 4096  # at a time, so that they stay in a processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +139,14 @@ def record_checks(records: Records, seed: np.uint64) -> npt.NDArray[np.uint64]:
         uint64 [n].
     """
     words = records.view("<u8").reshape(-1, RECORD_BYTES // 8)
-    state = np.full(records.size, seed, dtype=np.uint64)
-    for column in range(RECORD_BYTES // 8 - 1):
-        state ^= words[:, column]
-        state *= _MULTIPLIER
-        state ^= state >> _SHIFT
-    return state
+    states = np.full(records.size, seed, dtype=np.uint64)
+    for start in range(0, records.size, _CHECK_RECORDS):
+        state, part = states[start : start + _CHECK_RECORDS], words[start : start + _CHECK_RECORDS]
+        for column in range(RECORD_BYTES // 8 - 1):
+            state ^= part[:, column]
+            state *= _MULTIPLIER
+            state ^= state >> _SHIFT
+    return states
 
 
 def make_records(
@@ -182,16 +187,38 @@ def names_of(records: Records, field: str) -> Names:
     return names
 
 
+@dataclass(frozen=True, slots=True)
+class Survivors:
+    """What a log comes to.
+
+    Attributes:
+        puts: its PUT records in the order they were made, RECORD [n].
+        is_alive: which of them are still true at its end, bool [n].
+        table: where the last put of each name stands among `puts`.
+    """
+
+    puts: Records
+    is_alive: npt.NDArray[np.bool_]
+    table: NameTable
+
+    @property
+    def records(self) -> Records:
+        """Those still true, RECORD [m]; names and slots are distinct."""
+        return chosen(self.puts, self.is_alive)
+
+
 def surviving_puts(records: Records) -> Records:
-    """Replays a log: the PUT records still true at its end, in the order they were made.
+    """The PUT records still true at a log's end, RECORD [m]; see `replay`."""
+    return replay(records).records
+
+
+def replay(records: Records) -> Survivors:
+    """Finds the PUT records still true at a log's end.
 
     A PUT ends with the next PUT of the same name, the next PUT into the same slot, or a DROP of that name in that slot.
 
     Args:
         records: RECORD [n], checked, in any order; ordered by sequence inside.
-
-    Returns:
-        RECORD [m]; names and slots are distinct.
     """
     sequences = records["sequence"]
     if not (sequences[:-1] < sequences[1:]).all():
@@ -205,14 +232,15 @@ def surviving_puts(records: Records) -> Records:
     last_of_slot = np.full(int(slots.max()) + 1 if records.size else 0, -1, dtype=np.int64)
     last_of_slot[put_slots] = positions  # of equal slots the last one stays
     names = name_words(names_of(puts, "name"))
-    alive = (last_of_slot[put_slots] == positions) & NameTable(names).is_last
+    table = NameTable(names)
+    alive = (last_of_slot[put_slots] == positions) & table.is_last
     if is_drop.any():
         drops = chosen(records, is_drop)
         at = last_of_slot[slots[is_drop]]
         drops, at = chosen(drops, at >= 0), at[at >= 0]
         is_same = (names[at] == name_words(names_of(drops, "name"))).all(axis=1)
         alive[at[is_same & (puts["sequence"][at] < drops["sequence"])]] = False
-    return chosen(puts, alive)
+    return Survivors(puts, alive, table)
 
 
 def chosen(records: Records, which: SlotIds | npt.NDArray[np.bool_]) -> Records:

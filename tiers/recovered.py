@@ -8,20 +8,24 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamo.kernels.checks import SlotIds
-from dynamo.tiers.name_table import Names, NameTable, name_words
+from dynamo.tiers.name_table import Names, name_words
 from dynamo.tiers.records import (
     HEADER_BYTES,
     RECORD,
     RECORD_BYTES,
     Header,
     Records,
+    Survivors,
     chosen,
     names_of,
     record_checks,
-    surviving_puts,
+    replay,
 )
 
 __all__ = ["IndexScan", "RecoveredBlocks", "read_records", "scan_index"]
+
+_SAMPLES = 1024
+_USUAL_SHARE = 1 / 16  # of the samples: below it, trying a lag on all costs more than looking its blocks up
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +48,14 @@ class RecoveredBlocks:
     digests: npt.NDArray[np.uint64]
 
     @classmethod
-    def from_records(cls, records: Records) -> "RecoveredBlocks":
-        """The blocks of surviving PUT records."""
+    def from_log(cls, log: Survivors) -> "RecoveredBlocks":
+        """The blocks of the PUT records that are still true."""
+        records = log.records
         names, parents = names_of(records, "name"), names_of(records, "parent")
         return cls(
             names,
             parents,
-            _parent_index(name_words(names), name_words(parents)),
+            _parent_index(name_words(names), name_words(parents), log),
             records["slot"].astype(np.int64),
             records["digest"].astype(np.uint64),
         )
@@ -58,7 +63,7 @@ class RecoveredBlocks:
     @classmethod
     def empty(cls) -> "RecoveredBlocks":
         """No blocks."""
-        return cls.from_records(np.zeros(0, dtype=RECORD))
+        return cls.from_log(replay(np.zeros(0, dtype=RECORD)))
 
     def __len__(self) -> int:
         return self.slots.size
@@ -108,8 +113,8 @@ def scan_index(path: Path) -> IndexScan:
     finally:
         os.close(fd)
     good = chosen(records, record_checks(records, header.seed) == records["check"])
-    live = surviving_puts(good)
-    return IndexScan(RecoveredBlocks.from_records(live), records.size, records.size - good.size, num_torn_bytes)
+    blocks = RecoveredBlocks.from_log(replay(good))
+    return IndexScan(blocks, records.size, records.size - good.size, num_torn_bytes)
 
 
 def read_records(fd: int) -> Records:
@@ -125,17 +130,48 @@ def read_records(fd: int) -> Records:
     return data[: num_read // RECORD_BYTES * RECORD_BYTES].view(RECORD)
 
 
-def _parent_index(names: npt.NDArray[np.uint64], parents: npt.NDArray[np.uint64]) -> SlotIds:
-    """Where each of `parents` stands among `names`, both uint64 [n, 2]; -1 where it does not.
+def _parent_index(
+    names: npt.NDArray[np.uint64], parents: npt.NDArray[np.uint64], log: Survivors
+) -> npt.NDArray[np.int64]:
+    """Where each of `parents` stands among `names`, both uint64 [n, 2] of the blocks in `log`; -1 where it does not.
 
-    Most blocks were put right behind their parent, or start a sequence; only the others are looked up in a table.
+    Most blocks were put right behind their parent, or start a sequence. Where several sequences grew at a time, most were
+    put some number of records behind it, which a few of them tell. Only the others are looked up in the table.
     """
     parent_index = np.full(len(names), -1, dtype=np.int64)
     is_open = (parents[:, 0] | parents[:, 1]) != 0
-    follows = np.zeros(len(names), dtype=np.bool_)
-    follows[1:] = (parents[1:, 0] == names[:-1, 0]) & (parents[1:, 1] == names[:-1, 1]) & is_open[1:]
-    parent_index[follows] = np.flatnonzero(follows) - 1
-    is_open &= ~follows
-    if is_open.any():
-        parent_index[is_open] = NameTable(names).find(parents[is_open])
+    _take_parents(1, names, parents, is_open, parent_index)
+    open_ones = np.flatnonzero(is_open)
+    if open_ones.size > _SAMPLES:
+        sample = open_ones[:: open_ones.size // _SAMPLES]
+        lags = sample - _look_up(parents[sample], log)
+        values, counts = np.unique(lags[(lags > 0) & (lags <= sample)], return_counts=True)
+        for lag in values[counts >= sample.size * _USUAL_SHARE].tolist():
+            _take_parents(lag, names, parents, is_open, parent_index)
+        open_ones = np.flatnonzero(is_open)
+    if open_ones.size:
+        parent_index[open_ones] = _look_up(parents[open_ones], log)
     return parent_index
+
+
+def _take_parents(
+    lag: int,
+    names: npt.NDArray[np.uint64],
+    parents: npt.NDArray[np.uint64],
+    is_open: npt.NDArray[np.bool_],
+    parent_index: npt.NDArray[np.int64],
+) -> None:
+    """Notes the parents of those open blocks that have them `lag` places before; they are not open any more."""
+    follows = (parents[lag:, 0] == names[:-lag, 0]) & (parents[lag:, 1] == names[:-lag, 1]) & is_open[lag:]
+    places = np.flatnonzero(follows)
+    parent_index[places + lag] = places
+    is_open[lag:] &= ~follows
+
+
+def _look_up(names: npt.NDArray[np.uint64], log: Survivors) -> npt.NDArray[np.int64]:
+    """Positions of names, uint64 [n, 2], among the blocks in `log`; -1 where they are not."""
+    found = log.table.find(names)
+    if not log.is_alive.all():
+        position = np.append(np.where(log.is_alive, np.cumsum(log.is_alive) - 1, -1), -1)  # the last: of no place
+        found = position[found]
+    return found

@@ -48,8 +48,23 @@ def forests(draw) -> list[int]:
     return moved
 
 
+@st.composite
+def interleaved_forests(draw) -> list[int]:
+    """Parents of blocks that several sequences recorded in turn, now and then one without the others."""
+    num_sequences = draw(st.integers(2, 6))
+    last = [NO_PARENT] * num_sequences
+    parent: list[int] = []
+    for step in range(draw(st.integers(0, 60))):
+        number = draw(st.integers(0, num_sequences - 1)) if draw(st.integers(0, 9)) == 0 else step % num_sequences
+        parent.append(last[number])
+        last[number] = NO_PARENT if draw(st.integers(0, 9)) == 0 else len(parent) - 1
+    if parent and draw(st.booleans()):
+        parent = [NO_PARENT if above == NO_PARENT else len(parent) - 1 - above for above in reversed(parent)]
+    return parent
+
+
 @settings(deadline=None)
-@given(forests())
+@given(st.one_of(forests(), interleaved_forests()))
 def test_the_order_is_that_of_a_plain_walk(parent):
     found = order_recovered(np.array(parent, dtype=np.int64))
     assert found.order.tolist() == walked_order(parent)

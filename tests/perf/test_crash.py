@@ -32,6 +32,20 @@ def test_damaged_files_lose_blocks_but_give_no_wrong_ones(tmp_path: Path) -> Non
     assert tally.num_checked > 0
 
 
+@pytest.mark.slow
+def test_a_folder_that_is_refused_is_emptied_for_the_rounds_that_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deface(folder: Path, chance: random.Random) -> str:
+        for path in folder.rglob("STRIPE"):
+            path.write_bytes(bytes(512))
+        return "zeroed sector"
+
+    monkeypatch.setattr("dynamo.perf.crash.damage", deface)
+    tally = crash_rounds(Workload(tmp_path / "kv", num_disk_blocks=64, block_kib=16, seed=4), 16, damage_share=0.9)
+    assert 0 < tally.num_refused <= tally.num_damaged, "a folder was refused again without new damage"
+
+
 def test_blocks_with_other_bytes_than_their_keys_say_are_counted(tmp_path: Path) -> None:
     workload = Workload(tmp_path / "kv", num_disk_blocks=64, block_kib=16, seed=3)
     disk = f"{workload.folder}:{64 * workload.spec.layout.slot_bytes}"

@@ -301,6 +301,18 @@ def test_wrong_arguments_are_refused(path: Path) -> None:
             journal.drop([b"short"], ids(1))
 
 
+def test_drops_that_come_after_their_slots_were_taken_away_are_ignored(path: Path) -> None:
+    with opened(path) as journal:
+        put(journal, (1, 1), (2, 900))
+        journal.resize(10)
+        assert journal.drop(names(1, 2), ids(1, 900))
+        assert journal.forget(ids(1, 900))
+        assert journal.records_in(ids(1, 900)).size == 0
+        assert put(journal, (3, 3))
+    with opened(path, 10) as journal:
+        assert found(journal.recovered) == [(3, 3)]
+
+
 def test_a_closed_index_refuses_work_and_may_be_closed_again(path: Path) -> None:
     journal = Journal.open(path, NUM_SLOTS, b"model")
     journal.close()

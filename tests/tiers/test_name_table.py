@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo.tiers.name_table import NameTable, name_words
-from dynamo.tiers.records import PUT, ROOT_NAME, make_records
+from dynamo.tiers.records import PUT, ROOT_NAME, make_records, replay
 from dynamo.tiers.recovered import RecoveredBlocks
 
 few_names = st.lists(st.integers(0, 40), max_size=120)
@@ -53,7 +53,7 @@ def test_parents_are_found_wherever_they_stand(blocks: list[tuple[int, int]], ke
     names = [name.to_bytes(16, "big") for name, _ in blocks]
     parents = [parent.to_bytes(16, "big") if parent else ROOT_NAME for _, parent in blocks]
     slots, digests = np.arange(len(blocks)), np.zeros(len(blocks), dtype=np.uint64)
-    recovered = RecoveredBlocks.from_records(make_records(PUT, names, parents, slots, digests, 1, np.uint64(0)))
+    recovered = RecoveredBlocks.from_log(replay(make_records(PUT, names, parents, slots, digests, 1, np.uint64(0))))
     assert recovered.parent_index.tolist() == [names.index(p) if p in names else -1 for p in parents]
     mask = np.array(kept[: len(blocks)], dtype=np.bool_)
     some = recovered.selected(mask)

@@ -24,9 +24,9 @@ from rich.console import Console
 from dynamo.kvcache import KVCache, KVSpec
 from dynamo.kvcache.cache import TierName
 from dynamo.kvcache.config import format_size, parse_size
+from dynamo.perf.disk_raw import QUEUE_DEPTH, RawDisk, Way
 from dynamo.perf.harness import BenchmarkError, median, timed
 from dynamo.perf.machine import machine_record
-from dynamo.perf.raw_disk import RawFile
 from dynamo.perf.report import Report, Result
 
 __all__ = ["SHAPES", "SUMMARY", "Shape", "add_arguments", "run"]
@@ -108,17 +108,25 @@ class _MemoryCopy:
 class _RawDisk:
     """Reads and writes a raw file in calls of one size, at the depths that serve best here."""
 
-    def __init__(self, raw: RawFile, call_bytes: int) -> None:
+    def __init__(self, raw: RawDisk, num_bytes: int, call_bytes: int) -> None:
         self.seconds = _Seconds([], [])
         self._raw = raw
-        self._call_bytes = call_bytes
-        self._write_depth = min(_DEPTHS, key=lambda depth: raw.write_s(call_bytes, depth))
-        self._read_depth = min(_DEPTHS, key=lambda depth: raw.read_s(call_bytes, depth))
-        self.name = f"raw O_DIRECT, {format_size(call_bytes)}, depth {self._write_depth}/{self._read_depth}"
+        self._num_bytes = num_bytes
+        ways = [Way(call_bytes=call_bytes, depth=depth, is_ascending=True) for depth in _DEPTHS]
+        if raw.can_queue:
+            ways.append(Way(call_bytes=call_bytes, depth=QUEUE_DEPTH, is_ascending=True, is_queued=True))
+        self._write_way, self._read_way = (
+            min(ways, key=lambda way: self._seconds(way, writes=writes)) for writes in (True, False)
+        )
+        names = "/".join(f"{way.depth}{' async' * way.is_queued}" for way in (self._write_way, self._read_way))
+        self.name = f"raw O_DIRECT, {format_size(call_bytes)}, depth {names}"
 
     def measure(self) -> None:
-        self.seconds.save.append(self._raw.write_s(self._call_bytes, self._write_depth))
-        self.seconds.load.append(self._raw.read_s(self._call_bytes, self._read_depth))
+        self.seconds.save.append(self._seconds(self._write_way, writes=True))
+        self.seconds.load.append(self._seconds(self._read_way, writes=False))
+
+    def _seconds(self, way: Way, *, writes: bool) -> float:
+        return self._num_bytes / 1e9 / self._raw.run(way, writes=writes).gb_per_s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,10 +215,13 @@ class _ShapeBench:
             self._say("the host tier and memcpy")
             yield from self._results("host tier", self._measure(cache, ("device",), copies), copies)
         del copies
-        with RawFile(self._folder, self._total_bytes) as raw:
+        with RawDisk([self._folder], self._total_bytes, self._total_bytes, extra_files=0) as raw:
             self._say("raw O_DIRECT at several depths")
-            raw.write_s(_LARGE_CALL_BYTES, 1)  # the first write also allocates
-            disks = [_RawDisk(raw, call_bytes) for call_bytes in sorted({self._slot_bytes, _LARGE_CALL_BYTES})]
+            raw.fill(lambda _: None)
+            disks = [
+                _RawDisk(raw, self._total_bytes, call_bytes)
+                for call_bytes in sorted({self._slot_bytes, _LARGE_CALL_BYTES})
+            ]
             with self._cache(host=memory, disk=f"{self._folder}:{memory}") as cache:
                 self._say("the disk tier and raw O_DIRECT")
                 name = f"disk tier ({cache.stats().tier('disk').path})"

@@ -12,7 +12,6 @@ import pytest
 from rich.console import Console
 
 from dynamo.perf.harness import BenchmarkError
-from dynamo.perf.raw_disk import RawFile
 from dynamo.perf.store import SHAPES, add_arguments, run
 
 QUIET = Console(file=io.StringIO())
@@ -77,20 +76,3 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> 
 def test_a_size_below_two_blocks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="fewer than 2 blocks of 2 MiB"):
         run(options("--shape", "8b", "--size", "2MiB", "--path", str(tmp_path)), QUIET)
-
-
-@pytest.mark.parametrize(("call_bytes", "depth"), [(4096, 1), (4096, 3), (65536, 8), (1 << 20, 2)])
-def test_a_raw_file_moves_everything_and_is_removed(disk: Path, call_bytes: int, depth: int) -> None:
-    with RawFile(disk, 256 << 10) as raw:
-        assert raw.write_s(call_bytes, depth) > 0
-        (path,) = disk.iterdir()
-        assert path.read_bytes() == b"\xa5" * (256 << 10)
-        assert raw.read_s(call_bytes, depth) > 0
-    assert list(disk.iterdir()) == []
-
-
-def test_a_raw_file_that_shrank_is_an_error(disk: Path) -> None:
-    with RawFile(disk, 64 << 10) as raw:
-        os.truncate(disk / "raw.dat", 32 << 10)
-        with pytest.raises(BenchmarkError, match="moved 0 bytes of 4096"):
-            raw.read_s(4096, 2)

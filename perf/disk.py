@@ -105,9 +105,10 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     notes[:0] = [
         "raw: threads of preadv and pwritev with O_DIRECT on random bytes at shuffled places; depth is the number of "
         "threads, each with one call outstanding",
-        "shares of the raw rows: of the fastest one; shares of blocks: of the raw device with calls of that size at the "
-        "better of its two best depths, in shuffled or ascending order, whichever is faster, turn by turn, medians; no two "
-        "blocks of a call lie side by side on the disk; every byte the tiers gave back was compared",
+        "shares of the raw rows: of the fastest one; shares of blocks: of the raw device with calls of that size on the "
+        "tier's own file and memory, by threads at the better of its two best depths or by asynchronous requests, in "
+        "shuffled or ascending order, whichever is fastest, turn by turn, medians; no two blocks of a call lie side by side "
+        "on the disk; every byte the tiers gave back was compared",
         *(
             f"fastest {name}s: {each.rate(writes=writes):.2f} GB/s with {format_size(each.way.call_bytes)} calls, "
             f"depth {each.way.depth}"
@@ -188,7 +189,7 @@ def _measure(
                     choices = {_DEFAULT_WORKERS} if plan is _QUICK else {_DEFAULT_WORKERS, threads}
                     workers = _best_workers(lmcache_python, folder, windows, choices)
                     peers.append(sides.enter_context(LMCachePeer(lmcache_python, folder, windows, workers)))
-                results += compare(disk, [ours, *peers], comparison, progress.say)
+                results += compare(ours, peers, comparison, progress.say)
             for folder in (*tier_folders, place.folders[0] / f"lmcache-{block_bytes}"):
                 shutil.rmtree(folder, ignore_errors=True)
     if refusal := why_no_gds():

@@ -1,6 +1,7 @@
 """The disk without any tier: threads of `preadv` and `pwritev` over shuffled places of files full of random bytes.
 
-A thread has one call outstanding, so the queue depth is the number of threads. No place is visited twice in one run, and
+A thread has one call outstanding, so the queue depth is the number of threads; or one thread keeps as many asynchronous
+requests under way. No place is visited twice in one run, and
 buffered runs start with these files dropped from the page cache: it never answers instead of the disk.
 """
 
@@ -9,7 +10,6 @@ import errno
 import mmap
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,16 @@ from typing import Self
 
 import numpy as np
 
+from dynamo.perf.disk_calls import Call, Rate, open_queue, run_calls, run_requests
 from dynamo.perf.harness import BenchmarkError
 
-__all__ = ["EXTRA_FILES", "Rate", "RawDisk", "Way", "aligned_memory"]
+__all__ = ["EXTRA_FILES", "QUEUE_DEPTH", "RawDisk", "Way", "aligned_memory"]
 
 EXTRA_FILES = 3
 """Files made in each folder beside the large one, each a quarter of it, to see whether more files are faster."""
+
+QUEUE_DEPTH = 256
+"""Of asynchronous requests, at most: as long as the queue that Linux gives a disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +36,13 @@ class Way:
 
     Attributes:
         call_bytes: of one call, a multiple of 4096.
-        depth: threads, each with one call outstanding.
+        depth: threads, each with one call outstanding; or requests.
         is_direct: O_DIRECT; otherwise through the page cache, written back before the clock stops.
         has_huge_pages: whether memory is in huge pages, where the system has them, or in pages of 4 KiB.
         num_files: in each folder: 1, or EXTRA_FILES of a quarter of its size each.
         is_ascending: places are still chosen at random, but visited in the order in which they lie, as a tier that sorts
             the blocks of a call would.
+        is_queued: asynchronous requests of one thread instead of threads.
     """
 
     call_bytes: int
@@ -46,19 +51,7 @@ class Way:
     has_huge_pages: bool = True
     num_files: int = 1
     is_ascending: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """What one run moved."""
-
-    num_bytes: int
-    seconds: float
-
-    @property
-    def gb_per_s(self) -> float:
-        """10^9 bytes per second."""
-        return self.num_bytes / self.seconds / 1e9
+    is_queued: bool = False
 
 
 def aligned_memory(num_bytes: int, *, has_huge_pages: bool = True) -> mmap.mmap:
@@ -93,7 +86,8 @@ class RawDisk:
             BenchmarkError: a file system has no direct I/O.
         """
         self._window = window
-        self._memory = {huge: aligned_memory(window, has_huge_pages=huge) for huge in (True, False)}
+        self._memory: dict[bool, mmap.mmap] = {}  # by whether in huge pages
+        self._queue = open_queue(QUEUE_DEPTH)
         self._random = random.Random(1)
         self._paths: list[Path] = []
         self._fds: dict[tuple[Path, bool], int] = {}
@@ -118,6 +112,11 @@ class RawDisk:
         self.close()
 
     @property
+    def can_queue(self) -> bool:
+        """Whether ways with asynchronous requests can be run."""
+        return self._queue is not None
+
+    @property
     def total_bytes(self) -> int:
         """Of all files."""
         return sum(self._sizes.values())
@@ -127,7 +126,7 @@ class RawDisk:
         for path in self._paths:
             os.posix_fallocate(self._fds[path, True], 0, self._sizes[path])
             for start in range(0, self._sizes[path], self._window):
-                part = memoryview(self._memory[True])[: min(self._window, self._sizes[path] - start)]
+                part = memoryview(self._memory_in(has_huge_pages=True))[: min(self._window, self._sizes[path] - start)]
                 for at in range(0, len(part), 8 << 20):
                     piece = part[at : at + (8 << 20)]
                     if os.pwritev(self._fds[path, True], [piece], start + at) != len(piece):
@@ -148,46 +147,23 @@ class RawDisk:
             jobs.sort(key=lambda job: (job[0], job[2]))
         if not way.is_direct:
             self._drop_cache()
-        call = os.pwritev if writes else os.preadv
-        queue = iter(jobs)
-        start, stop = threading.Event(), threading.Event()
-        failures: list[Exception] = []
-        counts = [0] * way.depth
-
-        def work(index: int) -> None:
-            start.wait()
-            try:
-                for fd, pieces, offset in queue:  # a list's iterator may be shared by threads
-                    if call(fd, pieces, offset) != way.call_bytes:
-                        raise BenchmarkError(f"the disk moved less than {way.call_bytes} bytes in one call")
-                    counts[index] += 1
-                    if stop.is_set():
-                        return
-            except (OSError, BenchmarkError) as error:
-                failures.append(error)
-
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(way.depth)]
-        for thread in threads:
-            thread.start()
-        try:
-            began = time.perf_counter()
-            start.set()
-            for thread in threads:
-                thread.join(max(0.0, began + limit_s - time.perf_counter()))
-        finally:
-            stop.set()  # also when interrupted
-            start.set()
-            for thread in threads:
-                thread.join()
-        if failures:
-            raise failures[0]
+        began = time.perf_counter()
+        if way.is_queued:
+            if self._queue is None:
+                raise BenchmarkError("this system has no asynchronous I/O")
+            rate = run_requests(self._queue, jobs, way.depth, writes=writes, limit_s=limit_s)
+        else:
+            rate = run_calls(jobs, way.depth, writes=writes, limit_s=limit_s)
         if writes and not way.is_direct:
             for path in self._in_use(way):
                 os.fdatasync(self._fds[path, False])
-        return Rate(sum(counts) * way.call_bytes, time.perf_counter() - began)
+            return Rate(rate.num_bytes, time.perf_counter() - began)
+        return rate
 
     def close(self) -> None:
         """Closes and deletes the files. Idempotent."""
+        if self._queue is not None:
+            self._queue.close()
         while self._fds:
             os.close(self._fds.popitem()[1])
         while self._paths:
@@ -210,9 +186,13 @@ class RawDisk:
     def _in_use(self, way: Way) -> list[Path]:
         return self._paths[: self._num_folders] if way.num_files == 1 else self._paths[self._num_folders :]
 
-    def _jobs(self, way: Way) -> list[tuple[int, list[memoryview], int]]:
-        """(file, memory, offset) of each call, in the order of the calls."""
-        view = memoryview(self._memory[way.has_huge_pages])
+    def _memory_in(self, *, has_huge_pages: bool) -> mmap.mmap:
+        if has_huge_pages not in self._memory:
+            self._memory[has_huge_pages] = aligned_memory(self._window, has_huge_pages=has_huge_pages)
+        return self._memory[has_huge_pages]
+
+    def _jobs(self, way: Way) -> list[Call]:
+        view = memoryview(self._memory_in(has_huge_pages=way.has_huge_pages))
         places = [
             (self._fds[path, way.is_direct], offset)
             for path in self._in_use(way)

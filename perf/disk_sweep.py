@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dynamo.kvcache.config import format_size
-from dynamo.perf.disk_raw import EXTRA_FILES, RawDisk, Way
+from dynamo.perf.disk_raw import EXTRA_FILES, QUEUE_DEPTH, RawDisk, Way
 from dynamo.perf.report import Result
 
 __all__ = ["Measured", "Sweep", "best", "candidate_depths", "recommended_threads", "sweep", "sweep_results"]
@@ -48,6 +48,7 @@ class Sweep:
 _VARIATIONS: tuple[tuple[str, Callable[[Way], Way]], ...] = (
     ("once more", lambda way: way),
     ("buffered (page cache)", lambda way: replace(way, is_direct=False)),
+    (f"asynchronous, depth {QUEUE_DEPTH}", lambda way: replace(way, is_queued=True, depth=QUEUE_DEPTH)),
     ("memory in 4 KiB pages", lambda way: replace(way, has_huge_pages=False)),
     (f"{EXTRA_FILES} files in each folder", lambda way: replace(way, num_files=EXTRA_FILES)),
 )
@@ -67,7 +68,9 @@ def sweep(disk: RawDisk, plan: Sweep, advance: Callable[[str], object]) -> list[
     reference = max(found, key=lambda each: each.read + each.write).way
     for name, change in _VARIATIONS:
         advance(name)
-        found.append(replace(_measure(disk, change(reference), plan.limit_s), change=name))
+        way = change(reference)
+        if disk.can_queue or not way.is_queued:
+            found.append(replace(_measure(disk, way, plan.limit_s), change=name))
     return found
 
 

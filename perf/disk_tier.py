@@ -1,5 +1,8 @@
 """The real disk tier, and LMCache's back-end, on the same disk and in turn with the raw device at its best depths."""
 
+import contextlib
+import errno
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +14,12 @@ import torch
 
 from dynamo.kvcache.config import format_size
 from dynamo.kvcache.device_path import prove_device_path
-from dynamo.perf.disk_raw import RawDisk, Way
+from dynamo.perf.disk_calls import Call, open_queue, run_calls, run_requests
+from dynamo.perf.disk_raw import QUEUE_DEPTH
 from dynamo.perf.harness import BenchmarkError, median, timed
 from dynamo.perf.peer_process import PeerProcess
 from dynamo.perf.report import Result
+from dynamo.tiers.aio import RequestQueue
 from dynamo.tiers.arena import map_rows
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.layout import BlockLayout
@@ -46,6 +51,7 @@ class TierSide:
     def __init__(self, folders: Sequence[Path], windows: Windows, io_threads: int) -> None:
         """Opens the tier and writes all windows once, so that the file has its place on the disk."""
         layout = BlockLayout(num_layers=1, block_size=1, num_kv_heads=1, head_dim=windows.block_bytes // 2, itemsize=1)
+        self.num_windows = windows.num_windows
         total_blocks = windows.num_windows * windows.num_blocks
         self._random = np.random.default_rng(1)
         self._source, self._target = (map_rows(layout, windows.num_blocks) for _ in range(2))
@@ -54,7 +60,8 @@ class TierSide:
         self._target[:] = 0
         capacity_bytes = (total_blocks + _SPARE_BLOCKS) * layout.slot_bytes
         self._tier = DiskTier.open(folders, layout, capacity_bytes, _FINGERPRINT, io_threads=io_threads)
-        self.name = f"disk tier ({self._tier.stats().path}, {io_threads} threads)"
+        self.name = f"disk tier ({self._tier.stats().path})"
+        self._fds: list[int] = []
         # No two slots of a window are neighbours: the tier cannot merge them, and has to do with calls of one block.
         self._slots = [
             self._random.permutation(np.arange(window, total_blocks, windows.num_windows))
@@ -117,8 +124,32 @@ class TierSide:
             if not self._tier.write(slots, self._source, slots - start).all():
                 raise BenchmarkError(f"the disk tier did not take all blocks: {dict(self._tier.stats().faults)}")
 
+    def calls(self, window: int, *, writes: bool, is_ascending: bool) -> list[Call]:
+        """What `store` or `load` of a window moves, as plain calls of the tier's own files and memory.
+
+        They write what the blocks hold already.
+
+        Raises:
+            BenchmarkError: the file system has no direct I/O.
+        """
+        if not self._fds:
+            self._fds = [_open_direct(folder / "blocks.dat") for folder in self._tier.folders]
+        rows, row_ids = (
+            (self._source, self._row_ids[window]) if writes else (self._target, np.arange(len(self._target)))
+        )
+        slots, width = self._slots[window], rows.shape[1]
+        order = np.argsort(slots) if is_ascending else np.arange(len(slots))
+        memory = rows.reshape(-1).data
+        places, numbers = np.divmod(slots[order], len(self._fds))
+        return [
+            (self._fds[number], [memory[row * width : (row + 1) * width]], place * width)
+            for number, row, place in zip(numbers.tolist(), row_ids[order].tolist(), places.tolist(), strict=True)
+        ]
+
     def close(self) -> None:
         """Closes the tier; whoever made the folders deletes the files."""
+        while self._fds:
+            os.close(self._fds.pop())
         self._tier.close()
 
 
@@ -167,8 +198,8 @@ class Comparison:
     """Who is measured beside whom.
 
     Attributes:
-        depths: of the raw device, by direction (True: write). Each is tried with shuffled and with ascending places; the
-            highest median is the ceiling.
+        depths: of the raw device, by direction (True: write). Each is tried with shuffled and with ascending places, and so
+            are asynchronous requests; the highest median is the ceiling.
     """
 
     windows: Windows
@@ -177,34 +208,22 @@ class Comparison:
 
 
 def compare(
-    disk: RawDisk, sides: Sequence[TierSide | LMCachePeer], plan: Comparison, advance: Callable[[str], object]
+    ours: TierSide, peers: Sequence[LMCachePeer], plan: Comparison, advance: Callable[[str], object]
 ) -> list[Result]:
     """Writes and reads windows with all sides and the raw device in turn; medians of rates, and of shares turn by turn.
 
-    Args:
-        sides: the first is ours.
+    Raises:
+        BenchmarkError: the file system has no direct I/O, or somebody did not move all.
     """
-    windows = plan.windows
-    order = random.Random(3)
-    case = f"{format_size(windows.block_bytes)} blocks"
-    rates: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
-    for writes, metric in _METRICS.items():
-        runs = {
-            _raw_name(depth, is_ascending): _raw_run(disk, windows, depth, is_ascending, writes=writes)
-            for depth in plan.depths[writes]
-            for is_ascending in (False, True)
-        }
-        runs |= {side.name: _side_run(side, windows, writes=writes) for side in sides}
-        for turn in range(plan.repeats):
-            advance(f"{case}, {metric}, turn {turn + 1} of {plan.repeats}")
-            for name in order.sample(list(runs), len(runs)):
-                rates[writes].setdefault(name, []).append(runs[name](turn))
-    best = {writes: _best_way(rates[writes], depths) for writes, depths in plan.depths.items()}
+    rates, ceilings = _rates_in_turn(ours, peers, plan, advance)
+    names = f"raw O_DIRECT ({ceilings[True]} writing; {ceilings[False]} reading)"
+    case = f"{format_size(plan.windows.block_bytes)} blocks"
     results: list[Result] = []
     for writes, metric in _METRICS.items():
-        ceiling = rates[writes][_raw_name(*best[writes])]
-        shown = {f"raw O_DIRECT, depth {best[True][0]} writing, {best[False][0]} reading": ceiling}
-        for name, values in (shown | {side.name: rates[writes][side.name] for side in sides}).items():
+        ceiling = rates[writes][ceilings[writes]]
+        for name, values in (
+            {names: ceiling} | {side.name: rates[writes][side.name] for side in (ours, *peers)}
+        ).items():
             shares = [100 * value / top for value, top in zip(values, ceiling, strict=True)]
             for column, value, unit in ((metric, median(values), "GB/s"), (f"{metric} share", median(shares), "%")):
                 results.append(
@@ -213,20 +232,64 @@ def compare(
     return results
 
 
-def _best_way(rates: dict[str, list[float]], depths: Sequence[int]) -> tuple[int, bool]:
-    ways = [(depth, is_ascending) for depth in depths for is_ascending in (False, True)]
-    return max(ways, key=lambda way: median(rates[_raw_name(*way)]))
+def _rates_in_turn(
+    ours: TierSide, peers: Sequence[LMCachePeer], plan: Comparison, advance: Callable[[str], object]
+) -> tuple[dict[bool, dict[str, list[float]]], dict[bool, str]]:
+    """GB/s of all sides and raw ways by direction and name, one for each turn; and by direction the fastest raw way."""
+    order = random.Random(3)
+    rates: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
+    fastest: dict[bool, str] = {}
+    with contextlib.ExitStack() as stack:
+        queue = open_queue(QUEUE_DEPTH)
+        if queue is not None:
+            stack.callback(queue.close)
+        for writes, metric in _METRICS.items():
+            raw = _raw_runs(ours, plan.depths[writes], queue, writes=writes)
+            runs = raw | {side.name: _side_run(side, plan.windows, writes=writes) for side in (ours, *peers)}
+            for turn in range(plan.repeats):
+                advance(f"{format_size(plan.windows.block_bytes)} blocks, {metric}, turn {turn + 1} of {plan.repeats}")
+                for name in order.sample(list(runs), len(runs)):
+                    rates[writes].setdefault(name, []).append(runs[name](turn))
+            medians = {name: median(rates[writes][name]) for name in raw}
+            fastest[writes] = max(medians, key=medians.__getitem__)
+    return rates, fastest
 
 
-def _raw_name(depth: int, is_ascending: bool) -> str:
-    return f"raw, depth {depth}, {'ascending' if is_ascending else 'shuffled'}"
+def _raw_runs(
+    ours: TierSide, depths: Sequence[int], queue: RequestQueue | None, *, writes: bool
+) -> dict[str, Callable[[int], float]]:
+    """Ways to move the tier's blocks without it, by name; each takes the number of the turn and gives GB/s."""
+    runs: dict[str, Callable[[int], float]] = {}
+    for order, is_ascending in (("shuffled", False), ("ascending", True)):
+        for depth in depths:
+            runs[f"{depth} threads, {order}"] = _raw_run(ours, depth, None, writes=writes, is_ascending=is_ascending)
+        if queue is not None:
+            name = f"{QUEUE_DEPTH} requests, {order}"
+            runs[name] = _raw_run(ours, QUEUE_DEPTH, queue, writes=writes, is_ascending=is_ascending)
+    return runs
 
 
 def _raw_run(
-    disk: RawDisk, windows: Windows, depth: int, is_ascending: bool, *, writes: bool
+    ours: TierSide, depth: int, queue: RequestQueue | None, *, writes: bool, is_ascending: bool
 ) -> Callable[[int], float]:
-    way = Way(call_bytes=windows.block_bytes, depth=depth, is_ascending=is_ascending)
-    return lambda _: disk.run(way, writes=writes, limit_bytes=windows.window_bytes).gb_per_s
+    def run(turn: int) -> float:
+        calls = ours.calls(turn % ours.num_windows, writes=writes, is_ascending=is_ascending)
+        if queue is None:
+            return run_calls(calls, depth, writes=writes).gb_per_s
+        return run_requests(queue, calls, depth, writes=writes).gb_per_s
+
+    return run
+
+
+def _open_direct(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise BenchmarkError(
+                f"the file system has no O_DIRECT to compare {path.name} with; give another --path"
+            ) from error
+        raise
 
 
 def _side_run(side: TierSide | LMCachePeer, windows: Windows, *, writes: bool) -> Callable[[int], float]:

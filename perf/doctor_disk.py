@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from dynamo.kvcache.config import DiskPlace, format_size
-from dynamo.perf.disk_raw import RawDisk
 from dynamo.perf.disk_tier import Comparison, TierSide, Windows, compare
 from dynamo.perf.doctor_facts import lock_holder, mount_of, nearest_folder
 from dynamo.perf.doctor_findings import Findings
@@ -32,7 +31,7 @@ def examine_disk(
     """Facts, advice, problems and rates of a disk tier at `place`. Nothing there is changed.
 
     Args:
-        size: bytes to measure with; about twice as much is written for a while.
+        size: bytes to measure with; written for a while.
         device: where the blocks are wanted.
     """
     folder = nearest_folder(place.directory)
@@ -54,7 +53,7 @@ def examine_disk(
     if not os.access(folder, os.W_OK | os.X_OK):
         findings.problem(f"this user may not write to {folder}: give it the permission, or --disk-cache another folder")
         return
-    if shutil.disk_usage(folder).free < 3 * size:
+    if shutil.disk_usage(folder).free < 2 * size:
         findings.advise(f"too little space is free in {folder} to measure; give less --size")
         return
     try:
@@ -97,18 +96,16 @@ def _examine_space(place: DiskPlace, folder: Path, findings: Findings) -> None:
 def _measure(scratch: Path, io_threads: int, size: int, device: torch.device, findings: Findings) -> Iterator[Result]:
     num_blocks = max(2, size // _BLOCK_BYTES // 2)
     windows = Windows(block_bytes=_BLOCK_BYTES, num_blocks=num_blocks, num_windows=2)
-    with RawDisk([scratch], size, windows.window_bytes, extra_files=0) as disk:
-        disk.fill(lambda _: None)
-        with TierSide([scratch / "tier"], windows, io_threads) as ours:
-            findings.say("", f"path: {ours.name}")
-            findings.say("", f"to {device}: {ours.prove_device_path(device)}")
-            if "buffered" in ours.name:
-                findings.problem(
-                    f"O_DIRECT does not work in {scratch.parent}: blocks go through the page cache, which costs memory and "
-                    "speed; use ext4 or XFS"
-                )
-            plan = Comparison(windows=windows, depths={True: list(_DEPTHS), False: list(_DEPTHS)}, repeats=_TURNS)
-            results = compare(disk, [ours], plan, lambda _: None)
+    with TierSide([scratch / "tier"], windows, io_threads) as ours:
+        findings.say("", f"path: {ours.name}")
+        findings.say("", f"to {device}: {ours.prove_device_path(device)}")
+        if "buffered" in ours.name:
+            findings.problem(
+                f"O_DIRECT does not work in {scratch.parent}: blocks go through the page cache, which costs memory and "
+                "speed; use ext4 or XFS"
+            )
+        plan = Comparison(windows=windows, depths={True: list(_DEPTHS), False: list(_DEPTHS)}, repeats=_TURNS)
+        results = compare(ours, [], plan, lambda _: None)
     for result in results:
         if result.subject == ours.name and result.unit == "%" and result.value < _SLOW_SHARE:
             findings.advise(

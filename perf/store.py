@@ -24,7 +24,7 @@ from rich.console import Console
 from dynamo.kvcache import KVCache, KVSpec
 from dynamo.kvcache.cache import TierName
 from dynamo.kvcache.config import format_size, parse_size
-from dynamo.perf.disk_raw import RawDisk, Way
+from dynamo.perf.disk_raw import QUEUE_DEPTH, RawDisk, Way
 from dynamo.perf.harness import BenchmarkError, median, timed
 from dynamo.perf.machine import machine_record
 from dynamo.perf.report import Report, Result
@@ -35,7 +35,6 @@ SUMMARY = "GB/s of saving to and loading from host and disk, beside memcpy and r
 
 _DEPTHS = (1, 2, 4, 8, 16, 32)
 _LARGE_CALL_BYTES = 2 << 20  # where blocks are smaller, runs of them may move in one call: then this is the ceiling
-_WINDOW_BYTES = 64 << 20  # of memory that raw calls take turns in
 _COMMIT_BYTES = 16 << 20  # a prefill chunk's worth of KV; one commit of everything would overrun the offload queue
 _TIMEOUT_S = 120.0
 _SPARE_SLOTS = 8
@@ -114,17 +113,20 @@ class _RawCalls:
         self._raw = raw
         self._num_bytes = num_bytes
         ways = [Way(call_bytes=call_bytes, depth=depth, is_ascending=True) for depth in _DEPTHS]
-        self._writing = min(ways, key=lambda way: self._run_s(way, writes=True))
-        self._reading = min(ways, key=lambda way: self._run_s(way, writes=False))
-        self.name = f"raw O_DIRECT, {format_size(call_bytes)}, depth {self._writing.depth}/{self._reading.depth}"
+        if raw.can_queue:
+            ways.append(Way(call_bytes=call_bytes, depth=QUEUE_DEPTH, is_ascending=True, is_queued=True))
+        self._write_way, self._read_way = (
+            min(ways, key=lambda way: self._seconds(way, writes=writes)) for writes in (True, False)
+        )
+        names = "/".join(f"{way.depth}{' async' * way.is_queued}" for way in (self._write_way, self._read_way))
+        self.name = f"raw O_DIRECT, {format_size(call_bytes)}, depth {names}"
 
     def measure(self) -> None:
-        self.seconds.save.append(self._run_s(self._writing, writes=True))
-        self.seconds.load.append(self._run_s(self._reading, writes=False))
+        self.seconds.save.append(self._seconds(self._write_way, writes=True))
+        self.seconds.load.append(self._seconds(self._read_way, writes=False))
 
-    def _run_s(self, way: Way, *, writes: bool) -> float:
-        """Seconds for all bytes; the calls leave out what is less than one of them."""
-        return self._num_bytes / self._raw.run(way, writes=writes).gb_per_s / 1e9
+    def _seconds(self, way: Way, *, writes: bool) -> float:
+        return self._num_bytes / 1e9 / self._raw.run(way, writes=writes).gb_per_s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,11 +215,13 @@ class _ShapeBench:
             self._say("the host tier and memcpy")
             yield from self._results("host tier", self._measure(cache, ("device",), copies), copies)
         del copies
-        calls = sorted({self._slot_bytes, min(_LARGE_CALL_BYTES, self._total_bytes)})
-        with RawDisk([self._folder], self._total_bytes, min(_WINDOW_BYTES, self._total_bytes), extra_files=0) as raw:
+        with RawDisk([self._folder], self._total_bytes, self._total_bytes, extra_files=0) as raw:
             self._say("raw O_DIRECT at several depths")
             raw.fill(lambda _: None)  # the first write also allocates
-            disks = [_RawCalls(raw, self._total_bytes, call_bytes) for call_bytes in calls]
+            disks = [
+                _RawCalls(raw, self._total_bytes, call_bytes)
+                for call_bytes in sorted({self._slot_bytes, min(_LARGE_CALL_BYTES, self._total_bytes)})
+            ]
             with self._cache(host=memory, disk=f"{self._folder}:{memory}") as cache:
                 self._say("the disk tier and raw O_DIRECT")
                 name = f"disk tier ({cache.stats().tier('disk').path})"

@@ -91,6 +91,7 @@ def test_tier_and_peer_stand_beside_the_raw_disk(small: None, place: Path, fake_
     assert list(dict.fromkeys(changes)) == [
         "once more",
         "buffered (page cache)",
+        "asynchronous, depth 256",
         "memory in 4 KiB pages",
         "3 files in each folder",
     ]
@@ -159,6 +160,7 @@ def test_an_interrupted_run_cleans_up(place: Path, how: signal.Signals) -> None:
         Way(call_bytes=1 * MIB, depth=1, is_direct=False),
         Way(call_bytes=64 * KIB, depth=2, has_huge_pages=False),
         Way(call_bytes=64 * KIB, depth=2, num_files=3),
+        Way(call_bytes=64 * KIB, depth=8, is_queued=True, is_ascending=True),
     ],
 )
 def test_a_run_visits_every_place_once(place: Path, way: Way) -> None:
@@ -187,6 +189,8 @@ def test_a_disk_that_gives_less_is_an_error(place: Path) -> None:
         os.truncate(place / "raw-0.dat", 2 * MIB)
         with pytest.raises(BenchmarkError, match="moved less than 1048576 bytes"):
             raw.run(Way(call_bytes=MIB, depth=2), writes=False)
+        with pytest.raises(BenchmarkError, match="moved less than 1048576 bytes"):
+            raw.run(Way(call_bytes=MIB, depth=2, is_queued=True), writes=False)
         with pytest.raises(BenchmarkError, match="hold no call"):
             raw.run(Way(call_bytes=16 * MIB, depth=1), writes=False)
 

@@ -28,7 +28,7 @@ def examine_disk(place: DiskPlace, io_threads: int, size: int, findings: Finding
     """Facts, advice, problems and rates of a disk tier at `place`. Nothing there is changed.
 
     Args:
-        size: bytes to measure with; about twice as much is written for a while.
+        size: bytes to measure with; about three times as much is written for a while.
     """
     folder = nearest_folder(place.directory)
     findings.say("disk tier", f"{place.directory}, {format_size(place.capacity_bytes)}")

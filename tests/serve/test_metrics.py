@@ -35,8 +35,7 @@ def test_every_server_metric_has_the_prefix() -> None:
     assert all(name.startswith("dynamo_") for name, _ in samples(ServerMetrics()))
 
 
-def cache_stats() -> CacheStats:
-    """Of a cache with a disk tier, every number another one."""
+def test_the_caches_numbers_come_out_per_tier() -> None:
     tier = TierUsage(
         tier="disk",
         path="O_DIRECT",
@@ -71,7 +70,7 @@ def cache_stats() -> CacheStats:
             ),
         ),
     )
-    return CacheStats(
+    stats = CacheStats(
         tiers=(tier,),
         num_open_sequences=1,
         requested_blocks=20,
@@ -93,58 +92,53 @@ def cache_stats() -> CacheStats:
         load_latency={"disk": LatencyCounts((5, *[0] * 16), 0.0005)},
         window=window,
     )
-
-
-CACHE_SAMPLES: dict[tuple[str, tuple[str, ...]], float] = {
-    ("idle_blocks", ("disk",)): 6,
-    ("loads", ()): 2,
-    ("pins", ()): 4,
-    ("verify_faults_total", ("corrupt",)): 7,
-    ("load_duration_seconds_bucket", ("0.0001", "disk")): 5,
-    ("load_duration_seconds_count", ("disk",)): 5,
-    ("read_call_duration_seconds_bucket", ("0.0001", "disk")): 0,
-    ("read_call_duration_seconds_bucket", ("30.0", "disk")): 2,
-    ("read_call_duration_seconds_bucket", ("+Inf", "disk")): 3,
-    ("read_call_duration_seconds_sum", ("disk",)): 60.5,
-    ("window_requests", ()): 3,
-    ("window_seconds", ()): 2.5,
-    ("window_prompt_tokens", ()): 200,
-    ("window_cached_tokens", ()): 50,
-    ("window_asked_tokens", ("disk",)): 100,
-    ("window_hit_ratio", ("disk",)): 0.5,
-    ("window_prompt_ratio", ("disk",)): 0.25,
-    ("window_read_bytes_per_second", ("disk",)): 40960,
-    ("slots", ("disk",)): 10,
-    ("capacity_bytes", ("disk",)): 40960,
-    ("cached_blocks", ("disk",)): 7,
-    ("pinned_blocks", ("disk",)): 1,
-    ("hit_blocks_total", ("disk",)): 5,
-    ("evicted_blocks_total", ("disk",)): 2,
-    ("read_bytes_total", ("disk",)): 20480,
-    ("read_seconds_total", ("disk",)): 0.5,
-    ("read_failed_blocks_total", ("disk",)): 1,
-    ("write_blocks_total", ("disk",)): 9,
-    ("tier_info", ("O_DIRECT", "disk")): 1,
-    ("tier_faults_total", ("truncated", "disk")): 3,
-    ("load_faults_total", ("corrupt",)): 1,
-    ("dropped_blocks_total", ("queue_full",)): 4,
-    ("load_decisions_total", ("loaded",)): 3,
-    ("load_decisions_total", ("gave_up",)): 1,
-    ("load_regret_seconds_total", ("disk",)): 0.25,
-    ("load_bytes_per_second", ("disk",)): 1e9,
-    ("declined_blocks_total", ()): 7,
-    ("prefill_tokens_per_second", ()): 5000.0,
-    ("requested_blocks_total", ()): 20,
-    ("missed_blocks_total", ()): 15,
-    ("open_sequences", ()): 1,
-    ("pending_offload_blocks", ()): 6,
-    ("pending_disk_blocks", ()): 8,
-}
-
-
-def test_the_caches_numbers_come_out_per_tier() -> None:
-    values = samples(CacheCollector(cache_stats))
+    values = samples(CacheCollector(lambda: stats))
     assert "dynamo_kvcache_window_write_bytes_per_second" not in {name for name, _ in values}, "nothing was written"
+    expected = {
+        ("idle_blocks", ("disk",)): 6,
+        ("loads", ()): 2,
+        ("pins", ()): 4,
+        ("verify_faults_total", ("corrupt",)): 7,
+        ("load_duration_seconds_bucket", ("0.0001", "disk")): 5,
+        ("load_duration_seconds_count", ("disk",)): 5,
+        ("read_call_duration_seconds_bucket", ("0.0001", "disk")): 0,
+        ("read_call_duration_seconds_bucket", ("30.0", "disk")): 2,
+        ("read_call_duration_seconds_bucket", ("+Inf", "disk")): 3,
+        ("read_call_duration_seconds_sum", ("disk",)): 60.5,
+        ("window_requests", ()): 3,
+        ("window_seconds", ()): 2.5,
+        ("window_prompt_tokens", ()): 200,
+        ("window_cached_tokens", ()): 50,
+        ("window_asked_tokens", ("disk",)): 100,
+        ("window_hit_ratio", ("disk",)): 0.5,
+        ("window_prompt_ratio", ("disk",)): 0.25,
+        ("window_read_bytes_per_second", ("disk",)): 40960,
+        ("slots", ("disk",)): 10,
+        ("capacity_bytes", ("disk",)): 40960,
+        ("cached_blocks", ("disk",)): 7,
+        ("pinned_blocks", ("disk",)): 1,
+        ("hit_blocks_total", ("disk",)): 5,
+        ("evicted_blocks_total", ("disk",)): 2,
+        ("read_bytes_total", ("disk",)): 20480,
+        ("read_seconds_total", ("disk",)): 0.5,
+        ("read_failed_blocks_total", ("disk",)): 1,
+        ("write_blocks_total", ("disk",)): 9,
+        ("tier_info", ("O_DIRECT", "disk")): 1,
+        ("tier_faults_total", ("truncated", "disk")): 3,
+        ("load_faults_total", ("corrupt",)): 1,
+        ("dropped_blocks_total", ("queue_full",)): 4,
+        ("load_decisions_total", ("loaded",)): 3,
+        ("load_decisions_total", ("gave_up",)): 1,
+        ("load_regret_seconds_total", ("disk",)): 0.25,
+        ("load_bytes_per_second", ("disk",)): 1e9,
+        ("declined_blocks_total", ()): 7,
+        ("prefill_tokens_per_second", ()): 5000.0,
+        ("requested_blocks_total", ()): 20,
+        ("missed_blocks_total", ()): 15,
+        ("open_sequences", ()): 1,
+        ("pending_offload_blocks", ()): 6,
+        ("pending_disk_blocks", ()): 8,
+    }
     assert {
-        ("dynamo_kvcache_" + name, labels): value for (name, labels), value in CACHE_SAMPLES.items()
+        ("dynamo_kvcache_" + name, labels): value for (name, labels), value in expected.items()
     }.items() <= values.items()

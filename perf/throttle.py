@@ -63,7 +63,7 @@ def throttled_reads() -> Iterator[Throttle]:
         return count
 
     os.preadv = preadv  # type: ignore[assignment]
-    RequestQueue.submit = refuse  # type: ignore[method-assign]
+    RequestQueue.submit = refuse  # type: ignore[method-assign, assignment]
     try:
         yield throttle
     finally:

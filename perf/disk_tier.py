@@ -215,15 +215,14 @@ def compare(
     Raises:
         BenchmarkError: the file system has no direct I/O, or somebody did not move all.
     """
-    rates, ceilings = _rates_in_turn(ours, peers, plan, advance)
+    sides: tuple[TierSide | LMCachePeer, ...] = (ours, *peers)
+    rates, ceilings = _rates_in_turn(ours, sides, plan, advance)
     names = f"raw O_DIRECT ({ceilings[True]} writing; {ceilings[False]} reading)"
     case = f"{format_size(plan.windows.block_bytes)} blocks"
     results: list[Result] = []
     for writes, metric in _METRICS.items():
         ceiling = rates[writes][ceilings[writes]]
-        for name, values in (
-            {names: ceiling} | {side.name: rates[writes][side.name] for side in (ours, *peers)}
-        ).items():
+        for name, values in ({names: ceiling} | {side.name: rates[writes][side.name] for side in sides}).items():
             shares = [100 * value / top for value, top in zip(values, ceiling, strict=True)]
             for column, value, unit in ((metric, median(values), "GB/s"), (f"{metric} share", median(shares), "%")):
                 results.append(
@@ -233,9 +232,9 @@ def compare(
 
 
 def _rates_in_turn(
-    ours: TierSide, peers: Sequence[LMCachePeer], plan: Comparison, advance: Callable[[str], object]
+    ours: TierSide, sides: Sequence["TierSide | LMCachePeer"], plan: Comparison, advance: Callable[[str], object]
 ) -> tuple[dict[bool, dict[str, list[float]]], dict[bool, str]]:
-    """GB/s of all sides and raw ways by direction and name, one for each turn; and by direction the fastest raw way."""
+    """GB/s of all sides and of raw ways over our file by direction and name, one for each turn; and by direction the fastest raw way."""
     order = random.Random(3)
     rates: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
     fastest: dict[bool, str] = {}
@@ -245,7 +244,7 @@ def _rates_in_turn(
             stack.callback(queue.close)
         for writes, metric in _METRICS.items():
             raw = _raw_runs(ours, plan.depths[writes], queue, writes=writes)
-            runs = raw | {side.name: _side_run(side, plan.windows, writes=writes) for side in (ours, *peers)}
+            runs = raw | {side.name: _side_run(side, plan.windows, writes=writes) for side in sides}
             for turn in range(plan.repeats):
                 advance(f"{format_size(plan.windows.block_bytes)} blocks, {metric}, turn {turn + 1} of {plan.repeats}")
                 for name in order.sample(list(runs), len(runs)):

@@ -234,7 +234,7 @@ def compare(
 def _rates_in_turn(
     ours: TierSide, sides: Sequence["TierSide | LMCachePeer"], plan: Comparison, advance: Callable[[str], object]
 ) -> tuple[dict[bool, dict[str, list[float]]], dict[bool, str]]:
-    """GB/s of all sides and of raw ways over our file by direction and name, one for each turn; and by direction the fastest raw way."""
+    """GB/s of all sides and of raw ways over our file by direction and name, one for each turn; and the fastest raw ways."""
     order = random.Random(3)
     rates: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
     fastest: dict[bool, str] = {}

@@ -323,6 +323,8 @@ class BlockPool:
     ) -> Registration:
         """Makes used slots findable. Where a key is already registered, the caller's reference moves to that slot.
 
+        Slots that `resize` took away meanwhile do not become findable: they are gone when they are released.
+
         Args:
             keys: distinct keys.
             slots: distinct slots, one for each key, on which the caller holds a reference each.
@@ -332,7 +334,7 @@ class BlockPool:
         index, names = self._index, self._keys
         if not len(slots):
             return Registration(slots, ())
-        if index.keys().isdisjoint(keys):
+        if index.keys().isdisjoint(keys) and (self.num_slots == len(self._refs) or slots.max() < self.num_slots):
             numbers: list[int] = slots.tolist()
             index.update(zip(keys, numbers, strict=True))
             if len(numbers) == 1:
@@ -398,13 +400,15 @@ class BlockPool:
             assert self._lineage.first_leaf(self._entries.slots(number)) is None, f"entry {number} has a leaf"
 
     def _register_unknown(self, keys: Sequence[BlockKey], slots: SlotIds) -> Registration:
-        """`register` where some keys are known; leaves the lineage to the caller."""
+        """`register` where some keys are known or slots gone; leaves the lineage to the caller."""
         index, names = self._index, self._keys
         canonical = slots.copy()
         new: list[int] = []
         for i, key in enumerate(keys):
             own = int(slots[i])
             known = index.get(key)
+            if known is None and own >= self.num_slots:
+                continue
             if known is None:
                 index[key] = own
                 names[own] = key

@@ -320,6 +320,21 @@ def test_all_blocks_are_forgotten_at_once():
     pool.check_invariants()
 
 
+@pytest.mark.parametrize("known", [0, 1])
+def test_blocks_that_arrive_in_slots_that_a_resize_took_away_are_not_findable(known):
+    pool = BlockPool(8)
+    cached_chain(pool, list(range(known)))
+    slots = pool.allocate(8 - known).slots
+    pool.resize(4)
+    pool.release(pool.register([key(n) for n in range(8 - known)], slots).slots)
+    pool.check_invariants()
+    assert all(pool.find(key(n)) in (None, 0, 1, 2, 3) for n in range(8))
+    assert pool.num_leaving == 0
+    pool.resize(8)
+    pool.check_invariants()
+    assert sorted(pool.allocate(8).slots.tolist()) == list(range(8))
+
+
 def test_a_pool_grows_again_even_before_it_has_shrunk():
     pool = BlockPool(4)
     slots = pool.register([key(n) for n in range(4)], pool.allocate(4).slots).slots

@@ -1,8 +1,9 @@
 """Which blocks a tier takes in. A write costs time, bandwidth and, on flash, wear; most blocks are never read again."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from typing import Protocol
 
@@ -11,6 +12,8 @@ from dynamo.kvcache.hazards import ReuseTables, group_of
 from dynamo.kvcache.reuse import ReuseTracker, parts
 
 __all__ = ["Adaptive", "AdmissionPolicy", "AdmitAlways", "SecondSighting"]
+
+_STEP = 1.125
 
 
 class AdmissionPolicy(Protocol):
@@ -122,7 +125,8 @@ class Adaptive:
         self._costs = (write_cost, unproven_cost)
         self._budget = budget
         self._ghosts = defaultdict[str, _Ghosts](lambda: _Ghosts(max_ghosts))  # by tier
-        self._gains: dict[tuple[str, bool], _Gains] = {}  # by tier and whether proven
+        self._tables: ReuseTables | None = None  # those that the gains were computed with
+        self._gains: dict[tuple[float, float], Sequence[float]] = {}  # by group, for a price and a cost
 
     @property
     def num_ghosts(self) -> int:
@@ -149,29 +153,17 @@ class Adaptive:
         return admitted
 
     def _gain_of(self, tier: str, is_proven: bool, room: float) -> Sequence[float]:
-        """By group; computed anew when the tracker has learned, or price or cost have moved by an eighth."""
-        tables, price = self._tracker.tables, self._price(tier)
-        cost = self._costs[0 if is_proven else 1] / room
-        known = self._gains.get((tier, is_proven))
-        if (
-            known is None
-            or known.tables is not tables
-            or not (_is_near(price, known.price) and _is_near(cost, known.cost))
-        ):
-            known = _Gains(tables, price, cost, tables.write_gain(price, cost).tolist())
-            self._gains[tier, is_proven] = known
-        return known.by_group
+        """By group; computed once for what the tracker has learned and each step of price and cost."""
+        if self._tables is not self._tracker.tables:
+            self._tables = self._tracker.tables
+            self._gains.clear()
+        price, cost = _nearest_step(self._price(tier)), _nearest_step(self._costs[0 if is_proven else 1] / room)
+        gains = self._gains.get((price, cost))
+        if gains is None:
+            gains = self._gains[price, cost] = self._tables.write_gain(price, cost).tolist()
+        return gains
 
 
-@dataclass(frozen=True, slots=True)
-class _Gains:
-    """Result of ReuseTables.write_gain, and what it was computed for."""
-
-    tables: ReuseTables
-    price: float
-    cost: float
-    by_group: Sequence[float]
-
-
-def _is_near(value: float, other: float) -> bool:
-    return abs(value - other) <= other / 8
+def _nearest_step(value: float) -> float:
+    """A power of 1.125 beside `value`, which is not negative: prices waver with every eviction."""
+    return _STEP ** round(math.log(value, _STEP)) if value > 0 else 0.0

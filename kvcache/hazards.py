@@ -16,6 +16,7 @@ hit to the expected time until that hit or the horizon. That is least hit densit
 https://www.usenix.org/conference/nsdi18/presentation/beckmann), with the horizon chosen best.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -62,15 +63,11 @@ def group_of(use: Use) -> int:
     first = _FIRST_GROUP[use.part]
     if use.part is Part.SHARED:
         return first + min(use.num_sharers.bit_length(), _SHARERS - 1)
-    output = _level(use.num_output_tokens, _OUTPUT_TOKEN_LIMITS)
+    output = bisect_right(_OUTPUT_TOKEN_LIMITS, use.num_output_tokens)
     if use.part is Part.ANSWER:
         return first + min(use.turn, 1) * _OUTPUTS + output
-    new = _level(use.num_new_tokens, _NEW_TOKEN_LIMITS)
+    new = bisect_right(_NEW_TOKEN_LIMITS, use.num_new_tokens)
     return first + (min(use.turn, _TURNS - 1) * _NEW + new) * _OUTPUTS + output
-
-
-def _level(value: int, limits: tuple[int, ...]) -> int:
-    return sum(value >= limit for limit in limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +101,14 @@ class ReuseTables:
         resident: Floats = np.zeros(NUM_GROUPS)
         outside: Floats = np.zeros(NUM_GROUPS)
         later = outside
+        place = price * self.occupied_s
+        kept = np.empty_like(place)
         for _ in range(_TURNS_AHEAD):
-            after_hit = (1 + self.follows @ resident)[:, None]
-            after_miss = (self.follows @ outside)[:, None]
-            kept = self.hits * (after_hit - after_miss) - price * self.occupied_s
-            later = self.hits[:, -1] * after_miss[:, 0]
+            after_miss = self.follows @ outside
+            after_hit = 1 + self.follows @ resident
+            np.multiply(self.hits, (after_hit - after_miss)[:, None], out=kept)
+            kept -= place
+            later = self.hits[:, -1] * after_miss
             resident = np.maximum(0.0, kept.max(axis=1)) + later
             outside = np.maximum(resident - write_cost, later)
         return np.asarray(resident - write_cost - later)

@@ -1,6 +1,6 @@
 """Least hit density: what promises the fewest hits for each second it stays goes first."""
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,7 +13,9 @@ from dynamo.kvcache.reuse import ReuseTracker
 __all__ = ["HitDensity"]
 
 _PRICE_EVICTIONS = 4
-_RESORT_S = 1.0  # ranks change with age, whose bins are wider than this
+_FRONT = 256  # entries; the evictions between two sorts seldom reach further
+_LAST_ENTRY = 1 << 62
+_RESORT_S = 2.0  # ranks change with age, whose bins are not narrower than this
 
 _Place = tuple[bool, int, float, int]
 """What the order goes by: not expired, priority, index, entry. Entries grow with time, so that of equals the oldest goes."""
@@ -23,8 +25,9 @@ class HitDensity:
     """Orders entries by the Gittins index of keeping them, least first; of equals, the one filed first.
 
     Implements EvictionOrder for one pool; several pools share a tracker. Expired entries go before all others, and those of
-    a lower priority before those of a higher one. The order is sorted anew once a second, if it is asked for, and whenever
-    the tracker has learned; in between, new entries are inserted, and `candidates` costs what is taken from it.
+    a lower priority before those of a higher one. The order is sorted anew every two seconds, if it is asked for, and whenever
+    the tracker has learned, as far as it is looked at: the front, and all of it where that is used up. In between, new
+    entries are inserted, and `candidates` costs what is taken from it.
     """
 
     def __init__(self, tracker: ReuseTracker) -> None:
@@ -36,6 +39,8 @@ class HitDensity:
         self._sorted_s = float("-inf")
         self._sorted: list[_Place] = []  # removed entries are skipped
         self._first = 0  # places before this one are of removed entries
+        self._front = _FRONT
+        self._limit: _Place | None = None  # entries from here on are not among the sorted ones; None: all are
         self._rows: dict[int, int] = {}  # entry -> row of the arrays
         self._free: list[int] = []
         self._entry = np.empty(0, dtype=np.int64)  # -1: free row
@@ -61,8 +66,9 @@ class HitDensity:
         self._priority[row] = use.priority
         self._expires_s[row] = np.inf if use.expires_s is None else use.expires_s
         if self._tables is not None:
-            index = float(self._tables.index[group, 0])
-            insort(self._sorted, (True, use.priority, index, entry), lo=self._first)
+            place = (True, use.priority, float(self._tables.index[group, 0]), entry)
+            if self._limit is None or place < self._limit:
+                insort(self._sorted, place, lo=self._first)
 
     def remove(self, entry: int) -> None:
         """Forgets an entry."""
@@ -75,28 +81,46 @@ class HitDensity:
         """Least hit density first."""
         self.price += (self._reached - self.price) / _PRICE_EVICTIONS
         if now_s - self._sorted_s >= _RESORT_S or self._tables is not self._tracker.tables:
-            self._sort(now_s)
+            self._tables, self._sorted_s = self._tracker.tables, now_s
+            self._sort(self._tables, self._front)
+        yield from self._known_from(self._first)
+        if self._limit is not None:
+            limit, self._front = self._limit, 2 * self._front
+            self._sort(self._tables, None)
+            yield from self._known_from(bisect_left(self._sorted, limit))
+
+    def _known_from(self, first: int) -> Iterator[int]:
         known = self._rows
-        while self._first < len(self._sorted) and self._sorted[self._first][3] not in known:
-            self._first += 1
-        for i in range(self._first, len(self._sorted)):
+        if first == self._first:
+            while first < len(self._sorted) and self._sorted[first][3] not in known:
+                first += 1
+            self._first = first
+        for i in range(first, len(self._sorted)):
             _, _, index, entry = self._sorted[i]
             if entry in known:
                 self._reached = index
                 yield entry
 
-    def _sort(self, now_s: float) -> None:
-        tables = self._tracker.tables
+    def _sort(self, tables: ReuseTables, count: int | None) -> None:
+        """Sorts all entries by their ranks at `_sorted_s`, or at least the first `count`."""
         rows: npt.NDArray[np.int64] = np.flatnonzero(self._entry >= 0)
-        index = tables.ranks(self._group[rows], now_s - self._used_s[rows])
-        lives = self._expires_s[rows] > now_s
-        entries, priorities = self._entry[rows], self._priority[rows]
+        index = tables.ranks(self._group[rows], self._sorted_s - self._used_s[rows])
+        lives = self._expires_s[rows] > self._sorted_s
+        priorities = self._priority[rows]
+        self._limit, self._first = None, 0
+        if count is not None and len(rows) > 2 * count:
+            lowest = lives == lives.min()
+            lowest &= priorities == priorities[lowest].min()
+            if np.count_nonzero(lowest) > count:
+                last = np.partition(index[lowest], count)[count]
+                at = int(lowest.argmax())
+                self._limit = (bool(lives[at]), int(priorities[at]), float(last), _LAST_ENTRY)
+                lowest &= index <= last
+                rows, index, lives, priorities = rows[lowest], index[lowest], lives[lowest], priorities[lowest]
+        entries = self._entry[rows]
         order = np.lexsort((entries, index, priorities, lives))
         columns = (lives[order].tolist(), priorities[order].tolist(), index[order].tolist(), entries[order].tolist())
         self._sorted = list(zip(*columns, strict=True))
-        self._first = 0
-        self._tables = tables
-        self._sorted_s = now_s
 
     def _grow(self) -> None:
         size = len(self._entry)

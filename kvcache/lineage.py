@@ -91,7 +91,7 @@ class Lineage:
         if count > 1:
             goes_on = self._parent[slots[:-1]] == slots[1:]
             goes_on &= self._num_children[slots[1:]] == 1
-            if not goes_on.all():
+            if np.count_nonzero(goes_on) < count - 1:
                 count = int(goes_on.argmin()) + 1
         removed = slots[:count]
         last = int(removed[-1])

@@ -147,9 +147,10 @@ class BlockPool:
         """Slots of the longest run of registered blocks from the first key on. They are not pinned."""
         if not keys or keys[0] not in self._index:
             return _NO_SLOTS
-        slots = self.locate(keys)
-        is_missing = slots < 0
-        return slots[: is_missing.argmax()] if is_missing.any() else slots
+        slots = list(map(self._index.get, keys))
+        if None in slots:
+            del slots[slots.index(None) :]
+        return np.array(slots, dtype=np.int64)
 
     def find_any(self, keys: Sequence[BlockKey]) -> SlotIds:
         """Slots of those of the distinct `keys` that are registered, in their order. They are not pinned."""
@@ -187,8 +188,9 @@ class BlockPool:
 
     def acquire(self, slots: SlotIds) -> None:
         """Adds one reference to each of the distinct, registered or used `slots`."""
-        self._entries.leave(slots)
-        self._refs[slots] += 1
+        if len(slots):
+            self._entries.leave(slots)
+            self._refs[slots] += 1
 
     def release(self, slots: SlotIds, use: Use | None = None) -> None:
         """Takes one reference from each of the distinct `slots`, given in chain order.
@@ -200,16 +202,15 @@ class BlockPool:
         """
         refs = self._refs[slots] - 1
         self._refs[slots] = refs
-        unused = slots[refs == 0]
-        registered = self._registered[unused]
-        idle = unused[registered]
-        if len(idle) < len(unused):
-            self._push_free(unused[~registered])
-        if len(idle) == len(slots):
+        registered = self._registered[slots]
+        if not np.count_nonzero(refs) and np.count_nonzero(registered) == len(slots):
             for start, end, part in _parts(use, len(slots)):
                 self._entries.file(slots[start:end], part)
-        elif len(idle):
-            is_idle = (refs == 0) & self._registered[slots]
+            return
+        is_unused = refs == 0
+        self._push_free(slots[is_unused & ~registered])
+        is_idle = is_unused & registered
+        if is_idle.any():
             for start, end, part in _parts(use, len(slots)):
                 piece = slots[start:end][is_idle[start:end]]
                 if len(piece):
@@ -361,7 +362,7 @@ class BlockPool:
             index.update(zip(keys, numbers, strict=True))
             if len(numbers) == 1:
                 names[numbers[0]] = keys[0]
-            elif numbers[-1] - numbers[0] == len(numbers) - 1 and (slots[1:] > slots[:-1]).all():
+            elif numbers[-1] - numbers[0] == len(numbers) - 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
                 names[numbers[0] : numbers[-1] + 1] = keys
             else:
                 for key, slot in zip(keys, numbers, strict=True):

@@ -77,7 +77,13 @@ def prepare(requests: Sequence[TracedRequest]) -> Chains:
     Args:
         requests: at least one, in order of time.
     """
-    named = [[BlockKey(key.to_bytes(16, "little")) for key in request.keys] for request in requests]
+    names: dict[int, BlockKey] = {}
+    named: list[list[BlockKey]] = []
+    for request in requests:
+        for key in request.keys:
+            if key not in names:
+                names[key] = BlockKey(key.to_bytes(16, "little"))
+        named.append([names[key] for key in request.keys])
     tracker = ReuseTracker()
     chains: list[RequestChain] = []
     begun = time.thread_time()
@@ -94,7 +100,7 @@ def prepare(requests: Sequence[TracedRequest]) -> Chains:
     return Chains(
         requests=chains,
         num_references=sum(map(len, named)),
-        num_unique=len(set().union(*named)),
+        num_unique=len(names),
         block_tokens=requests[0].block_tokens,
         tracker_cpu_s=time.thread_time() - begun,
     )

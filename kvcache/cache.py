@@ -230,7 +230,7 @@ class KVCache:
         num_host, num_disk, num_cached = 0, 0, num_device
         if self._store:
             num_host, num_disk = self._store.count_prefix(keys)
-            num_cached += self._store.count_loadable(keys[num_device:])
+            num_cached = self._store.count_loadable(keys, max(num_device, num_host, num_disk))
         return Residency(*(count * self.block_size for count in (num_device, num_host, num_disk, num_cached)))
 
     def block_keys(self, tokens: Tokens, *, salt: str = "", lora: str = "") -> list[BlockKey]:

@@ -60,7 +60,7 @@ class DevicePool:
     def count_prefix(self, keys: Sequence[BlockKey]) -> int:
         """How many of `keys`, from the first on, are here."""
         with self._changed:
-            return len(self._pool.find_prefix(keys))
+            return self._pool.count_prefix(keys)
 
     def reserve(self, keys: Sequence[BlockKey], num_blocks: int, spare_blocks: int) -> Reservation:
         """Starts a sequence of `num_blocks`, the first of which may be shared if they are among `keys`.

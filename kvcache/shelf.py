@@ -114,11 +114,12 @@ class Shelf:
         """The disk tier, None without one."""
         return self._disk_tier
 
-    def count_loadable(self, keys: Sequence[BlockKey]) -> int:
-        """How many of `keys`, from the first on, lie in host or disk."""
+    def count_loadable(self, keys: Sequence[BlockKey], num_known: int = 0) -> int:
+        """How many of `keys`, from the first on, lie in host or disk; the first `num_known` are not looked up."""
         with self.changed:
-            for i, key in enumerate(keys):
-                if key not in self.host and key not in self.disk:
+            in_host, in_disk = self.host.has, self.disk.has
+            for i in range(num_known, len(keys)):
+                if not in_disk(keys[i]) and not in_host(keys[i]):
                     return i
         return len(keys)
 
@@ -126,10 +127,11 @@ class Shelf:
         """Where `keys` lie, from the first on and as far as host or disk hold them; host where both do."""
         tiers = []
         with self.changed:
+            in_host, in_disk = self.host.has, self.disk.has
             for key in keys:
-                if key in self.host:
+                if in_host(key):
                     tiers.append("host")
-                elif key in self.disk:
+                elif in_disk(key):
                     tiers.append("disk")
                 else:
                     break
@@ -138,7 +140,7 @@ class Shelf:
     def count_prefix(self, keys: Sequence[BlockKey]) -> tuple[int, int]:
         """How many of `keys`, from the first on, lie in host and in disk."""
         with self.changed:
-            return len(self.host.find_prefix(keys)), len(self.disk.find_prefix(keys))
+            return self.host.count_prefix(keys), self.disk.count_prefix(keys)
 
     def touch(self, chain: Sequence[BlockKey], use: OpenUse | None = None) -> None:
         """Files a sequence's blocks under its use, or, without one, under a use now."""

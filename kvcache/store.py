@@ -200,9 +200,9 @@ class BlockStore:
         budget = self._disk.write_budget if self._disk else None
         return 0.0 if budget is None else 1.0 - min(1.0, budget.available_bytes / budget.burst_bytes)
 
-    def count_loadable(self, keys: Sequence[BlockKey]) -> int:
-        """How many of `keys`, from the first on, lie in host or disk."""
-        return self._shelf.count_loadable(keys)
+    def count_loadable(self, keys: Sequence[BlockKey], num_known: int = 0) -> int:
+        """How many of `keys`, from the first on, lie in host or disk; the first `num_known` are not looked up."""
+        return self._shelf.count_loadable(keys, num_known)
 
     def find_runs(self, keys: Sequence[BlockKey]) -> list[TierRun]:
         """Where `keys` lie, from the first on and as far as host or disk hold them."""

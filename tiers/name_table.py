@@ -45,9 +45,10 @@ class NameTable:
             table = np.full(1 << _num_bits(len(own)), _EMPTY, dtype=np.int32)
             table[buckets] = positions  # of equal buckets the last one stays
             self._tables.append(table)
-            self._is_last[table[table != _EMPTY]] = True
             winners = table[buckets]
-            lost = np.flatnonzero(winners != positions)
+            is_winner = winners == positions
+            self._is_last[positions[is_winner]] = True
+            lost = np.flatnonzero(~is_winner)
             lost = lost[_differ(own[lost], words[winners[lost]])]
             positions = positions[lost]
             if not positions.size:

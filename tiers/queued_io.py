@@ -25,9 +25,9 @@ __all__ = ["QueuedIO"]
 logger = logging.getLogger(__name__)
 
 _DEPTH = 256  # as long as the queue that Linux gives a disk
-_MAX_OPEN_BYTES = 64 << 20  # of a batch: others must get their turn before long
+_MAX_OPEN_BYTES = 128 << 20  # of a batch: others must get their turn before long
 _MIN_OPEN = 8  # requests, however large
-_REFILLS = 4  # a batch longer than what may be open goes on whenever so large a part of that has ended
+_REFILLS = 8  # a batch longer than what may be open goes on whenever so large a part of that has ended
 
 
 class QueuedIO:

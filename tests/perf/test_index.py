@@ -19,7 +19,7 @@ def test_every_case_is_measured(tmp_path):
     report = index.run(wanted, Console(file=StringIO()))
     assert {result.case for result in report.results} == set(index.CASES)
     metrics = {result.metric for result in report.results}
-    assert metrics == {"journal", "pool", "start-up", "CPU time", "memory", "look-up of 20"}
+    assert metrics == {"journal", "pool", "start-up", "CPU time", "memory", "look-up of 20", "its hashing"}
     assert not list(tmp_path.iterdir())
 
 

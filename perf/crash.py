@@ -149,9 +149,9 @@ def crash_rounds(
                 )
             _empty(workload.folder)  # or all rounds from here on would be without a disk tier
         elif number >= num_rounds // 2 and chance.random() < damage_share:
-            damage(workload.folder, chance)
-            tally.num_damaged += 1
-            is_clean = False
+            if damage(workload.folder, chance):
+                tally.num_damaged += 1
+                is_clean = False
     return tally
 
 
@@ -234,9 +234,12 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def damage(folder: Path, chance: random.Random) -> Damage:
-    """Damages one file of a disk tier that no process has open, somewhere, as failing storage would."""
-    path = chance.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size))
+def damage(folder: Path, chance: random.Random) -> Damage | None:
+    """Damages one file of a disk tier that no process has open, somewhere, as failing storage would; None without any."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    if not paths:
+        return None
+    path = chance.choice(paths)
     size_bytes = path.stat().st_size
     kinds: tuple[Damage, ...] = ("flipped bits", "zeroed sector", "cut")
     kind = chance.choice(kinds)

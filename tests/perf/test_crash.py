@@ -72,6 +72,11 @@ def test_damage_changes_exactly_one_file(seed: int, tmp_path: Path) -> None:
     assert sum(changed) == 1
 
 
+def test_an_empty_folder_has_nothing_to_damage(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert damage(tmp_path, random.Random(0)) is None
+
+
 @pytest.mark.parametrize(
     "arguments", [["--rounds", "0"], ["--blocks", "1"], ["--block-kib", "12"], ["--damage", "120"]], ids=lambda a: a[0]
 )

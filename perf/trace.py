@@ -177,7 +177,7 @@ class _WhatIf:
         self._chains = chains
         self._belady = Belady(chains)
         self._replays: dict[tuple[_Policy, int], Replay] = {}  # tiers of different tables may be the same
-        self.block_bytes: int = options.block_bytes or chains.block_tokens * (128 << 10)
+        self.block_bytes: int = getattr(options, "block_bytes", 0) or chains.block_tokens * (128 << 10)
         self._disk_times: float = options.disk_times
         self._compute_s = chains.block_tokens / options.prefill_tokens_per_s
         self._host_s = self.block_bytes / options.host_gb_per_s / 1e9

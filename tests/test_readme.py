@@ -81,7 +81,8 @@ def test_every_benchmark_command_exists(line: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as exit_info:
         perf_main([*command[3:], "--help"])
     assert exit_info.value.code == 0
-    assert all(flag in capsys.readouterr().out for flag in re.findall(r"--[a-z-]+", line))
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in re.findall(r"--[a-z-]+", line))
 
 
 def test_every_benchmark_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

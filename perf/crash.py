@@ -148,10 +148,9 @@ def crash_rounds(
                     f"the worker of round {number} found the disk tier's folder refused without damage"
                 )
             _empty(workload.folder)  # or all rounds from here on would be without a disk tier
-        elif number >= num_rounds // 2 and chance.random() < damage_share:
-            if damage(workload.folder, chance):
-                tally.num_damaged += 1
-                is_clean = False
+        elif number >= num_rounds // 2 and chance.random() < damage_share and damage(workload.folder, chance):
+            tally.num_damaged += 1
+            is_clean = False
     return tally
 
 

@@ -365,6 +365,7 @@ class BlockStore:
                 and not self._offloader.num_saving_layers
                 and not self._onboarder.num_unfinished
                 and not self._num_pinned
+                and not (self._verifier and self._verifier.num_suspects)
             )
         )
 

@@ -71,11 +71,17 @@ class DiskVerifier:
         self._part_blocks = part_blocks
         self._running = threading.Lock()  # held by the check that runs
         self._is_closing = False
+        self._num_suspects = 0
         self._is_warned = False
         self._scrubber: Scrubber | None = None
         if scrub_bytes_per_s:
             self._scrub_rows = self._new_rows(max(_MIN_SCRUB_BLOCKS, _SCRUB_BYTES // layout.slot_bytes))
             self._scrubber = Scrubber(disk, self._scrub, bytes_per_s=scrub_bytes_per_s)
+
+    @property
+    def num_suspects(self) -> int:
+        """Blocks that looked wrong and are pinned for a second look."""
+        return self._num_suspects
 
     @property
     def scrub_stats(self) -> ScrubStats | None:
@@ -187,6 +193,7 @@ class DiskVerifier:
         with shelf.changed:
             there = self._are_there(keys, slots)
             keys, slots = [key for key, is_there in zip(keys, there, strict=True) if is_there], slots[there]
+            self._num_suspects = len(slots)
             shelf.disk.acquire(slots)
         try:
             look = self._look(keys, slots, rows)
@@ -197,6 +204,7 @@ class DiskVerifier:
         finally:
             with shelf.changed:
                 shelf.disk.release(slots)
+                self._num_suspects = 0
                 shelf.changed.notify_all()
         num_corrupt = int(np.count_nonzero(look.readable & ~look.good))
         num_unreadable = int(np.count_nonzero(~look.readable))

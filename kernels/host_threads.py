@@ -2,7 +2,9 @@
 
 Bytes moved: none here; the callers' numpy calls move them, and release the GIL while they do. A copy is a number of items
 that may be copied in any order. The caller and up to three helpers take parts of it until none is left, large parts first
-and small ones last, so that a helper whose core is busy with something else takes fewer and is not waited for long.
+and small ones last, so that a helper whose core becomes busy with something else takes fewer and is not waited for long. Where
+no core is idle when a copy begins, the caller copies alone: a helper that is put aside in the middle of a part holds up the
+whole copy.
 Guided self-scheduling is Polychronopoulos' and Kuck's (https://doi.org/10.1109/TC.1987.5009495).
 """
 
@@ -33,13 +35,15 @@ class HostThreads:
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
 
-    def __init__(self, num_helpers: int) -> None:
+    def __init__(self, num_helpers: int, has_idle_core: Callable[[], bool] | None = None) -> None:
         """Starts nothing yet.
 
         Args:
             num_helpers: threads beside the caller, 0 or more.
+            has_idle_core: asked at each large copy whether helpers should come; None: they always do.
         """
         self._num_helpers = num_helpers
+        self._has_idle_core = has_idle_core
         self._begin_anew()
         os.register_at_fork(after_in_child=self._begin_anew)
 
@@ -62,6 +66,9 @@ class HostThreads:
         if self._num_helpers == 0 or num_items < 2 or num_items * item_bytes < MIN_SHARED_BYTES:
             if num_items:
                 copy_part(0, num_items)
+            return
+        if self._has_idle_core is not None and not self._has_idle_core():
+            copy_part(0, num_items)
             return
         job = _Job(num_items, max(1, MIN_PART_BYTES // max(1, item_bytes)), 2 * self.num_lanes, copy_part)
         try:
@@ -163,7 +170,17 @@ def _serve(jobs: "queue.SimpleQueue[_Job]") -> None:
         jobs.get().help()
 
 
-_THREADS = HostThreads(min(len(os.sched_getaffinity(0)), MAX_LANES) - 1)
+def _has_idle_core() -> bool:
+    """Whether fewer threads run on this machine, this one among them, than it has cores. True where that is not told."""
+    try:
+        with open("/proc/loadavg", "rb", buffering=0) as file:
+            num_running = int(file.read(64).split()[3].partition(b"/")[0])
+    except (OSError, IndexError, ValueError):
+        return True
+    return num_running < (os.cpu_count() or 1)
+
+
+_THREADS = HostThreads(min(len(os.sched_getaffinity(0)), MAX_LANES) - 1, _has_idle_core)
 # The one piece of state that a module of this package holds: `copy_rows` and `copy_blocks` are functions, to be called from
 # any thread without setting anything up, and threads that each caller brought along would fight for the same cores.
 

@@ -38,6 +38,14 @@ def test_small_copies_stay_on_the_calling_thread_in_one_part() -> None:
     assert parts == [(0, 1000, threading.get_ident())]
 
 
+def test_without_an_idle_core_the_caller_copies_alone_in_one_part() -> None:
+    parts: list[tuple[int, int, int]] = []
+    HostThreads(2, has_idle_core=lambda: False).copy(
+        64, MIB, lambda start, stop: parts.append((start, stop, threading.get_ident()))
+    )
+    assert parts == [(0, 64, threading.get_ident())]
+
+
 def test_helpers_take_part_and_parts_shrink() -> None:
     names: set[str] = set()
     sizes: list[int] = []

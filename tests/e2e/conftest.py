@@ -24,7 +24,14 @@ class Client:
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """A JSON request to the demo model and its JSON answer."""
-        data = json.dumps({"model": "demo", **body}).encode()
+        return self._post(path, {"model": "demo", **body})
+
+    def administer(self, operation: str, body: dict[str, Any]) -> dict[str, Any]:
+        """An operation on the cache and its JSON answer; the server must have been started with --admin."""
+        return self._post(f"/admin/cache/{operation}", body)
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        data = json.dumps(body).encode()
         request = urllib.request.Request(self.server.url + path, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as response:
             answer: dict[str, Any] = json.load(response)

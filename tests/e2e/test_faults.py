@@ -3,7 +3,9 @@
 import os
 import random
 import shutil
+import signal
 import subprocess
+import threading
 
 import pytest
 
@@ -206,3 +208,67 @@ def test_the_second_server_on_one_folder_goes_on_without_it(start, folder):
     assert faults(second) == {'dynamo_kvcache_tier_faults_total{kind="busy",tier="disk"}': 1}
     assert len(second.warnings("going on without a disk tier", f"process {first.server.process.pid}")) == 1
     assert outcome(first.complete(prompt(1))) == (CACHED, text)
+
+
+JUMPING_CLOCK = """
+import signal, time
+offset = 0.0
+real_time = time.time
+def jump(number, frame):
+    global offset
+    offset += 400 * 86400.0 if number == signal.SIGUSR1 else -800 * 86400.0
+time.time = lambda: real_time() + offset
+signal.signal(signal.SIGUSR1, jump)
+signal.signal(signal.SIGUSR2, jump)
+"""
+
+
+def test_jumps_of_the_wall_clock_change_nothing(start, folder, tmp_path):
+    # Python runs a module of this name before all others: the machine's clock, which is everybody's, stays as it is.
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(JUMPING_CLOCK)
+    path = os.pathsep.join([str(tmp_path / "clock"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    server = start(
+        *FLAGS, "--disk-cache", f"{folder}:64MiB", "--disk-write-budget", "1TB", environment={"PYTHONPATH": path}
+    )
+    text = served_and_evicted(server)
+    created = server.complete(prompt(5))["created"]
+    for jump, direction in ((signal.SIGUSR1, 1), (signal.SIGUSR2, -1)):
+        server.server.process.send_signal(jump)
+        assert outcome(server.complete(prompt(1))) == (CACHED, text)
+        for seed in range(2, 5):
+            assert outcome(server.complete(prompt(seed)))[0] == CACHED
+        assert direction * (server.complete(prompt(5))["created"] - created) > 300 * 86400
+    assert faults(server) == {}
+    assert server.warnings() == []
+    assert server.server.stop() == 0
+
+
+def test_tiers_are_resized_while_requests_run(start, folder):
+    server = start(*FLAGS, "--disk-cache", f"{folder}:64MiB", "--host-cache-max", "8MiB", "--admin")
+    seeds = range(1, 5)
+    texts = {seed: outcome(server.complete(prompt(seed)))[1] for seed in seeds}
+    wrong: list[int] = []
+    done = threading.Event()
+
+    def ask(seed: int) -> None:
+        while not done.is_set():
+            if outcome(server.complete(prompt(seed)))[1] != texts[seed]:
+                wrong.append(seed)
+
+    clients = [threading.Thread(target=ask, args=(seed,)) for seed in seeds]
+    for client in clients:
+        client.start()
+    try:
+        for host, disk in (("8MiB", "16MiB"), ("512KiB", "64MiB"), ("4MiB", "2MiB"), ("1MiB", "64MiB")):
+            for tier, size in (("host", host), ("disk", disk)):
+                assert server.administer("resize", {"tier": tier, "size": size})["num_slots"] > 0
+    finally:
+        done.set()
+        for client in clients:
+            client.join(60)
+    assert not any(client.is_alive() for client in clients)
+    assert wrong == []
+    assert faults(server) == {}
+    assert server.is_healthy()
+    assert server.server.stop() == 0

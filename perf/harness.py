@@ -14,6 +14,7 @@ __all__ = [
     "Timing",
     "median",
     "percentile",
+    "process_cpu_s",
     "process_tree_cpu_s",
     "quiet_collector",
     "timed",
@@ -74,6 +75,20 @@ def quiet_collector() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def process_cpu_s(pid: int) -> float:
+    """User and system seconds that process `pid` alone has used. See `process_tree_cpu_s`.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        raise ProcessLookupError(f"process {pid} has ended") from None
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def process_tree_cpu_s(pid: int) -> float:

@@ -1,24 +1,28 @@
 """How much processor time a streamed token costs the server, and how long its clients wait.
 
 The server runs with the mocker, so what is measured is everything but the model: HTTP, validation, tokenizer, scheduler,
-block accounting, detokenizer, SSE. Its processor time is read from /proc; the client is another process, this one. Two
-paces: *unpaced*, where the mocker does not wait and the server is always busy, and *paced*, where a step takes
-as long as that of an 8B model on a GPU.
+block accounting, detokenizer, SSE; with `--workers`, also the router and what lies between the front and its workers. Its
+processor time is read from /proc; the client is another process, this one. Two paces: *unpaced*, where the mocker does not
+wait and the server is always busy, and *paced*, where a step takes as long as that of an 8B model on a GPU. NVIDIA's frontend
+and its mocker, where they are installed, run beside it and get the same requests in turn.
 """
 
 import argparse
 import http.client
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import uvloop
 from rich.console import Console
 
-from dynamo.perf.harness import BenchmarkError, percentile, process_tree_cpu_s, timed
+from dynamo.perf.harness import BenchmarkError, percentile, process_cpu_s, process_tree_cpu_s, timed
 from dynamo.perf.machine import machine_record
+from dynamo.perf.nvidia_peer import NvidiaServing
 from dynamo.perf.report import Report, Result
 from dynamo.perf.server_process import ServerProcess
 from dynamo.perf.sse_client import Load, StreamRecord, run_load
@@ -48,11 +52,17 @@ _REFERENCE_US = {
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """A running server. `pid` is None where its processor time cannot be read."""
+    """A running server.
 
+    Attributes:
+        name: of whom it is.
+        cpu_s: by what of it is meant, what reads its processor seconds; empty where they cannot be read.
+    """
+
+    name: str
     url: str
     model: str
-    pid: int | None
+    cpu_s: Mapping[str, Callable[[], float]] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     workload.add_argument("--total-tokens", type=int, default=100_000, help="tokens of each unpaced case")
     workload.add_argument("--seconds", type=float, default=6.0, help="rough duration of each paced case")
     server = parser.add_argument_group("server")
+    server.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="a front and N worker processes; 0: all in one process"
+    )
+    server.add_argument(
+        "--dynamo-python",
+        type=Path,
+        metavar="PATH",
+        help="interpreter that has NVIDIA's ai-dynamo; its frontend and mocker are measured in turn",
+    )
     server.add_argument("--url", help="measure this server instead of starting one; pace is then its own affair")
     server.add_argument("--server-pid", type=int, metavar="PID", help="with --url: process whose CPU time counts")
     server.add_argument("--api-key", metavar="KEY", help="with --url: key to send")
@@ -80,25 +99,41 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     streams: Sequence[int] = options.streams or (1, 16, 64)
     if min(*streams, options.tokens, options.total_tokens, options.server_pid or 1) < 1:
         raise BenchmarkError("--streams, --tokens, --total-tokens and --server-pid must be at least 1")
+    if options.workers < 0:
+        raise BenchmarkError(f"--workers must be 0 or more, not {options.workers}")
     machine = machine_record()
     paces = ("as served",) if options.url else options.pace or _PACES
     results: list[Result] = []
     for pace in paces:
-        with _target(pace, options, console) as target:
-            _measure(target, pace, max(streams), options, requests=1)  # connections, imports, first steps
+        with ExitStack() as stack:
+            targets = list(_targets(pace, options, console, stack))
+            for target in targets:
+                _measure(target, pace, max(streams), options, requests=1)  # connections, imports, first steps
             for num_streams in streams:
                 console.print(f"{_case(pace, num_streams)} ...", style="dim")
-                results += _measure(target, pace, num_streams, options)
-                results += _reference(pace, num_streams)
+                for target in targets:
+                    results += _measure(target, pace, num_streams, options)
+                if len(targets) == 1:
+                    results += _reference(pace, num_streams)
     return Report(
         benchmark="serve",
         title=f"Streaming chat completions of {options.tokens} tokens",
         machine=machine,
-        parameters={"tokens": options.tokens, "total_tokens": options.total_tokens, "seconds": options.seconds},
+        parameters={
+            "tokens": options.tokens,
+            "total_tokens": options.total_tokens,
+            "seconds": options.seconds,
+            "workers": options.workers,
+        },
         results=results,
         notes=(
-            "dynamo-kv: one process, front and engine together, device tier only; CPU time of its process tree, user and "
-            "system",
+            "dynamo-kv: device tier only; "
+            + (
+                f"front: the process that clients talk to; all: with its {options.workers} workers"
+                if options.workers
+                else "one process, front and engine together"
+            )
+            + "; CPU time is user and system",
             "events/token: below 1 where tokens that queued up while a socket was busy left as one event",
             "unpaced: the mocker never waits; paced: 6 ms a step and 0.05 ms a sequence, as an 8B model on a GPU",
             "client and server share the CPUs; ITL: gaps between arrivals of text on one stream",
@@ -106,17 +141,34 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     )
 
 
-@contextmanager
-def _target(pace: str, options: argparse.Namespace, console: Console) -> Iterator[_Target]:
+def _targets(pace: str, options: argparse.Namespace, console: Console, stack: ExitStack) -> Iterator[_Target]:
+    """The servers to measure; `stack` ends those that were started."""
     if options.url:
         url = options.url.rstrip("/").removesuffix("/v1")
-        yield _Target(url, _model_name(url, options.api_key), options.server_pid)
+        pid = options.server_pid
+        cpu_s: dict[str, Callable[[], float]] = {"dynamo-kv": partial(process_tree_cpu_s, pid)} if pid else {}
+        yield _Target("dynamo-kv", url, _model_name(url, options.api_key), cpu_s)
         return
     console.print(f"starting the server ({pace}) ...", style="dim")
     speedup = "0" if pace == "unpaced" else "1"
-    tiers = ("--host-cache", "0", "--disk-cache", "off")  # moving blocks is `perf store`'s subject
-    with ServerProcess("--engine", "mocker", "--speedup", speedup, *tiers) as server:
-        yield _Target(server.url, _model_name(server.url, None), server.pid)
+    flags = ["--host-cache", "0", "--disk-cache", "off"]  # moving blocks is `perf store`'s subject
+    if options.workers:
+        flags += ["--workers", str(options.workers)]
+    server = stack.enter_context(ServerProcess("--engine", "mocker", "--speedup", speedup, *flags))
+    cpu_s = {"dynamo-kv": partial(process_tree_cpu_s, server.pid)}
+    if options.workers:
+        cpu_s = {
+            "dynamo-kv, front": partial(process_cpu_s, server.pid),
+            "dynamo-kv, all": partial(process_tree_cpu_s, server.pid),
+        }
+    yield _Target("dynamo-kv", server.url, _model_name(server.url, None), cpu_s)
+    if options.dynamo_python:
+        peer = stack.enter_context(NvidiaServing(options.dynamo_python, "100000" if pace == "unpaced" else "1"))
+        cpu_s = {
+            "NVIDIA Dynamo, frontend": partial(process_cpu_s, peer.frontend_pid),
+            "NVIDIA Dynamo, all": lambda: process_cpu_s(peer.frontend_pid) + process_cpu_s(peer.worker_pid),
+        }
+        yield _Target("NVIDIA Dynamo", peer.url, peer.model, cpu_s)
 
 
 def _measure(
@@ -141,28 +193,36 @@ def _measure(
     def send() -> None:
         records.extend(uvloop.run(run_load(load)))
 
-    cpu_before = process_tree_cpu_s(target.pid) if target.pid else 0.0
+    before = {subject: read() for subject, read in target.cpu_s.items()}
     wall_s = timed(send).wall_s
-    cpu_s = process_tree_cpu_s(target.pid) - cpu_before if target.pid else None
-    return list(_results(_case(pace, num_streams), records, wall_s, cpu_s))
+    cpu_s = {subject: read() - before[subject] for subject, read in target.cpu_s.items()}
+    return list(_results(_case(pace, num_streams), target.name, records, wall_s, cpu_s))
 
 
-def _results(case: str, records: Sequence[StreamRecord], wall_s: float, cpu_s: float | None) -> Iterator[Result]:
+def _results(
+    case: str, name: str, records: Sequence[StreamRecord], wall_s: float, cpu_s: Mapping[str, float]
+) -> Iterator[Result]:
     tokens = sum(record.num_tokens for record in records)
     events = sum(record.num_events for record in records)
     if not tokens:
         raise BenchmarkError("the server reported no completion tokens; it must support stream_options.include_usage")
+    for subject, seconds in cpu_s.items():
+        if seconds:
+            yield Result(case=case, subject=subject, metric="tokens", value=tokens / seconds, unit="/CPU-s")
+            yield Result(case=case, subject=subject, metric="CPU", value=1e6 * seconds / tokens, unit="µs/token")
     gaps = [gap for record in records for gap in record.gaps_s]
     waits = [record.ttft_s for record in records]
-    numbers: list[tuple[str, float, str]] = []
-    if cpu_s:
-        numbers += [("tokens", tokens / cpu_s, "/CPU-s"), ("CPU", 1e6 * cpu_s / tokens, "µs/token")]
-    numbers += [("throughput", tokens / wall_s, "tokens/s"), ("events", events / tokens, "/token")]
+    numbers = [
+        ("throughput", tokens / wall_s, "tokens/s"),
+        ("requests", len(records) / wall_s, "/s"),
+        ("events", events / tokens, "/token"),
+    ]
     numbers += [(f"TTFT p{p}", 1e3 * percentile(waits, p), "ms") for p in (50, 99)]
     if gaps:
         numbers += [(f"ITL p{p}", 1e3 * percentile(gaps, p), "ms") for p in (50, 99)]
+    subject = next(iter(cpu_s), name)
     for metric, value, unit in numbers:
-        yield Result(case=case, subject="dynamo-kv", metric=metric, value=value, unit=unit)
+        yield Result(case=case, subject=subject, metric=metric, value=value, unit=unit)
 
 
 def _reference(pace: str, num_streams: int) -> Iterator[Result]:

@@ -26,7 +26,7 @@ def test_a_case_gives_rates_and_latencies_and_ends_its_server() -> None:
     report = run(options(*arguments), QUIET)
     values = {result.metric: result.value for result in report.results if result.source == MEASURED}
     assert values.keys() == {
-        "tokens", "CPU", "throughput", "events", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99"
+        "tokens", "CPU", "throughput", "requests", "events", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99"
     }  # fmt: skip
     assert values["tokens"] == pytest.approx(1e6 / values["CPU"])
     assert 0 < values["events"] <= 1

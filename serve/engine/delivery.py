@@ -17,21 +17,32 @@ MAX_QUEUED_DELTAS = 256  # bounds the memory that a client which does not read c
 
 
 class OutputStream:
-    """Deltas of one request until the consumer takes them. Used on the event loop."""
+    """Deltas of one request until the consumer takes them. Used on the event loop.
 
-    __slots__ = ("_deltas", "_error", "_waiter")
+    Args:
+        hold_s: see `GenerationRequest`.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_deltas", "_error", "_hold_s", "_is_held", "_is_over", "_taken_at_s", "_waiter")
+
+    def __init__(self, hold_s: float = 0.0) -> None:
         self._deltas: list[OutputDelta] = []
         self._error: ServeError | None = None
+        self._hold_s = hold_s
+        self._is_held = False
+        self._is_over = False
+        self._taken_at_s: float | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def feed(self, delta: OutputDelta) -> None:
         """Queues a delta; merges it into the last one where `MAX_QUEUED_DELTAS` are queued already."""
         deltas = self._deltas
+        if delta.finish_reason is not None:
+            self._is_over = True
         if len(deltas) < MAX_QUEUED_DELTAS:
             deltas.append(delta)
-            self._wake()
+            if self._is_over or not self._is_held:
+                self._wake()
             return
         last = deltas[-1]
         last.text += delta.text
@@ -40,10 +51,13 @@ class OutputStream:
             last.logprobs = (last.logprobs or []) + delta.logprobs
         last.finish_reason = delta.finish_reason
         last.stop_reason = delta.stop_reason
+        if self._is_over:
+            self._wake()
 
     def fail(self, error: ServeError) -> None:
         """Makes `next` raise `error` once all deltas are taken."""
         self._error = error
+        self._is_over = True
         self._wake()
 
     async def next(self) -> list[OutputDelta]:
@@ -55,13 +69,34 @@ class OutputStream:
         while not self._deltas:
             if self._error is not None:
                 raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._wait()
+        if self._hold_s:
+            await self._hold()
         deltas, self._deltas = self._deltas, []
         return deltas
+
+    async def _hold(self) -> None:
+        """Waits until enough time has passed since deltas were taken last, or until there will be no more."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if self._taken_at_s is None or self._is_over or now - self._taken_at_s >= self._hold_s:
+            self._taken_at_s = now
+            return
+        self._taken_at_s += self._hold_s
+        self._is_held = True
+        timer = loop.call_at(self._taken_at_s, self._wake)
+        try:
+            await self._wait()
+        finally:
+            timer.cancel()
+            self._is_held = False
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

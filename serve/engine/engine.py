@@ -155,7 +155,7 @@ class InferenceEngine:
         self._check_prompt(request.prompt_token_ids)
         generation = Generation(
             request,
-            OutputStream(),
+            OutputStream(request.hold_s),
             self._tokenizer,
             eos_token_ids=self._eos_token_ids,
             max_model_len=self._max_model_len,

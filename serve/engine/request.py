@@ -85,12 +85,15 @@ class GenerationRequest:
         request_id: unique among the engine's live requests.
         prompt_token_ids: at least one token.
         cache_salt: KV blocks are shared only between requests of equal salt.
+        hold_s: after deltas were handed over, those of the next so many seconds are kept back and handed over together,
+            unless the request ends before. The first ones are never kept back. 0: all at once as they come.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     cache_salt: str = ""
+    hold_s: float = 0.0
 
 
 @dataclass(slots=True)

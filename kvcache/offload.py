@@ -109,6 +109,7 @@ class Offloader:
         self._max_pending_blocks = max_pending_blocks
         self._settled = threading.Condition()  # guards all below; notified when a count falls
         self._num_pending = 0
+        self._has_failed = False
         self._num_saving_layers = 0
         self._closing = False
         self._congested = False
@@ -241,7 +242,11 @@ class Offloader:
             for chain, use in touches.values():
                 self._shelf.touch(chain, use)
         except Exception:
-            logger.exception("offloading KV blocks failed; they stay in device memory only")
+            if not self._has_failed:  # what fails once is likely to fail at every step
+                self._has_failed = True
+                logger.exception(
+                    "offloading KV blocks failed; they stay in device memory only. Further failures are only counted"
+                )
             self._shelf.counters.count_dropped("offload_error", sum(len(r.device_slots) for r in requests))
         finally:
             for request in requests:

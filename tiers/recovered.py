@@ -89,13 +89,11 @@ class IndexScan:
         blocks: the blocks it names.
         num_records: whole records in the file.
         num_damaged: those of them whose check fails.
-        num_torn_bytes: bytes of an unfinished record at the end, as a crash leaves them.
     """
 
     blocks: RecoveredBlocks
     num_records: int
     num_damaged: int
-    num_torn_bytes: int
 
 
 def scan_index(path: Path) -> IndexScan:
@@ -109,12 +107,11 @@ def scan_index(path: Path) -> IndexScan:
     try:
         header = Header.from_bytes(os.pread(fd, HEADER_BYTES, 0), None, path)
         records = read_records(fd)
-        num_torn_bytes = max(0, os.fstat(fd).st_size - HEADER_BYTES) % RECORD_BYTES
     finally:
         os.close(fd)
     good = chosen(records, record_checks(records, header.seed) == records["check"])
     blocks = RecoveredBlocks.from_log(replay(good))
-    return IndexScan(blocks, records.size, records.size - good.size, num_torn_bytes)
+    return IndexScan(blocks, records.size, records.size - good.size)
 
 
 def read_records(fd: int) -> Records:

@@ -6,6 +6,7 @@ ServeError
 ├── RequestError           the client's request is wrong or cannot be served; carries the OpenAI error fields
 ├── EngineOverloadedError  the waiting queue is full: 429 at the door
 ├── EngineDeadError        the engine's thread ended: 503 at the door
+├── WorkerStartError       worker processes cannot be kept running: printed, and the server ends
 └── RequestFailedError     one request failed inside the engine: 500 at the door, others go on
 """
 
@@ -17,6 +18,7 @@ __all__ = [
     "RequestError",
     "RequestFailedError",
     "ServeError",
+    "WorkerStartError",
 ]
 
 
@@ -70,3 +72,7 @@ class EngineDeadError(ServeError):
 
 class RequestFailedError(ServeError):
     """One request failed inside the engine; the others go on."""
+
+
+class WorkerStartError(ServeError):
+    """A worker process cannot be started, or ends as often as it is. The message is the worker's own last sentence."""

@@ -87,7 +87,7 @@ class GenerationRequest:
         cache_salt: KV blocks are shared only between requests of equal salt.
         output_token_ids: what was generated of it already, elsewhere. The engine goes on where they end, as if it had
             generated them itself: limits, penalties, random numbers, stop strings and half characters count them, and
-            none of them is handed out again. The next token must not have been the last already.
+            none of them is handed out again. None of them may have ended the request.
     """
 
     request_id: str

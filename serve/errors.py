@@ -7,6 +7,8 @@ ServeError
 ├── EngineOverloadedError  the waiting queue is full: 429 at the door
 ├── EngineDeadError        the engine's thread ended: 503 at the door
 ├── WorkerStartError       worker processes cannot be kept running: printed, and the server ends
+├── WorkerLostError        a worker cannot be reached any more: the front goes on elsewhere, else 503 at the door
+├── NoWorkerError          there is no worker that could take the request: 503 at the door
 └── RequestFailedError     one request failed inside the engine: 500 at the door, others go on
 """
 
@@ -15,9 +17,11 @@ __all__ = [
     "EngineDeadError",
     "EngineOverloadedError",
     "ModelLoadError",
+    "NoWorkerError",
     "RequestError",
     "RequestFailedError",
     "ServeError",
+    "WorkerLostError",
     "WorkerStartError",
 ]
 
@@ -68,6 +72,22 @@ class EngineOverloadedError(ServeError):
 
 class EngineDeadError(ServeError):
     """The engine's thread has ended and no request can be served."""
+
+
+class WorkerLostError(ServeError):
+    """A worker cannot be reached, or its stream broke: nothing more comes from it. Whoever can, goes on at another one.
+
+    Attributes:
+        worker_id: which worker that is.
+    """
+
+    def __init__(self, worker_id: str, reason: str) -> None:
+        super().__init__(f"worker {worker_id} is lost: {reason}")
+        self.worker_id = worker_id
+
+
+class NoWorkerError(ServeError):
+    """No worker is there, or none of those that are may take the request. The message says which of the two."""
 
 
 class RequestFailedError(ServeError):

@@ -31,7 +31,7 @@ _ERRORS = {
     "415": "The body is not declared as JSON.",
     "429": "Too many requests wait already; Retry-After says when to come back.",
     "500": "The server made an error.",
-    "503": "The server is shutting down, or its engine has stopped.",
+    "503": "The server is shutting down, its engine has stopped, or no worker can take the request.",
     "504": "The operation has not ended in time; it goes on.",
 }
 _GENERATING_ERRORS = ("400", "401", "404", "408", "413", "415", "429", "500", "503")

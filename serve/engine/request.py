@@ -85,12 +85,16 @@ class GenerationRequest:
         request_id: unique among the engine's live requests.
         prompt_token_ids: at least one token.
         cache_salt: KV blocks are shared only between requests of equal salt.
+        output_token_ids: what was generated of it already, elsewhere. The engine goes on where they end, as if it had
+            generated them itself: limits, penalties, random numbers, stop strings and half characters count them, and
+            none of them is handed out again. None of them may have ended the request.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     cache_salt: str = ""
+    output_token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)

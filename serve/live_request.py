@@ -1,10 +1,10 @@
 """All that is known of one request while workers come and go under it."""
 
 import random
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from dynamo.kvcache.hashing import pack_tokens
 from dynamo.serve.engine.request import GenerationRequest, Journey, OutputDelta
 from dynamo.serve.errors import ServeError
 
@@ -58,8 +58,8 @@ class LiveRequest:
         return bool(self.output_token_ids)
 
     def tokens(self) -> memoryview:
-        """Prompt and what was generated, as u32 in this machine's order; a copy."""
-        return memoryview(array("I", [*self.request.prompt_token_ids, *self.output_token_ids]))
+        """Prompt and what was generated, as little-endian u32; a copy."""
+        return pack_tokens([*self.request.prompt_token_ids, *self.output_token_ids])
 
     def next_attempt(self) -> GenerationRequest:
         """What the next worker is asked to do. Its id is a new one: the last worker may still hold on to the old."""

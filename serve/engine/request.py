@@ -127,7 +127,7 @@ class GenerationRequest:
         cache_salt: KV blocks are shared only between requests of equal salt.
         output_token_ids: what was generated of it already, elsewhere. The engine goes on where they end, as if it had
             generated them itself: limits, penalties, random numbers, stop strings and half characters count them, and
-            none of them is handed out again. The next token must not have been the last already.
+            none of them is handed out again. None of them may have ended the request.
         routing: for a front that has workers; it goes no further than that.
         journey: where such a front notes what it did; None: nobody wants to know.
     """
@@ -137,7 +137,7 @@ class GenerationRequest:
     sampling: SamplingParams
     cache_salt: str = ""
     output_token_ids: list[int] = field(default_factory=list)
-    routing: RoutingHints = RoutingHints()  # noqa: RUF009  # frozen, so one for all
+    routing: RoutingHints = RoutingHints()  # frozen, so one for all
     journey: Journey | None = None
 
 

@@ -324,7 +324,7 @@ class Scheduler:
         kv.wait(0)
         sequence.num_computed = kv.num_cached_tokens
         if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = kv.num_cached_tokens
+            sequence.num_cached_tokens = min(kv.num_cached_tokens, sequence.num_prompt_tokens)
         sequence.phase = Phase.PREFILL
 
     def _schedule_chunk(self, step: ScheduledStep, sequence: SequenceState, budget: int) -> int:

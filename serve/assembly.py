@@ -18,12 +18,11 @@ from dynamo.serve.engine.scheduler import SchedulerLimits
 from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.model_place import find_model
-from dynamo.serve.served_model import ModelSummary, ServedModel
+from dynamo.serve.served_model import MOCK_MAX_MODEL_LEN, ModelSummary, ServedModel
 
 __all__ = ["Assembly", "build_engine"]
 
 _CPU_DEVICE_CACHE_BYTES = 256 << 20
-_MOCK_MAX_MODEL_LEN = 131_072
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,7 @@ def _build_mocker(config: Config, folder: Path, name: str) -> Assembly:
         place.directory / "mocker", place.capacity_bytes, tuple(path / "mocker" for path in place.further)
     )
     cache = _open_cache(config, disk, mock_kv_spec(name, config.cache.block_size), torch.device("cpu"))
-    max_model_len = config.model.max_model_len or _MOCK_MAX_MODEL_LEN
+    max_model_len = config.model.max_model_len or MOCK_MAX_MODEL_LEN
     engine = build_mock_engine(
         tokenizer,
         cache,

@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
+from enum import Enum
 from typing import Protocol
 
 import uvicorn
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp
 
 from dynamo.serve.config import API_KEY_VARIABLE, ServerSettings
 from dynamo.serve.errors import ConfigError
+from dynamo.serve.frontend import Frontend
 from dynamo.serve.repetition import RepetitionFilter
 
 __all__ = [
@@ -171,7 +173,7 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[HttpSe
 
 
 class Drainable(Protocol):
-    """An application whose requests end before the process does; `Frontend` is one."""
+    """An application whose requests end before the process does."""
 
     def begin_drain(self) -> None:
         """New requests are refused from now on."""
@@ -181,24 +183,34 @@ class Drainable(Protocol):
         """Waits until none runs; False when the time was not enough."""
         ...
 
-    def abort_requests(self) -> None:
-        """Ends those that run."""
-        ...
+
+class Drain(Enum):
+    """How a drain came to its end; not all requests have ended unless it is IDLE."""
+
+    IDLE = "idle"
+    LATE = "late"
+    FORCED = "forced"
 
 
-async def drain(app: Drainable, signals: asyncio.Queue[int], timeout_s: float) -> bool:
-    """Ends all requests, in peace where there is time; whether another signal cut it short."""
+async def drain(app: Drainable, signals: asyncio.Queue[int], timeout_s: float) -> Drain:
+    """Lets the requests that run come to their end: until the time is up, or there is another signal."""
     app.begin_drain()
     logger.info("stopping: running requests have %g s; a second signal ends them at once", timeout_s)
     idle = asyncio.create_task(app.wait_idle(timeout_s))
     again = asyncio.create_task(signals.get())
     await asyncio.wait((idle, again), return_when=asyncio.FIRST_COMPLETED)
-    forced = not idle.done()
-    if forced or not idle.result():
-        logger.warning("ending the requests that still run")
-        app.abort_requests()
-        await app.wait_idle(_ABORT_TIMEOUT_S)
+    outcome = Drain.FORCED if not idle.done() else Drain.IDLE if idle.result() else Drain.LATE
     for task in (idle, again):
         task.cancel()
     await asyncio.gather(idle, again, return_exceptions=True)
-    return forced
+    return outcome
+
+
+async def end_requests(frontend: Frontend, signals: asyncio.Queue[int], timeout_s: float) -> bool:
+    """Drains a front and ends what is left with an error its clients can read; whether a second signal cut it short."""
+    outcome = await drain(frontend, signals, timeout_s)
+    if outcome is not Drain.IDLE:
+        logger.warning("ending the requests that still run")
+        frontend.abort_requests()
+        await frontend.wait_idle(_ABORT_TIMEOUT_S)
+    return outcome is Drain.FORCED

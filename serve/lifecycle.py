@@ -26,7 +26,7 @@ from dynamo.serve.cache_report import report_cache
 from dynamo.serve.config import Config, ServerSettings
 from dynamo.serve.conflicts import describe_conflict
 from dynamo.serve.frontend import Frontend
-from dynamo.serve.http_server import bind, check_openness, drain, listen, serving, set_up_logging, stop_signals
+from dynamo.serve.http_server import bind, check_openness, end_requests, listen, serving, set_up_logging, stop_signals
 from dynamo.serve.key_log import KeyLog, check_key_log
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ async def _serve_until_told(
         banner = render_banner(assembly.summary, assembly.served.name, max_model_len, stats, config, url)
         Console().print(banner, highlight=False, markup=False, soft_wrap=True)
         await signals.get()
-        forced = await drain(frontend, signals, config.drain_timeout)
+        forced = await end_requests(frontend, signals, config.drain_timeout)
         server.force_exit = forced
     return forced
 

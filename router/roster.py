@@ -114,7 +114,10 @@ class Roster:
         has_no_wishes = query.pin is None and query.allowed is None and not query.exclude
         if has_no_wishes and not self._num_busy and self._ready and self._fits_all(query):
             return self._ready
-        taking = [member for member in self._members.values() if self._refusal(member, query) is None]
+        asked: Iterable[Member] = self._members.values()
+        if query.pin is not None:
+            asked = [self._members[query.pin]] if query.pin in self._members else ()
+        taking = [member for member in asked if self._refusal(member, query) is None]
         if not taking:
             raise self._nobody(query)
         near = [member for member in taking if member.aside_until_s <= now_s] or taking

@@ -121,6 +121,10 @@ class ServingWorker(Protocol):
         """How the worker is now."""
         ...
 
+    def request_ended(self) -> None:
+        """A session has one request less."""
+        ...
+
     def publish(self, event: LoadEvent) -> None:
         """Tells everybody who listens of a request's life. Does not wait."""
         ...
@@ -254,6 +258,7 @@ class FrontSession:
 
     def _forget(self, number: int, task: asyncio.Task[None]) -> None:
         del self._requests[number]
+        self._worker.request_ended()
 
     def _fail(self, number: int, kind: FailureKind, message: str) -> None:
         self._put(encode(Failed(number, kind, message)))

@@ -84,6 +84,7 @@ class WorkerApp:
         self._sessions: dict[int, FrontSession] = {}
         self._num_sessions = 0
         self._is_closed = False
+        self._request_ended = asyncio.Event()
         self._all_ended = asyncio.Event()
         self._all_ended.set()
         self._encoder = msgspec.msgpack.Encoder()
@@ -105,11 +106,13 @@ class WorkerApp:
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Waits until no request is left; False when the time was not enough."""
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while self.num_requests:
-            if asyncio.get_running_loop().time() >= deadline:
-                return False
-            await asyncio.sleep(0.02)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.num_requests:
+                    self._request_ended.clear()
+                    await self._request_ended.wait()
+        except TimeoutError:
+            return False
         return True
 
     async def close(self) -> None:
@@ -122,6 +125,9 @@ class WorkerApp:
     def report(self) -> Report:
         """See `ServingWorker`; so are the next ones."""
         return Report(self._report(), self.is_draining)
+
+    def request_ended(self) -> None:
+        self._request_ended.set()
 
     def publish(self, event: LoadEvent) -> None:
         if self._publish_load is not None:

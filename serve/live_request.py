@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from dynamo.kvcache.hashing import pack_tokens
 from dynamo.serve.engine.request import GenerationRequest, Journey, OutputDelta
 from dynamo.serve.errors import ServeError
+from dynamo.serve.plane.link import WorkerLink
 
 __all__ = ["LiveRequest"]
 
@@ -24,24 +25,29 @@ class LiveRequest:
         request: as the client sent it, but a request that samples always has a seed: only then does the next worker
             draw the same tokens as this one would have.
         output_token_ids: what the client has, or is about to be handed.
-        num_cached_tokens: as the first worker that delivered anything said; None before.
+        num_cached_tokens: as the first worker that delivered anything said.
+        delivered_first: which attempt that was; None before.
         num_attempts: how many workers began it.
         num_failures: how many of them were lost.
-        failed: where it failed: worker and incarnation. Those are not asked again.
-        refused: workers that had no room for it, since it was last placed.
+        failed: workers that were lost under it, each with the way there: they are not asked again until there is another
+            way, that of a new incarnation or connection.
+        refused: workers that had no room for it since it last got on.
         last_error: of the last worker that was lost.
+        lost_at_s: `time.perf_counter()` when it lost its worker, while no other one has delivered; None else.
         is_over: the last delta has its finish reason.
     """
 
     request: GenerationRequest
     journey: Journey
     output_token_ids: list[int] = field(default_factory=list)
-    num_cached_tokens: int | None = None
+    num_cached_tokens: int = 0
+    delivered_first: int | None = None
     num_attempts: int = 0
     num_failures: int = 0
-    failed: set[tuple[str, int]] = field(default_factory=set)
+    failed: dict[str, WorkerLink] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     last_error: ServeError | None = None
+    lost_at_s: float | None = None
     is_over: bool = False
 
     @classmethod
@@ -73,9 +79,13 @@ class LiveRequest:
 
     def take(self, deltas: Sequence[OutputDelta]) -> None:
         """Notes what a worker delivered, and makes the deltas say of the cache what the request's first ones said."""
+        is_first_to_deliver = self.delivered_first in (None, self.num_attempts)
         for delta in deltas:
-            if self.num_cached_tokens is None:
+            # Some workers know it only in the end.
+            if is_first_to_deliver:
                 self.num_cached_tokens = delta.num_cached_tokens
             delta.num_cached_tokens = self.num_cached_tokens
             self.output_token_ids += delta.token_ids
+        if is_first_to_deliver:
+            self.delivered_first = self.num_attempts
         self.is_over = deltas[-1].finish_reason is not None

@@ -22,7 +22,7 @@ import uvloop
 from dynamo.kvcache.config import DiskPlace
 from dynamo.kvcache.event_publisher import EventPublisher
 from dynamo.serve.config import Config
-from dynamo.serve.discovery import FolderDiscovery, Registration
+from dynamo.serve.discovery import Discovery, FolderDiscovery, Registration
 from dynamo.serve.errors import EngineDeadError
 from dynamo.serve.http_server import Drain, drain, serving, set_up_logging, stop_signals
 from dynamo.serve.key_log import check_key_log
@@ -55,13 +55,14 @@ def run_worker(config: Config) -> int:
     set_up_logging(config.server.log_level)
     hold_on(config.server.drain_timeout + _FLUSH_TIMEOUT_S)
     assert config.fleet.discovery is not None, "checked with the command line"
+    discovery = FolderDiscovery(config.fleet.discovery)
     with WorkerClaim.take(config.fleet.discovery, config.fleet.worker_id) as claim:
         config = _own_places(config, claim.worker_id)
         if config.server.key_log is not None:
             check_key_log(config.server.key_log)
         assembly = load_assembly(config)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(assembly, claim, config))
+            return runner.run(_serve(assembly, claim, discovery, config))
 
 
 def _own_places(config: Config, worker_id: str) -> Config:
@@ -79,7 +80,7 @@ def _own_places(config: Config, worker_id: str) -> Config:
     return config
 
 
-async def _serve(assembly: "Assembly", claim: WorkerClaim, config: Config) -> int:
+async def _serve(assembly: "Assembly", claim: WorkerClaim, discovery: Discovery, config: Config) -> int:
     signals = stop_signals()
     engine, cache = assembly.engine, assembly.cache
     epoch = time.time_ns()
@@ -109,23 +110,26 @@ async def _serve(assembly: "Assembly", claim: WorkerClaim, config: Config) -> in
             )
             with _listen(claim.socket_path("http")) as listener:
                 async with serving(app, listener):
-                    return await _serve_until_told(app, registration, signals, config)
+                    return await _serve_until_told(app, discovery, registration, signals, config.server.drain_timeout)
 
 
 async def _serve_until_told(
-    app: WorkerApp, registration: Registration, signals: asyncio.Queue[int], config: Config
+    app: WorkerApp,
+    discovery: Discovery,
+    registration: Registration,
+    signals: asyncio.Queue[int],
+    drain_timeout_s: float,
 ) -> int:
-    assert config.fleet.discovery is not None
-    registered = await FolderDiscovery(config.fleet.discovery).register(registration)
+    registered = await discovery.register(registration)
     try:
-        logger.info("%s is ready, and registered in %s", app.card.worker_id, config.fleet.discovery)
+        logger.info("%s is ready and registered, %s", app.card.worker_id, registration.address)
         has_died = await _until_told(app, signals)
     finally:
         await registered.close()
     try:
         if has_died:
             return 1
-        return 1 if await drain(app, signals, config.server.drain_timeout) is Drain.FORCED else 0
+        return 1 if await drain(app, signals, drain_timeout_s) is Drain.FORCED else 0
     finally:
         await app.close()
 

@@ -28,9 +28,10 @@ class ServerProcess:
     def __init__(
         self, folder: Path, *flags: str, file_size_limit: int | None = None, environment: dict[str, str] | None = None
     ) -> None:
-        """Starts it with small tiers, the disk tier in `folder`, unless `flags` say otherwise.
+        """Starts it with small tiers, the disk tier in `folder`, unless `flags` say otherwise; or a front alone, without tiers.
 
         Args:
+            flags: the first may be "frontend".
             file_size_limit: the largest file it may write, in bytes: a full disk that needs no disk.
         """
 
@@ -39,8 +40,12 @@ class ServerProcess:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
 
         self._log_path = folder / "log"
-        tiers = (*_SMALL_TIERS, "--disk-cache", f"{folder / 'kv'}:64MiB")
-        command = [sys.executable, "-P", "-m", "dynamo.serve", "--port", "0", *tiers, *flags]
+        own = ("--port", "0")
+        if flags[:1] == ("frontend",):
+            flags, own = flags[1:], ("frontend", *own)
+        else:
+            own = (*own, *_SMALL_TIERS, "--disk-cache", f"{folder / 'kv'}:64MiB")
+        command = [sys.executable, "-P", "-m", "dynamo.serve", *own, *flags]
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 command,

@@ -1,13 +1,23 @@
 """What a client and an operator see of a server: completions, metrics, health, its log."""
 
+import asyncio
 import json
+import os
+import signal
+import subprocess
+import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+
+_TIMEOUT_S = 120.0
+_SMALL = ("--threads", "1", "--device-cache", "16MiB", "--host-cache", "8MiB", "--disk-cache", "off")
 
 
 class Client:
@@ -66,3 +76,166 @@ def start(start_server: Callable[..., Any], eventually: Callable[..., None]) -> 
 def folder(tmp_path: Path) -> Path:
     """A folder for the disk tier that outlives a server."""
     return tmp_path / "kv"
+
+
+@dataclass
+class Streamed:
+    """What a client of one stream has seen.
+
+    Attributes:
+        num_chunks: that carried text.
+        usage: of the last chunk, without what the cache did.
+        cached_tokens: what the cache did.
+        error: the error event; None without one.
+        is_done: [DONE] came.
+    """
+
+    text: str = ""
+    num_chunks: int = 0
+    finish_reason: str | None = None
+    usage: dict[str, int] | None = None
+    cached_tokens: int = 0
+    error: dict[str, Any] | None = None
+    is_done: bool = False
+    worker_id: str | None = None
+
+    @property
+    def answer(self) -> tuple[str, str | None, dict[str, int] | None, bool]:
+        """What must be the same whatever became of the workers."""
+        return self.text, self.finish_reason, self.usage, self.is_done
+
+
+class Streams:
+    """Completions that are streamed side by side.
+
+    Attributes:
+        seen: one for each body, in their order, growing while they run.
+    """
+
+    def __init__(self, url: str, bodies: Sequence[dict[str, Any]]) -> None:
+        self._url = url
+        self._bodies = bodies
+        self.seen = [Streamed() for _ in bodies]
+
+    async def run(self, on_chunk: Callable[[int, Streamed], None] = lambda number, seen: None) -> list[Streamed]:
+        """Runs them to their ends.
+
+        Args:
+            on_chunk: called with a stream's number after each of its chunks.
+        """
+        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+            await asyncio.gather(*(self._one(session, number, on_chunk) for number in range(len(self._bodies))))
+        return self.seen
+
+    async def _one(
+        self, session: aiohttp.ClientSession, number: int, on_chunk: Callable[[int, Streamed], None]
+    ) -> None:
+        seen = self.seen[number]
+        fixed = {"model": "demo", "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+        body = {**fixed, "ignore_eos": True, **self._bodies[number]}
+        async with session.post(f"{self._url}/v1/completions", json=body) as response:
+            seen.worker_id = response.headers.get("x-dynamo-worker-id")
+            if response.status != 200:
+                seen.error = (await response.json())["error"]
+                return
+            async for line in response.content:
+                if line.startswith(b"data: "):
+                    _take(seen, line.removeprefix(b"data: ").strip())
+                    on_chunk(number, seen)
+
+
+def _take(seen: Streamed, data: bytes) -> None:
+    if data == b"[DONE]":
+        seen.is_done = True
+        return
+    chunk = json.loads(data)
+    if "error" in chunk:
+        seen.error = chunk["error"]
+        return
+    for choice in chunk["choices"]:
+        seen.text += choice["text"]
+        seen.num_chunks += bool(choice["text"])
+        seen.finish_reason = choice["finish_reason"] or seen.finish_reason
+    if (usage := chunk.get("usage")) is not None:
+        seen.cached_tokens = (usage.pop("prompt_tokens_details", None) or {}).get("cached_tokens", 0)
+        seen.usage = usage
+
+
+class WorkerProcess:
+    """`python -m dynamo.serve worker` in a discovery folder."""
+
+    def __init__(self, log: Path, discovery: Path, worker_id: str, *flags: str) -> None:
+        self.worker_id = worker_id
+        self._log = log
+        self._file = discovery / f"{worker_id}.json"
+        own = ("--discovery", str(discovery), "--worker-id", worker_id, *_SMALL)
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "dynamo.serve", "worker", *own, *flags], stdout=output, stderr=output
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def is_registered(self) -> bool:
+        """Whether fronts can find it; fails when it has ended instead."""
+        assert self.process.poll() is None, self.log
+        return self._file.exists()
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait(_TIMEOUT_S)
+
+    def stop(self) -> int:
+        """SIGTERM; its exit code. Idempotent."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(_TIMEOUT_S)
+        finally:
+            self.kill()
+
+
+@pytest.fixture
+def discovery(tmp_path: Path) -> Path:
+    """A folder where workers register."""
+    return tmp_path / "d"
+
+
+@pytest.fixture
+def start_worker(
+    tmp_path: Path, discovery: Path, eventually: Callable[..., None]
+) -> Iterator[Callable[..., WorkerProcess]]:
+    """Starts workers: `start_worker("a", "--engine", "mocker")` returns when fronts can find it."""
+    workers: list[WorkerProcess] = []
+
+    def start(worker_id: str, *flags: str) -> WorkerProcess:
+        worker = WorkerProcess(tmp_path / f"{worker_id}-{len(workers)}.log", discovery, worker_id, *flags)
+        workers.append(worker)
+        eventually(worker.is_registered)
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.stop()
+
+
+@pytest.fixture
+def registration(discovery: Path) -> Callable[[str], tuple[int, str]]:
+    """The process of a worker and its address, by its name, as it is registered now."""
+
+    def find(worker_id: str) -> tuple[int, str]:
+        entry = json.loads((discovery / f"{worker_id}.json").read_text())["registration"]
+        os.kill(entry["pid"], 0)
+        return entry["pid"], entry["address"]
+
+    return find
+
+
+@pytest.fixture
+def streams() -> type[Streams]:
+    """The class of streams side by side."""
+    return Streams

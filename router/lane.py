@@ -48,8 +48,21 @@ class Lane:
         is_closed: each held block's predecessor is held as well.
     """
 
-    __slots__ = ("_changes", "_forks", "_loose", "_proof_interval", "_spare", "_table", "_tips")
-    __slots__ += ("bit", "count", "is_closed", "recorded", "slot", "tier")
+    __slots__ = (
+        "_changes",
+        "_forks",
+        "_loose",
+        "_proof_interval",
+        "_spare",
+        "_table",
+        "_tips",
+        "bit",
+        "count",
+        "is_closed",
+        "recorded",
+        "slot",
+        "tier",
+    )
 
     def __init__(self, table: HolderTable, bit: int, slot: int, tier: int, proof_interval: int) -> None:
         """A lane that holds nothing, and is closed.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from dynamo.router.cost import Member
+from dynamo.router.roster import Member
 
 __all__ = ["Booking"]
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from dynamo.router.affinity import SessionTable
 from dynamo.router.config import RouterConfig
-from dynamo.router.cost import CostModel, Member
+from dynamo.router.cost import CostModel
 from dynamo.router.decision import RouteQuery
 from dynamo.router.reach import Reach
+from dynamo.router.roster import Member
 
 __all__ = ["Choice"]
 

@@ -19,38 +19,11 @@ from collections.abc import Mapping, Sequence
 
 from dynamo.router.config import RouterConfig
 from dynamo.router.decision import NO_REACH, CandidateCost
-from dynamo.router.reach import Reach
 from dynamo.router.load import WorkerLoad
+from dynamo.router.reach import Reach
+from dynamo.router.roster import Member
 
-__all__ = ["CostModel", "Member"]
-
-
-class Member:
-    """A worker as the choice sees it. Owned by Router.
-
-    Attributes:
-        slot: in the index.
-        load: its books.
-        base_s: what a request without a prompt would cost there, as of the last refresh, without what was computed since.
-        is_busy: above the busy thresholds, as of the last refresh.
-        is_draining: takes no new requests.
-        aside_until_s: takes none before, while there are others.
-        turn: number of its last turn in round-robin.
-        num_chosen: requests sent there.
-    """
-
-    __slots__ = ("aside_until_s", "base_s", "is_busy", "is_draining", "load", "num_chosen", "slot", "turn", "worker_id")
-
-    def __init__(self, slot: int, load: WorkerLoad, turn: int) -> None:
-        self.worker_id = load.card.worker_id
-        self.slot = slot
-        self.load = load
-        self.base_s = 0.0
-        self.is_busy = False
-        self.is_draining = False
-        self.aside_until_s = 0.0
-        self.turn = turn
-        self.num_chosen = 0
+__all__ = ["CostModel"]
 
 
 class CostModel:

@@ -98,7 +98,7 @@ class Decision:
         reason: what settled it: "cost", "tie" (of equal costs, at random), "sampled" (by temperature), "session", "pin",
             "turn", "random" or "only" (no other may take it).
         chosen: its expected cost.
-        best_cached_tokens: the most that any worker that may take it has of the prompt.
+        best_cached_tokens: the most that any worker has of the prompt, whether or not it may take it.
         num_tokens: of the prompt.
         num_candidates: workers that may take it.
         candidates: all workers, cheapest first, and those that may not take it; empty unless it was asked to explain.

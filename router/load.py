@@ -151,6 +151,10 @@ class WorkerLoad:
         """Prompt tokens to be computed for booked requests."""
         return self._booked_tokens
 
+    def report_age_s(self, now_s: float) -> float | None:
+        """Since the last report; None before the first."""
+        return None if self.last_report is None else now_s - self._reported_s
+
     def assume(self, priors: PriorSpeeds) -> None:
         """Sets speeds: those the worker measured, and what is assumed of the others."""
         report = self.last_report

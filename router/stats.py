@@ -144,3 +144,28 @@ class RouterMeter:
         self.reported_tokens += num_tokens
         self.reported_predicted_tokens += predicted_tokens
         self.actual_cached_tokens += actual_tokens
+
+    def stats(
+        self, *, num_bookings: int, num_sessions: int, index: IndexStats, workers: tuple[WorkerStats, ...]
+    ) -> RouterStats:
+        """The counts, with what only the router itself knows."""
+        return RouterStats(
+            decisions=dict(self.decisions),
+            failures=dict(self.failures),
+            hash_s=self.hash_s.distribution(),
+            lookup_s=self.lookup_s.distribution(),
+            choice_s=self.choice_s.distribution(),
+            total_s=self.total_s.distribution(),
+            prompt_tokens=self.prompt_tokens,
+            predicted_cached_tokens=self.predicted_cached_tokens,
+            best_cached_tokens=self.best_cached_tokens,
+            reported_tokens=self.reported_tokens,
+            actual_cached_tokens=self.actual_cached_tokens,
+            reported_predicted_tokens=self.reported_predicted_tokens,
+            num_set_aside=self.num_set_aside,
+            num_expired=self.num_expired,
+            num_bookings=num_bookings,
+            num_sessions=num_sessions,
+            index=index,
+            workers=workers,
+        )

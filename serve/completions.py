@@ -3,10 +3,18 @@
 from collections.abc import Sequence
 
 import msgspec
+from msgspec import UNSET
 
 from dynamo.serve.errors import RequestError
 from dynamo.serve.logprobs import LegacyLogprobs
-from dynamo.serve.openai import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
+from dynamo.serve.openai import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    RouteTiming,
+    Usage,
+)
 from dynamo.serve.parameters import completion_sampling
 from dynamo.serve.prompt import MAX_SEQUENCES, completion_prompts
 from dynamo.serve.reply import ChoiceOutput, ReplyPlan
@@ -52,7 +60,9 @@ async def plan_completion(request: CompletionRequest, served: ServedModel) -> Re
             num_logprobs=sampling.num_logprobs,
         )
 
-    def render_body(response_id: str, created: int, outputs: Sequence[ChoiceOutput], usage: Usage) -> bytes:
+    def render_body(
+        response_id: str, created: int, outputs: Sequence[ChoiceOutput], usage: Usage, timing: RouteTiming | None
+    ) -> bytes:
         choices = [
             CompletionChoice(
                 index=index,
@@ -63,7 +73,10 @@ async def plan_completion(request: CompletionRequest, served: ServedModel) -> Re
             )
             for index, (echo, output) in enumerate(zip(echoes, outputs, strict=True))
         ]
-        return msgspec.json.encode(Completion(response_id, "text_completion", created, served.name, choices, usage))
+        answer = Completion(
+            response_id, "text_completion", created, served.name, choices, usage, UNSET if timing is None else timing
+        )
+        return msgspec.json.encode(answer)
 
     return ReplyPlan(
         prompts=prompts,

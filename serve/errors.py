@@ -7,6 +7,7 @@ ServeError
 ├── EngineOverloadedError  the waiting queue is full: 429 at the door
 ├── EngineDeadError        the engine's thread ended: 503 at the door
 ├── WorkerLostError        a worker cannot be reached any more: the front goes on elsewhere, else 503 at the door
+│   └── WorkerDrainingError    it is about to leave and takes nothing new; nothing is wrong with it
 ├── NoWorkerError          there is no worker that could take the request: 503 at the door
 └── RequestFailedError     one request failed inside the engine: 500 at the door, others go on
 """
@@ -20,6 +21,7 @@ __all__ = [
     "RequestError",
     "RequestFailedError",
     "ServeError",
+    "WorkerDrainingError",
     "WorkerLostError",
 ]
 
@@ -82,6 +84,10 @@ class WorkerLostError(ServeError):
     def __init__(self, worker_id: str, reason: str) -> None:
         super().__init__(f"worker {worker_id} is lost: {reason}")
         self.worker_id = worker_id
+
+
+class WorkerDrainingError(WorkerLostError):
+    """A worker that is about to leave takes the request no more. It keeps its good name."""
 
 
 class NoWorkerError(ServeError):

@@ -28,9 +28,18 @@ from dynamo.serve.exchange import Exchange, read_json_body, send_body
 from dynamo.serve.health import Health, Readiness
 from dynamo.serve.interruption import ClientDisconnectedError, Interruption, run_interruptible
 from dynamo.serve.metrics import EngineCollector, ServerMetrics
-from dynamo.serve.openai import ChatCompletionRequest, CompletionRequest, ModelCard, ModelList, SamplingFields
+from dynamo.serve.openai import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DynamoFields,
+    ModelCard,
+    ModelList,
+    SamplingFields,
+)
 from dynamo.serve.openapi import openapi_document
 from dynamo.serve.reply import Reply, ReplyPlan
+from dynamo.serve.routed import Routed
+from dynamo.serve.routing_hints import no_such_worker, read_fields
 from dynamo.serve.served_model import ServedModel
 from dynamo.serve.validation import RequestDecoder
 
@@ -65,6 +74,7 @@ class Frontend:
         api_key: asked of every request to /v1 and /admin; None lets everybody in to /v1, and this machine to /admin.
         collectors: more metrics for /metrics, such as the cache's.
         admin: what is behind /admin; None: there is no such thing.
+        routed: the same engine, if it has workers behind it.
         max_body_bytes: longer bodies are refused with 413.
 
     Attributes:
@@ -80,12 +90,14 @@ class Frontend:
         api_key: str | None = None,
         collectors: Sequence[Collector] = (),
         admin: CacheAdmin | None = None,
+        routed: Routed | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         self._engine = engine
         self._served = served
         self._api_key = None if api_key is None else api_key.encode()
         self._admin = admin
+        self._routed = routed
         self._max_body_bytes = max_body_bytes
         self.health = Health(engine)
         self._metrics = ServerMetrics()
@@ -200,12 +212,20 @@ class Frontend:
         try:
             request: SamplingFields = decoder.decode(body)
             self._check_model(request.model)
+            fields = self._routing_fields(request, exchange)
             plan = await plan_request(request, self._served)
-            await Reply(plan, self._engine, self._metrics, exchange).respond(receive, send, self._interruption)
+            reply = Reply(plan, fields, self._engine, self._metrics, exchange)
+            await reply.respond(receive, send, self._interruption)
         finally:
             self._num_generating -= 1
             if self._num_generating == 0:
                 self._idle.set()
+
+    def _routing_fields(self, request: SamplingFields, exchange: Exchange) -> DynamoFields:
+        fields = read_fields(request.dynamo, exchange.headers)
+        if fields.worker is not None and self._routed is None:
+            raise no_such_worker(fields.worker, "this server has no workers beside itself")
+        return fields
 
     def _administer(self, admin: CacheAdmin, operation: Operation) -> Handler:
         max_bytes = min(self._max_body_bytes, MAX_ADMIN_BODY_BYTES)

@@ -14,7 +14,7 @@ from dynamo.serve.envelope import envelope
 from dynamo.serve.errors import RequestError
 from dynamo.serve.logprobs import LegacyLogprobs, chat_logprobs
 from dynamo.serve.merging import Batch
-from dynamo.serve.openai import Usage
+from dynamo.serve.openai import RouteTiming, Usage
 from dynamo.serve.prompt import TextCodec
 
 __all__ = ["DONE", "SSE_HEADERS", "ChatStream", "ChunkStream", "CompletionStream", "error_event"]
@@ -36,7 +36,9 @@ class ChunkStream(Protocol):
         """The events of `batch`; empty while all of its text is held back."""
         ...
 
-    def usage_chunk(self, usage: Usage) -> bytes: ...
+    def last_chunk(self, usage: Usage | None, timing: RouteTiming | None) -> bytes:
+        """The chunk without choices that closes a stream whose client asked for usage, timing, or both."""
+        ...
 
 
 def error_event(error: RequestError) -> bytes:
@@ -57,8 +59,13 @@ class _Templates:
         reasons = _encode(delta.finish_reason), b',"stop_reason":', _encode(delta.stop_reason)
         return prefix, nothing, b',"logprobs":null,"finish_reason":', *reasons, self.tail
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        return self.head + b'],"usage":' + _encode(usage) + b"}\n\n"
+    def last_chunk(self, usage: Usage | None, timing: RouteTiming | None) -> bytes:
+        parts = [self.head, b"]"]
+        if usage is not None:
+            parts += (b',"usage":', _encode(usage))
+        if timing is not None:
+            parts += (b',"dynamo":', _encode(timing))
+        return b"".join((*parts, b"}\n\n"))
 
 
 class ChatStream:
@@ -102,9 +109,9 @@ class ChatStream:
                 parts += self._templates.finish(prefix, b"}", delta)
         return b"".join(parts)
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """The chunk without choices that closes a stream when usage was asked for."""
-        return self._templates.usage_chunk(usage)
+    def last_chunk(self, usage: Usage | None, timing: RouteTiming | None) -> bytes:
+        """See `ChunkStream.last_chunk`."""
+        return self._templates.last_chunk(usage, timing)
 
 
 class CompletionStream:
@@ -150,9 +157,9 @@ class CompletionStream:
                 parts += self._templates.finish(prefix, b'""', delta)
         return b"".join(parts)
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """The chunk without choices that closes a stream when usage was asked for."""
-        return self._templates.usage_chunk(usage)
+    def last_chunk(self, usage: Usage | None, timing: RouteTiming | None) -> bytes:
+        """See `ChunkStream.last_chunk`."""
+        return self._templates.last_chunk(usage, timing)
 
     def _encoded_logprobs(self, index: int, delta: OutputDelta) -> bytes:
         assert delta.logprobs is not None and self._num_logprobs is not None

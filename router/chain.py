@@ -1,0 +1,77 @@
+"""The keys of one prompt, made only as far as somebody asks."""
+
+import struct
+from functools import lru_cache
+
+import xxhash
+
+__all__ = ["PrefixChain"]
+
+_CUTS = (
+    256,
+    64,
+    16,
+)  # blocks cut out of the buffer by one call; few sizes, since each has a compiled format of its own
+
+
+class PrefixChain:
+    """Router keys (`lo` of each block key) of one token sequence. Not thread-safe: it belongs to its request.
+
+    Only full blocks have keys. A key costs one XXH3 over its block, seeded with the key before it, and is made once; the
+    other half of a block key is never made here, since a router that mistakes one block for another only chooses less well.
+
+    Attributes:
+        num_blocks: full blocks of the sequence.
+    """
+
+    __slots__ = ("_block_bytes", "_keys", "_last", "_packed", "num_blocks")
+
+    def __init__(self, root_lo: int, tokens: memoryview | bytes, block_size: int) -> None:
+        """Hashes nothing yet.
+
+        Args:
+            root_lo: `ChainRoot.lo` of model, block size, salt and adapter.
+            tokens: little-endian u32 token ids, as `pack_tokens` makes them. Not copied, and not to be changed while the
+                chain is in use.
+            block_size: tokens of a block.
+
+        Raises:
+            ValueError: the block size is none.
+        """
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, not {block_size}")
+        packed = memoryview(tokens)
+        self._packed = packed if packed.format == "B" and packed.ndim == 1 else packed.cast("B")
+        self._block_bytes = 4 * block_size
+        self.num_blocks = len(self._packed) // self._block_bytes
+        self._last = root_lo
+        self._keys: list[int] = []
+
+    @property
+    def num_hashed(self) -> int:
+        """Keys that were made so far."""
+        return len(self._keys)
+
+    def keys(self, num_blocks: int) -> list[int]:
+        """Keys of the first `num_blocks` blocks, or of all where there are fewer. The list is the caller's."""
+        return self.hashed(num_blocks)[:num_blocks]
+
+    def hashed(self, num_blocks: int) -> list[int]:
+        """The chain's own list of keys, which has at least as many as `keys` would give. Read it only."""
+        keys = self._keys
+        end = min(num_blocks, self.num_blocks)
+        digest = xxhash.xxh3_64_intdigest
+        last = self._last
+        while len(keys) < end:
+            left = end - len(keys)
+            count = next((cut for cut in _CUTS if cut <= left), left)
+            blocks = _splitter(self._block_bytes, count).unpack_from(self._packed, len(keys) * self._block_bytes)
+            keys += [last := digest(block, last) for block in blocks]
+        self._last = last
+        return keys
+
+
+@lru_cache(maxsize=256)
+def _splitter(block_bytes: int, count: int) -> struct.Struct:
+    """Cuts a buffer into `count` blocks in one call, a third cheaper than one tuple for each block."""
+    return struct.Struct(f"{block_bytes}s" * count)

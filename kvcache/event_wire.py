@@ -83,7 +83,6 @@ class EventWireError(ValueError):
 
 def _none() -> None:
     """A default that is written all the same: vLLM's decoder demands these fields, older encoders leave them out."""
-    return None
 
 
 class BlockStored(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag=True):
@@ -381,21 +380,10 @@ def _decode_event(raw: Raw) -> WireEvent:
     if tag not in _KNOWN_TAGS:
         return UnknownEvent(tag)
     if not is_array:
-        return _maps.decode(raw)
+        return cast("_KnownEvent", _maps.decode(raw))
     event = _arrays.decode(raw)
-    match event:
-        case _StoredArray():
-            return BlockStored(
-                event.block_hashes,
-                event.parent_block_hash,
-                event.token_ids,
-                event.block_size,
-                event.lora_id,
-                event.medium,
-                event.lora_name,
-                event.extra_keys,
-            )
-        case _RemovedArray():
-            return BlockRemoved(event.block_hashes, event.medium)
-        case _ClearedArray():
-            return AllBlocksCleared()
+    if isinstance(event, _StoredArray):
+        return BlockStored(*(getattr(event, name) for name in _StoredArray.__struct_fields__))
+    if isinstance(event, _RemovedArray):
+        return BlockRemoved(event.block_hashes, event.medium)
+    return AllBlocksCleared()

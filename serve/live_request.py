@@ -70,6 +70,7 @@ class LiveRequest:
     def next_attempt(self) -> GenerationRequest:
         """What the next worker is asked to do. Its id is a new one: the last worker may still hold on to the old."""
         self.num_attempts += 1
+        self.journey.num_attempts = self.num_attempts
         return replace(
             self.request,
             request_id=f"{self.request.request_id}#{self.num_attempts}",

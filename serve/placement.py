@@ -167,10 +167,9 @@ def _priority(live: LiveRequest) -> int:
 
 def _note(live: LiveRequest, decision: Decision, elapsed_s: float) -> None:
     journey, thought_s = live.journey, decision.overhead.total_s
-    if journey.num_attempts == 0:
+    if not live.has_delivered:
         journey.overlap_blocks = decision.reach.remote
         journey.predicted_cached_tokens = decision.cached_tokens
-    journey.num_attempts += 1
     journey.worker_id = decision.worker_id
     journey.route_s += thought_s
     journey.queue_s += max(0.0, elapsed_s - thought_s)

@@ -103,7 +103,7 @@ class Journey:
     Attributes:
         worker_id: who serves it, or did last; None where there are no workers, and before one is chosen.
         num_attempts: how many workers began it.
-        overlap_blocks: prompt blocks that the first of them held in any tier, as far as the router knew.
+        overlap_blocks: prompt blocks that the first to deliver held in any tier, as far as the router knew.
         predicted_cached_tokens: the tokens of those blocks.
         queue_s: how long it waited for a worker, all attempts together.
         route_s: how long the router itself thought, all attempts together.

@@ -383,6 +383,11 @@ class KVCache:
         """Events numbered above `after`, oldest first; see `EventLog` for how a reader notices that it missed some."""
         return self._events.read(after)
 
+    @property
+    def event_log(self) -> EventLog:
+        """Where the events come from, for an `EventPublisher` to follow."""
+        return self._events
+
     def snapshot(self) -> Snapshot:
         """What each tier holds now: where a reader of `events` starts."""
         number = self._events.last_number  # first, so that no later event is missed

@@ -1,6 +1,7 @@
 """The keys of one prompt, made only as far as somebody asks."""
 
 import struct
+import time
 from functools import lru_cache
 
 import xxhash
@@ -22,9 +23,10 @@ class PrefixChain:
 
     Attributes:
         num_blocks: full blocks of the sequence.
+        hash_s: elapsed time that making keys took so far.
     """
 
-    __slots__ = ("_block_bytes", "_keys", "_last", "_packed", "num_blocks")
+    __slots__ = ("_block_bytes", "_keys", "_last", "_packed", "hash_s", "num_blocks")
 
     def __init__(self, root_lo: int, tokens: memoryview | bytes, block_size: int) -> None:
         """Hashes nothing yet.
@@ -46,6 +48,7 @@ class PrefixChain:
         self.num_blocks = len(self._packed) // self._block_bytes
         self._last = root_lo
         self._keys: list[int] = []
+        self.hash_s = 0.0
 
     @property
     def num_hashed(self) -> int:
@@ -60,6 +63,9 @@ class PrefixChain:
         """The chain's own list of keys, which has at least as many as `keys` would give. Read it only."""
         keys = self._keys
         end = min(num_blocks, self.num_blocks)
+        if len(keys) >= end:
+            return keys
+        begun_s = time.perf_counter()
         digest = xxhash.xxh3_64_intdigest
         last = self._last
         while len(keys) < end:
@@ -68,6 +74,7 @@ class PrefixChain:
             blocks = _splitter(self._block_bytes, count).unpack_from(self._packed, len(keys) * self._block_bytes)
             keys += [last := digest(block, last) for block in blocks]
         self._last = last
+        self.hash_s += time.perf_counter() - begun_s
         return keys
 
 

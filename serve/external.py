@@ -175,6 +175,8 @@ class ExternalWorker:
                         yield deltas
                     if answer.is_over:
                         return
+                    if answer.failure is not None:
+                        raise answer.failure
             finally:
                 response.close()  # not released: the server is to notice at once that nobody listens
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:

@@ -2,13 +2,9 @@
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,6 @@ import aiohttp
 import pytest
 
 _TIMEOUT_S = 120.0
-_SMALL = ("--threads", "1", "--device-cache", "16MiB", "--host-cache", "8MiB", "--disk-cache", "off")
 
 
 class Client:
@@ -160,79 +155,6 @@ def _take(seen: Streamed, data: bytes) -> None:
     if (usage := chunk.get("usage")) is not None:
         seen.cached_tokens = (usage.pop("prompt_tokens_details", None) or {}).get("cached_tokens", 0)
         seen.usage = usage
-
-
-class WorkerProcess:
-    """`python -m dynamo.serve worker` in a discovery folder."""
-
-    def __init__(self, log: Path, discovery: Path, worker_id: str, *flags: str) -> None:
-        self.worker_id = worker_id
-        self._log = log
-        self._file = discovery / f"{worker_id}.json"
-        own = ("--discovery", str(discovery), "--worker-id", worker_id, *_SMALL)
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "dynamo.serve", "worker", *own, *flags], stdout=output, stderr=output
-            )
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def is_registered(self) -> bool:
-        """Whether fronts can find it; fails when it has ended instead."""
-        assert self.process.poll() is None, self.log
-        return self._file.exists()
-
-    def kill(self) -> None:
-        """kill -9."""
-        self.process.kill()
-        self.process.wait(_TIMEOUT_S)
-
-    def stop(self) -> int:
-        """SIGTERM; its exit code. Idempotent."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(_TIMEOUT_S)
-        finally:
-            self.kill()
-
-
-@pytest.fixture
-def discovery(tmp_path: Path) -> Path:
-    """A folder where workers register."""
-    return tmp_path / "d"
-
-
-@pytest.fixture
-def start_worker(
-    tmp_path: Path, discovery: Path, eventually: Callable[..., None]
-) -> Iterator[Callable[..., WorkerProcess]]:
-    """Starts workers: `start_worker("a", "--engine", "mocker")` returns when fronts can find it."""
-    workers: list[WorkerProcess] = []
-
-    def start(worker_id: str, *flags: str) -> WorkerProcess:
-        worker = WorkerProcess(tmp_path / f"{worker_id}-{len(workers)}.log", discovery, worker_id, *flags)
-        workers.append(worker)
-        eventually(worker.is_registered)
-        return worker
-
-    yield start
-    for worker in workers:
-        worker.stop()
-
-
-@pytest.fixture
-def registration(discovery: Path) -> Callable[[str], tuple[int, str]]:
-    """The process of a worker and its address, by its name, as it is registered now."""
-
-    def find(worker_id: str) -> tuple[int, str]:
-        entry = json.loads((discovery / f"{worker_id}.json").read_text())["registration"]
-        os.kill(entry["pid"], 0)
-        return entry["pid"], entry["address"]
-
-    return find
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def runs_of(
             loose.append(key)
             continue
         parent = parents[key]
-        if parent is None or parent not in members:
+        if parent is None or parent not in members or parent not in parents:
             starts.append((key, parent))
         else:
             followers.setdefault(parent, []).append(key)

@@ -24,6 +24,7 @@ class WorkerLink(Protocol):
         Raises:
             WorkerLostError: the worker cannot be reached, it is going away, or the stream broke. What was yielded before
                 stays valid; the request can be carried on at another worker.
+            WorkerDrainingError: as that, and nothing is wrong with the worker: it takes nothing new, as it is about to leave.
             EngineOverloadedError: the worker's waiting queue is full.
             EngineDeadError: the worker answers, but its engine has ended.
             RequestFailedError: this request alone failed, and would elsewhere.

@@ -26,6 +26,7 @@ from dynamo.serve.errors import (
     EngineOverloadedError,
     RequestFailedError,
     ServeError,
+    WorkerDrainingError,
     WorkerLostError,
 )
 from dynamo.serve.plane.frames import FrameError, FrameParser, frame
@@ -298,7 +299,7 @@ class WorkerSession:
             case "dead":
                 return EngineDeadError(message)
             case "draining":
-                return WorkerLostError(self._worker_id, message)
+                return WorkerDrainingError(self._worker_id, message)
         return RequestFailedError(message)
 
     def _tick(self, due_s: float) -> None:

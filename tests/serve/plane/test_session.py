@@ -11,7 +11,13 @@ import pytest
 from dynamo.router.workers import LoadEvent, LoadReport
 from dynamo.serve.engine.delivery import OutputStream
 from dynamo.serve.engine.request import GenerationRequest, OutputDelta, SamplingParams
-from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestFailedError, WorkerLostError
+from dynamo.serve.errors import (
+    EngineDeadError,
+    EngineOverloadedError,
+    RequestFailedError,
+    WorkerDrainingError,
+    WorkerLostError,
+)
 from dynamo.serve.plane.frames import FrameParser, frame
 from dynamo.serve.plane.front_session import SessionTimes
 from dynamo.serve.plane.messages import PROTOCOL_VERSION, Hello, Step, Submit, Welcome, decode_down, encode
@@ -221,7 +227,7 @@ def test_a_draining_worker_ends_what_runs_and_sends_the_rest_elsewhere(plane: An
             await plane.until(lambda: bool(engine.live and reports))
             assert reports[-1] == (plane.report, False)
             app.begin_drain()
-            with pytest.raises(WorkerLostError, match="about to leave"):
+            with pytest.raises(WorkerDrainingError, match="about to leave"):
                 await plane.collect(session, plane.request("late"))
             await plane.until(lambda: reports[-1] == (plane.report, True))
             assert not await app.wait_idle(0.01)

@@ -4,7 +4,7 @@ import sys
 
 from dynamo.serve.command_line import parse_command_line
 from dynamo.serve.config import Config, render_toml
-from dynamo.serve.errors import ConfigError, ModelLoadError
+from dynamo.serve.errors import ConfigError, ModelLoadError, WorkerStartError
 from dynamo.serve.roles import Role
 
 _EXIT_USAGE = 2
@@ -22,6 +22,9 @@ def main() -> int:
     except (ConfigError, ModelLoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return _EXIT_USAGE
+    except WorkerStartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
 

@@ -101,4 +101,12 @@ class RequestFailedError(ServeError):
 
 
 class WorkerStartError(ServeError):
-    """A worker process cannot be started, or ends as often as it is. The message is the worker's own last sentence."""
+    """A worker process cannot be started, or ends as often as it is. The message ends with the worker's own last sentence.
+
+    Attributes:
+        exit_code: for the server: the worker's own where a setting is wrong, else 1.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -162,14 +162,16 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[HttpSe
             timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
         )
     )
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(server.serve(sockets=[listener]))
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    task.add_done_callback(lambda done: server.listening.set())  # nobody waits for one that failed
+    try:
         await server.listening.wait()
-        try:
-            yield server
-        finally:
-            server.should_exit = True
-            await task
+        if task.done():
+            raise RuntimeError("the HTTP server ended before it listened")
+        yield server
+    finally:
+        server.should_exit = True
+        await task
 
 
 class Drainable(Protocol):

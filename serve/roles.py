@@ -29,6 +29,7 @@ _FRONT: Final = _all_of("router") | {
     "model.path",
     "model.served_model_name",
     "model.max_model_len",
+    "cache.block_size",  # of external servers, which do not say
     "engine.engine",
     "server.host",
     "server.port",

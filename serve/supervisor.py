@@ -220,7 +220,7 @@ class Supervisor(Collector):
         worker_id = kept.command.worker_id
         last = kept.last_lines[-1] if kept.last_lines else "it said nothing"
         if is_usage:  # it says itself what is wrong, and another try would say the same
-            self._fail(WorkerStartError(f"{worker_id}: {last.removeprefix('error: ')}"))
+            self._fail(WorkerStartError(f"{worker_id}: {last.removeprefix('error: ')}", code))
             return None
         sentence = f"{worker_id} ended {kept.num_deaths} times in a row, last with {_describe(code)}: {last}"
         logger.error("%s; giving it up", sentence)

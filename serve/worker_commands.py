@@ -10,7 +10,7 @@ from pathlib import Path
 from dynamo.serve.config import API_KEY_VARIABLE, Config, LoadedConfig, render_toml
 from dynamo.serve.supervisor import WorkerCommand
 
-__all__ = ["count_gpus", "worker_commands"]
+__all__ = ["count_gpus", "worker_commands", "worker_name"]
 
 _GPU = re.compile(r"nvidia\d+")
 
@@ -49,9 +49,14 @@ def worker_commands(
     commands = []
     for number in range(count):
         device = ("--device", f"cuda:{number % num_gpus}") if num_gpus else ()
-        worker_id = f"worker-{number}"
+        worker_id = worker_name(number)
         commands.append(WorkerCommand(worker_id, (*program, "--worker-id", worker_id, *device), environment))
     return commands
+
+
+def worker_name(number: int) -> str:
+    """How the workers of a server are named."""
+    return f"worker-{number}"
 
 
 def count_gpus(environ: Mapping[str, str] = os.environ) -> int:

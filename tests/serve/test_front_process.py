@@ -10,12 +10,12 @@ import pytest
 
 from dynamo.serve.command_line import parse_command_line
 from dynamo.serve.engine.loader import load_model
-from dynamo.serve.front_process import read_served_model
+from dynamo.serve.front_process import read_model
 from dynamo.serve.model_place import find_model
 
 
 def front_of(*arguments: str) -> Any:
-    return read_served_model(parse_command_line(["frontend", "--discovery", "/x", *arguments]).loaded.config)
+    return read_model(parse_command_line(["frontend", "--discovery", "/x", *arguments]).loaded.config)[1]
 
 
 def test_a_front_loads_no_torch_and_is_small_and_quick(start_server: Any, tmp_path: Path, record_property: Any) -> None:
@@ -49,14 +49,13 @@ def test_a_front_without_workers_lives_but_is_not_ready(start_server: Any, tmp_p
 def test_a_front_knows_of_its_model_what_an_engine_does() -> None:
     import torch
 
-    served = front_of()
+    text = front_of()
     loaded = load_model(find_model("demo")[0], device=torch.device("cpu"))
-    assert served.name == "demo"
-    assert served.max_model_len == loaded.max_model_len
-    assert served.defaults == loaded.sampling_defaults
-    assert served.codec.vocab_size == loaded.tokenizer.vocab_size
+    assert text.max_model_len == loaded.max_model_len
+    assert text.sampling_defaults == loaded.sampling_defaults
+    assert text.tokenizer.vocab_size == loaded.tokenizer.vocab_size
     messages = [{"role": "user", "content": "hello"}]
-    assert served.codec.apply_chat_template(messages, max_tokens=99) == loaded.tokenizer.apply_chat_template(messages)
+    assert text.tokenizer.apply_chat_template(messages, max_tokens=99) == loaded.tokenizer.apply_chat_template(messages)
 
 
 @pytest.mark.parametrize(("flag", "length"), [([], 131_072), (["--max-model-len", "99"], 99)])

@@ -325,9 +325,11 @@ def decode_snapshot(payload: bytes | memoryview) -> SnapshotMessage:
 
 
 def tier_of(event: BlockStored | BlockRemoved) -> str:
-    """Our word for where the blocks lie: `tier` if the event says, else from vLLM's medium. Unknown media are "remote"."""
+    """Our word for where the blocks lie: `tier` if the event says, else from what vLLM says. Unknown media are "remote"."""
     if event.tier is not None:
         return event.tier
+    if event.locality == "REMOTE":
+        return "remote"
     return "device" if event.medium is None else _TIER_BY_MEDIUM.get(event.medium, "remote")
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from dynamo.router.boundaries import boundaries
+from dynamo.router.boundaries import FIRST_BLOCKS, boundaries
 from dynamo.router.chain import PrefixChain
 from dynamo.router.holders import HolderTable
 from dynamo.router.index_stats import IndexStats
@@ -187,19 +187,22 @@ class PrefixIndex:
         """slot → how much of the sequence the worker holds. Workers without its first block are absent."""
         if not chain.num_blocks:
             return {}
-        first_key = chain.hashed(min(64, chain.num_blocks))[0]
-        get = self._table.masks.get
-        first = get(first_key, 0) & self._live
+        masks = self._table.masks
+        first = masks[chain.hashed(FIRST_BLOCKS)[0]] & self._live
         expected: list[tuple[int, int]] = []
         if len(self._predictions):
             workers = self._predictions.workers
-            expected = boundaries(chain, lambda key, _: workers(key, now_s), -1)
+            expected = boundaries(chain, lambda key: workers(key, now_s))
         if not first and not expected:
             return {}
         if self._open_slots and self._open_slots & (self._meaning(first)[-1] | sum(mask for _, mask in expected)):
-            rows = walk(chain, get, self._meaning, expected)
+            rows = walk(chain, masks, self._meaning, expected)
             return {slot: Reach(*row) for slot, row in rows.items()}
-        ends = boundaries(chain, get, self._closed)
+        if self._ended or self._closed != self._live:
+            closed = self._closed
+            ends = boundaries(chain, lambda key: masks[key] & closed)
+        else:
+            ends = boundaries(chain, masks.__getitem__)
         if self._num_lower or expected:
             return self._over_tiers(ends, expected)
         found: dict[int, Reach] = {}

@@ -212,6 +212,6 @@ class IndexMachine(RuleBasedStateMachine):
 
 TestIndex = IndexMachine.TestCase
 TestIndex.settings = settings(
-    deadline=None, max_examples=60, stateful_step_count=40, suppress_health_check=list(HealthCheck)
+    deadline=None, max_examples=100, stateful_step_count=50, suppress_health_check=list(HealthCheck)
 )
 TestIndex.pytestmark = [pytest.mark.timeout(600)]

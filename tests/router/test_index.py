@@ -199,16 +199,13 @@ def test_a_cleared_tier_is_empty_at_once_and_filled_anew():
     assert index.stats().num_blocks == 0
 
 
-@pytest.mark.parametrize("has_parents", [True, False])
-def test_a_snapshot_takes_the_place_of_all_that_was_known(has_parents):
-    parents = dict(zip(KEYS, [None, *KEYS], strict=False)) if has_parents else None
+def test_a_snapshot_takes_the_place_of_all_that_was_known():
     index = PrefixIndex()
     slot = index.join()
     index.stored(slot, "device", KEYS[:500], None)
     index.stored(slot, "remote", KEYS[:600], None)
-    index.replace(slot, {"device": KEYS[9::-1], "host": [*KEYS[100:200], *KEYS[:100]]}, parents)
+    index.replace(slot, {"device": KEYS[9::-1], "host": [*KEYS[100:200], *KEYS[:100]]})
     assert index.match(CHAIN) == {slot: Reach(10, 200, 200, 200)}
-    assert index.stats().num_open_lanes == (0 if has_parents else 2)
     index.stored(slot, "device", KEYS[10:20], KEYS[9])
     assert index.removed(slot, "host", KEYS[150:200]) == 0
     assert index.match(CHAIN) == {slot: Reach(20, 150, 150, 150)}

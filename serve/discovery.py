@@ -360,13 +360,14 @@ class _Seen:
             elif found[worker_id].entry != self._known[worker_id].entry:
                 yield from self._drop(worker_id, "it says something else of itself now")
         for worker_id, (entry, mtime_ns, age_s) in found.items():
-            known = self._known.get(worker_id)
-            if known is None:
+            if worker_id not in self._known:
                 # What was not touched lately may be a leftover: its next beat will tell.
-                known = self._known[worker_id] = _Known(entry, mtime_ns, now_s, age_s < self._silence_s)
-                if known.has_joined:
+                self._known[worker_id] = _Known(entry, mtime_ns, now_s, age_s < self._silence_s)
+                if age_s < self._silence_s:
                     yield Joined(entry.registration)
-            elif known.mtime_ns != mtime_ns:
+                continue
+            known = self._known[worker_id]
+            if known.mtime_ns != mtime_ns:
                 known.mtime_ns, known.changed_s = mtime_ns, now_s
                 if not known.has_joined:
                     known.has_joined = True

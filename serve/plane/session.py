@@ -45,7 +45,7 @@ from dynamo.serve.plane.messages import (
     submit_of,
 )
 
-__all__ = ["SILENCE_S", "WorkerSession", "fetch_snapshot", "worker_client"]
+__all__ = ["SILENCE_S", "WorkerSession", "fetch_snapshot", "request_drain", "worker_client"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +96,14 @@ class WorkerSession:
         client: aiohttp.ClientSession,
         *,
         on_report: Callable[[LoadReport, bool], None],
+        on_lost: Callable[[str], None],
         silence_s: float,
     ) -> None:
         self._worker_id = worker_id
         self._epoch = epoch
         self._client = client
         self._on_report = on_report
+        self._on_lost = on_lost
         self._silence_s = silence_s
         self._unsent: deque[bytes] = deque()
         self._unsent_bytes = 0
@@ -114,6 +116,8 @@ class WorkerSession:
         self._is_welcome = False
         self._loss: str | None = None
         self._lost = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
         loop = asyncio.get_running_loop()
         self._now = loop.time
         self._heard_s = loop.time()
@@ -128,6 +132,7 @@ class WorkerSession:
         front_id: str,
         key: str = "",
         on_report: Callable[[LoadReport, bool], None] = lambda load, is_draining: None,
+        on_lost: Callable[[str], None] = lambda reason: None,
         silence_s: float = SILENCE_S,
     ) -> "WorkerSession":
         """Opens a session with a worker.
@@ -137,13 +142,14 @@ class WorkerSession:
             epoch: the incarnation that is expected there; another one is refused.
             front_id: unique name of this front.
             on_report: is told how the worker is and whether it is about to leave, once a second; must not raise.
+            on_lost: is told why the session has ended, before any of its requests is; must not raise.
             silence_s: a worker that says nothing for so long is lost.
 
         Raises:
             WorkerLostError: nobody answers there, or the worker refuses the session; the message says why.
         """
         client = worker_client(address, key)
-        session = cls(worker_id, epoch, client, on_report=on_report, silence_s=silence_s)
+        session = cls(worker_id, epoch, client, on_report=on_report, on_lost=on_lost, silence_s=silence_s)
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 await session._open(front_id)
@@ -172,6 +178,10 @@ class WorkerSession:
         await self._lost.wait()
         return self._loss or ""
 
+    async def wait_idle(self) -> None:
+        """Waits until no request is live on it."""
+        await self._idle.wait()
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[OutputDelta], None]:
         """See `WorkerLink.generate`."""
         number = self._submit(request)
@@ -184,7 +194,7 @@ class WorkerSession:
                 yield deltas
         finally:
             # The stream is not there any more if the worker has ended the request, or the session has.
-            if self._streams.pop(number, None) is not None:
+            if self._take_out(number) is not None:
                 self._say(encode(Abort(number)))
 
     async def close(self) -> None:
@@ -206,8 +216,15 @@ class WorkerSession:
             raise RequestFailedError(f"request {request.request_id} cannot be sent to a worker: {error}") from error
         self._next_number += 1
         self._streams[number] = OutputStream()
+        self._idle.clear()
         self._send(payload)
         return number
+
+    def _take_out(self, number: int) -> OutputStream | None:
+        stream = self._streams.pop(number, None)
+        if not self._streams:
+            self._idle.set()
+        return stream
 
     def _say(self, payload: bytes) -> None:
         if self._loss is None:
@@ -279,9 +296,9 @@ class WorkerSession:
                     if stream is not None:  # else it was aborted while this was on its way
                         stream.feed(delta_of(gain))
                         if gain.finish_reason is not None:
-                            del streams[gain.number]
+                            self._take_out(gain.number)
             case Failed(number, kind, message) if self._is_welcome:
-                if (stream := self._streams.pop(number, None)) is not None:
+                if (stream := self._take_out(number)) is not None:
                     stream.fail(self._failure(kind, message))
             case Report(load, is_draining) if self._is_welcome:
                 self._on_report(load, is_draining)
@@ -324,9 +341,12 @@ class WorkerSession:
             self._ticking.cancel()
         if self._response is not None:
             self._response.close()
+        if self._is_welcome:
+            self._on_lost(reason)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(WorkerLostError(self._worker_id, reason))
+        self._idle.set()
         self._lost.set()
 
 
@@ -354,3 +374,18 @@ async def fetch_snapshot(address: str, worker_id: str, key: str = "", timeout_s:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise WorkerLostError(worker_id, f"its snapshot cannot be fetched: {error!r}") from error
     return await asyncio.to_thread(decode_snapshot, memoryview(body))
+
+
+async def request_drain(address: str, worker_id: str, key: str = "", timeout_s: float = 5.0) -> None:
+    """Asks a worker to take nothing new, and to leave when it has nothing any more.
+
+    Raises:
+        WorkerLostError: it does not answer in time, or with something else.
+    """
+    async with worker_client(address, key) as client:
+        try:
+            async with asyncio.timeout(timeout_s), client.post("/drain") as response:
+                if response.status != 202:
+                    raise WorkerLostError(worker_id, f"it answered {response.status} when asked to drain")
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise WorkerLostError(worker_id, f"it cannot be asked to drain: {error!r}") from error

@@ -72,7 +72,10 @@ class ExternalAnswer:
             if chunk.error is not None and self._last is None:
                 self.failure = self._failure_of(chunk)
             for choice in chunk.choices[:1]:
-                delta = self._delta(choice) if self._last is None else None
+                if self._last is not None:
+                    is_last_due |= bool(choice.token_ids)  # it goes on where the text has ended
+                    continue
+                delta = self._delta(choice)
                 if delta is None or self.failure is not None:
                     continue
                 self._has_delivered = True
@@ -80,7 +83,8 @@ class ExternalAnswer:
                     deltas.append(delta)
                 else:
                     self._last = delta
-                    is_last_due |= choice.finish_reason is None  # ended here: nobody is waited for
+                    # Of stop strings the server was not told: it would go on, and nothing more of it is of use.
+                    is_last_due |= isinstance(delta.stop_reason, str) and choice.finish_reason is None
             if self.failure is not None:
                 break
             if self._last is not None and chunk.usage is not None:

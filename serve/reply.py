@@ -37,7 +37,7 @@ _LAST_EVENT_TIMEOUT_S = 1.0
 
 @dataclass(slots=True)
 class ChoiceOutput:
-    """What one choice has gained so far; text and logprobs only where the answer is not streamed.
+    """What one choice has gained so far; text, logprobs and token ids only where it is not streamed.
 
     Attributes:
         first_token_s: `time.perf_counter()` when its first token came.
@@ -45,6 +45,7 @@ class ChoiceOutput:
 
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     num_tokens: int = 0
     num_cached_tokens: int = 0
     finish_reason: FinishReason = "length"
@@ -136,6 +137,7 @@ class Reply:
                 output = self._outputs[index]
                 output.texts.append(delta.text)
                 output.logprobs += delta.logprobs or ()
+                output.token_ids += delta.token_ids
 
         await generate_all(self._engine, self._requests(), collect)
         body = self._plan.render_body(self._id, self._created, self._outputs, self._usage(), self._timing())

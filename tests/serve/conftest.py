@@ -270,17 +270,18 @@ class Workers:
 
     def join(self, link: ScriptedWorker, epoch: int = 1, max_running: int = 0) -> None:
         self.links[link.worker_id] = link
-        self.router.join(
-            WorkerCard(
-                worker_id=link.worker_id,
-                epoch=epoch,
-                model="m",
-                fingerprint="00" * 8,
-                hash_version=HASH_VERSION,
-                block_size=BLOCK,
-                max_running=max_running,
-                has_events=False,
-            )
+        self.router.join(self.card(link.worker_id, epoch, max_running))
+
+    def card(self, worker_id: str, epoch: int = 1, max_running: int = 0) -> WorkerCard:
+        return WorkerCard(
+            worker_id=worker_id,
+            epoch=epoch,
+            model="m",
+            fingerprint="00" * 8,
+            hash_version=HASH_VERSION,
+            block_size=BLOCK,
+            max_running=max_running,
+            has_events=False,
         )
 
     def leave(self, worker_id: str) -> None:
@@ -289,6 +290,10 @@ class Workers:
 
     def link(self, worker_id: str) -> ScriptedWorker | None:
         return self.links.get(worker_id)
+
+    @property
+    def num_ready(self) -> int:
+        return len(self.links)
 
     def totals(self) -> EngineStats:
         return EngineStats(

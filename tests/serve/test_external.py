@@ -16,6 +16,8 @@ from starlette.types import Receive, Scope, Send
 from dynamo.serve.engine.request import GenerationRequest, OutputDelta, SamplingParams
 from dynamo.serve.errors import EngineOverloadedError, RequestError, RequestFailedError, WorkerLostError
 from dynamo.serve.external import ExternalTimeouts, ExternalWorker
+from dynamo.serve.frontend import Frontend
+from dynamo.serve.served_model import ServedModel
 
 TIMEOUTS = ExternalTimeouts(connect_s=2.0, idle_s=2.0, probe_s=2.0)
 
@@ -466,3 +468,45 @@ def test_health_is_what_the_server_says_of_itself(run: Any, codec: Any, health: 
 def test_a_model_it_does_not_serve_is_named(run: Any, codec: Any) -> None:
     with pytest.raises(WorkerLostError, match="does not serve 'other', but 'm'"):
         ask(run, codec, Foreign(), request(), model="other")
+
+
+def test_a_server_that_goes_on_after_the_end_is_not_listened_to(run: Any, codec: Any) -> None:
+    app = Foreign(reply="Hi" + "." * 40)
+    asked = request(40, stop_token_ids=frozenset([ord("i")]))
+    deltas = ask(run, codec, app, asked)
+    assert (text_of(deltas), deltas[-1].stop_reason) == ("H", ord("i"))
+
+
+@pytest.mark.parametrize("stop", [(), ("o, w",)])
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_one_of_our_own_servers_serves_as_well(
+    run: Any, codec: Any, scripted: Any, stop: tuple[str, ...], logprobs: int | None
+) -> None:
+    async def work() -> None:
+        engine = scripted(num_cached_tokens=2, reply="Hello, wörld.")
+        model = ServedModel(name="scripted", codec=codec, max_model_len=99)
+        async with linked(Frontend(engine, model), codec) as link:
+            learnt = await link.connect()
+            assert (learnt.name, learnt.max_model_len) == ("scripted", 99)
+            assert (learnt.extras, learnt.has_token_ids) == (("return_token_ids",), True)
+            deltas = await collect(link, request(stop=stop, temperature=0.5, seed=3, num_logprobs=logprobs))
+            whole = "Hello, wörld."
+            assert text_of(deltas) == (whole.partition(stop[0])[0] if stop else whole)
+            assert deltas[-1].finish_reason == "stop"
+            if not stop:
+                assert ids_of(deltas) == list(whole.encode()) and deltas[-1].num_cached_tokens == 2
+            entries = [entry for delta in deltas for entry in delta.logprobs or ()]
+            assert [entry.token_id for entry in entries] == (ids_of(deltas) if logprobs else [])
+            await link.check_health()
+            asked = engine.requests[-1].sampling
+            assert (asked.temperature, asked.seed, asked.top_k, asked.stop) == (0.5, 3, None, ())
+            engine.overloaded = True
+            with pytest.raises(EngineOverloadedError):
+                await collect(link, request())
+            engine.overloaded, engine.dead = False, True
+            with pytest.raises(WorkerLostError, match="503"):
+                await collect(link, request())
+            with pytest.raises(WorkerLostError, match="503"):
+                await link.check_health()
+
+    run(work())

@@ -280,6 +280,7 @@ class Router:
         if chain is None or not ttl_s or (card.has_events and chosen.reach.device == chain.num_blocks):
             return
         self.index.predict(draft.member.slot, chain.keys(chain.num_blocks), now_s + ttl_s)
+        self.index.sweep(now_s, 2 * chain.num_blocks)  # so that forgetting keeps up without ever taking long
 
     def _book(self, draft: "_Draft", query: RouteQuery, chosen: CandidateCost, now_s: float) -> Booking:
         member = draft.member

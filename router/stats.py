@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dynamo.router.decision import Decision
-from dynamo.router.index import IndexStats
+from dynamo.router.index_stats import IndexStats
 
 __all__ = ["OVERHEAD_BOUNDS_S", "Distribution", "RouterMeter", "RouterStats", "WorkerStats"]
 

@@ -44,6 +44,7 @@ from dynamo.serve.http_server import bind, check_openness, end_requests, listen,
 from dynamo.serve.members import ExternalServer
 from dynamo.serve.migration import RoutedEngine
 from dynamo.serve.model_place import find_model
+from dynamo.serve.router_metrics import RouterCollector
 from dynamo.serve.served_model import MOCK_MAX_MODEL_LEN, ServedModel
 from dynamo.serve.supervisor import Supervisor
 from dynamo.serve.worker_commands import worker_commands, worker_name
@@ -144,17 +145,27 @@ class _Front:
             WorkerStartError: see `run_front`.
         """
         signals = stop_signals()
+        room = WaitingRoom(self._router)
+        migration_limit = self._config.router.migration_limit
         engine = RoutedEngine(
             self._fleet,
             self._router,
-            WaitingRoom(self._router),
+            room,
             max_model_len=self._text.max_model_len,
             block_size=self._config.cache.block_size,
-            migration_limit=self._config.router.migration_limit,
+            migration_limit=migration_limit,
         )
         forced = False
         async with contextlib.AsyncExitStack() as stack:  # what is entered last ends first
-            collectors: list[Collector] = []
+            collectors: list[Collector] = [
+                RouterCollector(
+                    self._router.stats,
+                    room.stats,
+                    self._fleet.stats,
+                    engine.migrations,
+                    migration_limit=migration_limit,
+                )
+            ]
             if self._supervisor is not None:
                 collectors.append(self._supervisor)
                 stack.push_async_callback(self._stop_workers, self._supervisor, signals)

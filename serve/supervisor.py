@@ -134,7 +134,7 @@ class Supervisor(Collector):
     def collect(self) -> Iterator[Metric]:
         """Restarts by worker."""
         restarts = CounterMetricFamily(
-            "dynamo_worker_restarts", "Restarts of workers that had ended by themselves.", labels=["worker_id"]
+            "dynamo_worker_restarts", "Restarts of workers that had ended by themselves.", labels=["worker"]
         )
         for worker_id, kept in self._workers.items():
             restarts.add_metric([worker_id], kept.num_restarts)

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from dynamo.serve.model_place import find_model
+from dynamo.serve.plane.session import fetch_snapshot
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +92,10 @@ def test_no_client_notices_that_a_worker_is_killed(
     expected = undisturbed(client.server, streams)
     killed = kill_at(client.server.url, streams, registration, eventually, token)
     assert [stream.answer for stream in killed] == expected
-    assert "lost worker worker-1" in client.server.log
+    metrics = client.metrics()
+    phase = "ongoing" if token else "new"
+    assert metrics[f'dynamo_migration_succeeded_total{{phase="{phase}"}}'] > 0
+    assert sum(value for name, value in metrics.items() if name.startswith("dynamo_migration_exhausted_total")) == 0
     assert client.server.stop() == 0
     assert "Traceback" not in client.server.log
 
@@ -143,7 +147,7 @@ def test_without_migration_the_clients_of_a_killed_worker_get_an_error_and_no_en
     assert 0 < len(broken) < len(seen)
     for stream in broken:
         assert not stream.is_done
-        assert "worker-1" in stream.error["message"]
+        assert stream.error["code"] == "worker_lost"
     whole = [(stream.answer, answer) for stream, answer in zip(seen, expected, strict=True) if stream.error is None]
     assert all(got == wanted for got, wanted in whole)
 
@@ -236,6 +240,98 @@ def test_workers_come_and_go_under_load_and_no_request_fails(
     served = Counter(stream.worker_id for stream in seen)
     assert served["third"] > 0
     assert "Traceback" not in client.server.log + first.log
+
+
+def indexed(client: Any, worker_id: str) -> dict[str, int]:
+    """Blocks by tier that a front believes a worker to hold."""
+    pattern = re.compile(rf'dynamo_worker_indexed_blocks{{(?=.*worker="{worker_id}").*tier="(\w+)".*}}')
+    found = ((pattern.fullmatch(name), value) for name, value in client.metrics().items())
+    return {match[1]: int(value) for match, value in found if match is not None and value}
+
+
+def held(address: str, worker_id: str) -> dict[str, int]:
+    """Blocks by tier that it does hold."""
+    snapshot = asyncio.run(fetch_snapshot(address, worker_id))
+    return {tier: len(keys) for tier, keys in snapshot.held.items() if len(keys)}
+
+
+def test_what_departed_workers_held_vanishes_from_the_index(
+    start: Any, start_worker: Any, discovery: Path, eventually: Any, record_property: Any
+) -> None:
+    leaving, crashing = start_worker("leaving", *MOCKER), start_worker("crashing", *MOCKER)
+    client = start("frontend", "--discovery", str(discovery), "--engine", "mocker")
+    eventually(lambda: client.metrics().get('dynamo_worker_ready{worker="crashing"}') == 1)
+    eventually(lambda: client.metrics().get('dynamo_worker_ready{worker="leaving"}') == 1)
+    for worker in (leaving, crashing):
+        client.complete(prompt(1), dynamo={"worker": worker.worker_id})
+        eventually(lambda worker=worker: indexed(client, worker.worker_id).get("device", 0) >= 25)
+    leaving.process.send_signal(signal.SIGTERM)
+    record_property("leave_s", seconds_until(lambda: not indexed(client, "leaving"), eventually, at_most_s=1.0))
+    crashing.kill()
+    record_property("crash_s", seconds_until(lambda: not indexed(client, "crashing"), eventually, at_most_s=3.0))
+    assert not client.is_healthy()
+
+
+def seconds_until(condition: Any, eventually: Any, *, at_most_s: float) -> float:
+    started = time.monotonic()
+    eventually(condition)
+    seconds = time.monotonic() - started
+    assert seconds < at_most_s
+    return seconds
+
+
+def test_fronts_know_the_truth_after_any_restart(
+    start: Any, start_worker: Any, discovery: Path, registration: Any, eventually: Any, record_property: Any
+) -> None:
+    worker = start_worker("w", *MOCKER)
+
+    def agrees(client: Any) -> bool:
+        return bool(indexed(client, "w") == held(registration("w")[1], "w"))
+
+    def front() -> Any:
+        client = start("frontend", "--discovery", str(discovery), "--engine", "mocker")
+        eventually(client.is_healthy)
+        return client
+
+    first, second = front(), front()
+    for seed in range(4):
+        first.complete(prompt(seed))
+    assert held(registration("w")[1], "w")["device"] >= 100
+    for client in (first, second):
+        record_property("follows_s", seconds_until(lambda client=client: agrees(client), eventually, at_most_s=3.0))
+    first.server.kill()
+    third = front()
+    record_property("front_restart_s", seconds_until(lambda: agrees(third), eventually, at_most_s=3.0))
+    worker.kill()
+    start_worker("w", *MOCKER)
+    for client in (second, third):
+        eventually(client.is_healthy)
+        client.complete(prompt(9))
+        record_property(
+            "worker_restart_s", seconds_until(lambda client=client: agrees(client), eventually, at_most_s=3.0)
+        )
+        assert indexed(client, "w")["device"] < 100
+
+
+def test_fronts_on_the_same_workers_see_each_others_load(
+    start: Any, start_worker: Any, discovery: Path, streams: Any, eventually: Any
+) -> None:
+    start_worker("w", *MOCKER)
+    first, second = (start("frontend", "--discovery", str(discovery), "--engine", "mocker") for _ in range(2))
+    for client in (first, second):
+        eventually(client.is_healthy)
+    running = streams(first.server.url, bodies("seen by both", 4, max_tokens=100))
+    foreign = 'dynamo_worker_foreign_requests{worker="w"}'
+
+    async def run() -> None:
+        task = asyncio.create_task(running.run())
+        await asyncio.to_thread(eventually, lambda: second.metrics()[foreign] == 4)
+        assert first.metrics()[foreign] == 0
+        first.server.kill()
+        await asyncio.to_thread(eventually, lambda: second.metrics()[foreign] == 0)
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
 
 
 def test_nothing_is_left_of_a_server_that_was_stopped(start: Any, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import sys
 
 from dynamo.serve.command_line import parse_command_line
-from dynamo.serve.config import Config, render_toml
+from dynamo.serve.config import LoadedConfig, render_toml
 from dynamo.serve.errors import ConfigError, ModelLoadError, WorkerStartError
 from dynamo.serve.roles import Role
 
@@ -18,7 +18,7 @@ def main() -> int:
         if command.show_config:
             print(render_toml(command.loaded))
             return 0
-        return _run(command.role, command.loaded.config)
+        return _run(command.role, command.loaded)
     except (ConfigError, ModelLoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return _EXIT_USAGE
@@ -29,19 +29,19 @@ def main() -> int:
         return _EXIT_INTERRUPTED
 
 
-def _run(role: Role, config: Config) -> int:
+def _run(role: Role, loaded: LoadedConfig) -> int:
     # The packages of each part take a while: --help, config and wrong flags need not wait for them.
     if role is Role.WORKER:
         from dynamo.serve.worker import run_worker
 
-        return run_worker(config)
-    if role is Role.FRONTEND or config.fleet.workers is not None:
+        return run_worker(loaded.config)
+    if role is Role.FRONTEND or loaded.config.fleet.workers is not None:
         from dynamo.serve.front_process import run_front
 
-        return run_front(config)
+        return run_front(loaded)
     from dynamo.serve.lifecycle import run_server
 
-    return run_server(config)
+    return run_server(loaded.config)
 
 
 if __name__ == "__main__":

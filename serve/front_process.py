@@ -29,7 +29,7 @@ from rich.console import Console
 from dynamo.router.router import Router
 from dynamo.router.waiting import WaitingRoom
 from dynamo.serve.banner import render_fleet_banner, server_url
-from dynamo.serve.config import Config
+from dynamo.serve.config import Config, LoadedConfig
 from dynamo.serve.conflicts import describe_conflict
 from dynamo.serve.discovery import FolderDiscovery
 from dynamo.serve.engine.model_folder import TextModel, read_text_model
@@ -52,11 +52,12 @@ from dynamo.serve.worker_commands import worker_commands, worker_name
 __all__ = ["read_model", "run_front"]
 
 _LOOK_S = 0.1
+_FIRST_LOOK_S = 0.5
 
 logger = logging.getLogger(__name__)
 
 
-def run_front(config: Config) -> int:
+def run_front(loaded: LoadedConfig) -> int:
     """Serves clients until told to stop; the process's exit code.
 
     Raises:
@@ -64,6 +65,7 @@ def run_front(config: Config) -> int:
         ModelLoadError: the model folder cannot be read.
         WorkerStartError: the workers do not start, or none of them can be kept running.
     """
+    config = loaded.config
     set_up_logging(config.server.log_level)
     if (conflict := describe_conflict()) is not None:
         logger.warning(conflict)
@@ -76,7 +78,7 @@ def run_front(config: Config) -> int:
         if config.fleet.workers is not None:
             folder = stack.enter_context(_private_folder())
             directory = directory or folder / "workers"
-            supervisor = Supervisor(worker_commands(config, folder, directory))
+            supervisor = Supervisor(worker_commands(loaded, folder, directory))
         front = _Front(config, name, text, directory, supervisor)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(front.serve(listener))
@@ -198,8 +200,9 @@ class _Front:
         return forced
 
     async def _are_ready(self, signals: asyncio.Queue[int]) -> bool:
-        """Waits for all workers of this process; False when a signal came before."""
+        """Waits for all workers of this process; False when a signal came before. A front alone only looks who is there."""
         if self._supervisor is None:
+            await self._fleet.wait_ready(_FIRST_LOOK_S)
             return True
         told = asyncio.create_task(signals.get())
         ready = asyncio.create_task(self._workers_ready())

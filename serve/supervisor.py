@@ -154,7 +154,8 @@ class Supervisor(Collector):
                 pause_s = self._bury(kept, code)
                 if pause_s is None:
                     return
-                logger.error("%s ended with %s; restarting it in %g s", worker_id, _describe(code), pause_s)
+                level = logging.INFO if code == 0 else logging.ERROR
+                logger.log(level, "%s ended with %s; restarting it in %g s", worker_id, _describe(code), pause_s)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause_s):
                         await self._stopping.wait()
@@ -210,8 +211,8 @@ class Supervisor(Collector):
         """Decides what follows a death: the pause before the next start, or None for none."""
         now_s = time.monotonic()
         was_ready = kept.ready_since_s is not None
-        if kept.ready_since_s is not None and now_s - kept.ready_since_s >= _STEADY_S:
-            kept.num_deaths = 0
+        if kept.ready_since_s is not None and (code == 0 or now_s - kept.ready_since_s >= _STEADY_S):
+            kept.num_deaths = 0  # it was well, or somebody asked it to leave
         kept.num_deaths += 1
         is_usage = code == _EXIT_USAGE and not was_ready and not self._is_established
         if not is_usage and kept.num_deaths < _MAX_DEATHS:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dynamo.serve.config import API_KEY_VARIABLE, Config, LoadedConfig, render_toml
+from dynamo.serve.config import API_KEY_VARIABLE, LoadedConfig, render_toml
 from dynamo.serve.supervisor import WorkerCommand
 
 __all__ = ["count_gpus", "worker_commands", "worker_name"]
@@ -16,9 +16,11 @@ _GPU = re.compile(r"nvidia\d+")
 
 
 def worker_commands(
-    config: Config, folder: Path, discovery: Path, environ: Mapping[str, str] = os.environ
+    loaded: LoadedConfig, folder: Path, discovery: Path, environ: Mapping[str, str] = os.environ
 ) -> list[WorkerCommand]:
     """Writes the settings into `folder` and gives a command for each worker.
+
+    Sizes are each worker's, but the default of the disk tier leaves room for others: they share that.
 
     The key that clients send is not among the settings, and not in the workers' environment either: no client reaches them.
 
@@ -26,8 +28,13 @@ def worker_commands(
         folder: this process's own; the workers read it while they start.
         discovery: where they register.
     """
+    config = loaded.config
     count = config.fleet.workers
     assert count is not None, "checked with the command line"
+    place = config.cache.disk_cache
+    if place is not None and "cache.disk_cache" not in loaded.sources:
+        share = replace(place, capacity_bytes=place.capacity_bytes // count)
+        config = replace(config, cache=replace(config.cache, disk_cache=share))
     num_gpus = 0 if config.model.device is not None else count_gpus(environ)
     if not num_gpus:
         threads = max(1, config.engine.threads // count)

@@ -1,18 +1,21 @@
 """What a worker tells fronts of itself: once, when it registers, and then every second."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from dynamo.kvcache import KVCache
 from dynamo.kvcache.hashing import HASH_VERSION
 from dynamo.router.workers import LoadReport, WorkerCard
 from dynamo.serve.config import EngineSettings
-from dynamo.serve.engine.engine import InferenceEngine
+
+if TYPE_CHECKING:
+    from dynamo.kvcache import KVCache
+    from dynamo.serve.engine.engine import InferenceEngine
 
 __all__ = ["load_report", "worker_card"]
 
 
 def worker_card(
-    cache: KVCache, engine: InferenceEngine, settings: EngineSettings, *, worker_id: str, epoch: int, model: str
+    cache: "KVCache", engine: "InferenceEngine", settings: EngineSettings, *, worker_id: str, epoch: int, model: str
 ) -> WorkerCard:
     """The worker's capacities.
 
@@ -35,7 +38,7 @@ def worker_card(
     )
 
 
-def load_report(cache: KVCache, engine: InferenceEngine) -> LoadReport:
+def load_report(cache: "KVCache", engine: "InferenceEngine") -> LoadReport:
     """What there is to do and how fast it goes; the counters are those of `EngineStats`, by their names there."""
     stats = engine.stats()
     cached = cache.stats()

@@ -334,6 +334,14 @@ def test_fronts_on_the_same_workers_see_each_others_load(
     asyncio.run(run())
 
 
+def test_a_server_of_another_make_is_served_through_the_same_front(start: Any, streams: Any, eventually: Any) -> None:
+    plain = start()
+    client = start("frontend", "--external", plain.server.url)
+    eventually(client.is_healthy)
+    expected = undisturbed(plain.server, streams, num=4)
+    assert undisturbed(client.server, streams, num=4) == expected
+
+
 def test_nothing_is_left_of_a_server_that_was_stopped(start: Any, tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()

@@ -39,8 +39,9 @@ _log = logging.getLogger(__name__)
 _GATHER_S: Final = 0.002
 _FOLLOW_S: Final = 10.0  # only a backstop: events and close() end the wait
 _LINGER_MS: Final = 200
-_MAX_EVENTS: Final = 4096  # of one batch
-_MAX_HASHES: Final = 65536  # of one batch, unless a single event has more
+# Of one batch, unless a single event has more: a few milliseconds of a router's time, between which it serves others.
+_MAX_EVENTS: Final = 512
+_MAX_HASHES: Final = 8192
 _MAX_LOAD_QUEUE: Final = 4096
 _SEND_QUEUE: Final = 10_000  # messages that a slow subscriber may be behind before it misses some
 

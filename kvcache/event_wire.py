@@ -18,18 +18,20 @@ Our block_hashes are integers, the `lo` halves of block keys; token_ids is empty
 placeholders, since both sides compute the same keys. vLLM's hashes are integers or bytes and mean nothing outside the engine.
 Older vLLM and SGLang releases write an event as an array, tag first, fields in the order above: these are read as well.
 
-A snapshot is msgpack [hash version, epoch, log_number, {tier: `lo` halves as packed little-endian u64}].
+A snapshot is msgpack [hash version, epoch, log_number, keys, starts]: by tier its keys, as packed little-endian u64, and where
+runs of them start, as an array of positions and one of the keys before them, nil for none; see `kvcache.events.Snapshot`.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from struct import unpack
 from typing import Annotated, Any, Final, cast
 
 import msgspec
 import numpy as np
-from msgspec import Meta, Raw, field
+from msgspec import Meta, Raw
 
 from dynamo.kvcache.events import Cleared, Event, Removed, Snapshot, Stored
 from dynamo.kvcache.hashing import HASH_VERSION, BlockKey
@@ -92,9 +94,9 @@ class BlockStored(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag
     parent_block_hash: BlockHash | None
     token_ids: _TokenIds
     block_size: int
-    lora_id: int | None = field(default_factory=_none)
-    medium: str | None = field(default_factory=_none)
-    lora_name: str | None = field(default_factory=_none)
+    lora_id: int | None = msgspec.field(default_factory=_none)
+    medium: str | None = msgspec.field(default_factory=_none)
+    lora_name: str | None = msgspec.field(default_factory=_none)
     extra_keys: list[Any] | None = None
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
@@ -106,7 +108,7 @@ class BlockRemoved(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, ta
     """Blocks are no longer available in that medium."""
 
     block_hashes: _Hashes
-    medium: str | None = field(default_factory=_none)
+    medium: str | None = msgspec.field(default_factory=_none)
     group_idx: int | None = None
     locality: str | None = None
     tier: str | None = None
@@ -214,6 +216,7 @@ class _WireSnapshot(msgspec.Struct, frozen=True, gc=False, array_like=True):
     epoch: Annotated[int, Meta(ge=0)]
     log_number: Annotated[int, Meta(ge=-1)]
     held: Annotated[dict[str, bytes], Meta(max_length=16)]
+    starts: Annotated[dict[str, tuple[list[_Key], list[_Key | None]]], Meta(max_length=16)]
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -269,18 +272,27 @@ class SnapshotMessage:
     Attributes:
         epoch: the worker's incarnation.
         log_number: of the last event that is in it for certain, -1 for none; as in `kvcache.events.Snapshot`.
-        held: by tier, the `lo` halves of the keys, in no order.
+        held: by tier, the `lo` halves of the keys.
+        starts: by tier, (position, parent) of the runs that they are in; for tiers where that is known.
     """
 
     epoch: int
     log_number: int
     held: Mapping[str, Sequence[int]]
+    starts: Mapping[str, Sequence[tuple[int, int | None]]] = field(default_factory=dict)
 
 
 def encode_snapshot(snapshot: Snapshot, *, epoch: int) -> bytes:
-    """Bytes for `decode_snapshot`: 8 for each block of each tier."""
-    held = {tier: np.array(_los(keys), dtype="<u8").tobytes() for tier, keys in snapshot.keys.items()}
-    return _encoder.encode(_WireSnapshot(HASH_VERSION, epoch, snapshot.sequence_number, held))
+    """Bytes for `decode_snapshot`: 8 for each block of each tier, and some for each run."""
+    held = {tier: b"".join(key[:8] for key in keys) for tier, keys in snapshot.keys.items()}
+    starts = {
+        tier: (
+            [position for position, _ in runs],
+            [None if parent is None else _los((parent,))[0] for _, parent in runs],
+        )
+        for tier, runs in snapshot.starts.items()
+    }
+    return _encoder.encode(_WireSnapshot(HASH_VERSION, epoch, snapshot.sequence_number, held, starts))
 
 
 def decode_snapshot(payload: bytes | memoryview) -> SnapshotMessage:
@@ -303,14 +315,21 @@ def decode_snapshot(payload: bytes | memoryview) -> SnapshotMessage:
     for tier, packed in read.held.items():
         if len(packed) % 8:
             raise EventWireError(f"a snapshot's keys of tier {tier[:40]!r} have {len(packed)} bytes, no multiple of 8")
+    for tier, (positions, parents) in read.starts.items():
+        bounds = [*positions, len(read.held.get(tier, b"")) // 8]
+        if len(positions) != len(parents) or bounds[0] or any(a >= b for a, b in pairwise(bounds)):
+            raise EventWireError(f"a snapshot's runs of tier {tier[:40]!r} do not divide its {bounds[-1]} keys")
     held = {tier: cast("list[int]", np.frombuffer(packed, "<u8").tolist()) for tier, packed in read.held.items()}
-    return SnapshotMessage(read.epoch, read.log_number, held)
+    starts = {tier: list(zip(*runs, strict=True)) for tier, runs in read.starts.items()}
+    return SnapshotMessage(read.epoch, read.log_number, held, starts)
 
 
 def tier_of(event: BlockStored | BlockRemoved) -> str:
-    """Our word for where the blocks lie: `tier` if the event says, else from vLLM's medium. Unknown media are "remote"."""
+    """Our word for where the blocks lie: `tier` if the event says, else from what vLLM says. Unknown media are "remote"."""
     if event.tier is not None:
         return event.tier
+    if event.locality == "REMOTE":
+        return "remote"
     return "device" if event.medium is None else _TIER_BY_MEDIUM.get(event.medium, "remote")
 
 

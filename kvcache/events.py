@@ -3,12 +3,12 @@
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 
 from dynamo.kvcache.hashing import BlockKey
 
-__all__ = ["Cleared", "Event", "EventLog", "Removed", "Snapshot", "Stored"]
+__all__ = ["Cleared", "Event", "EventLog", "Removed", "RunStarts", "Snapshot", "Stored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,10 @@ class Cleared:
 Event = Stored | Removed | Cleared
 
 
+RunStarts = Sequence[tuple[int, BlockKey | None]]
+"""(position, parent): the keys from that position up to the next one follow one another, the first of them after `parent`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """What each tier holds, for a reader of events to start from.
@@ -48,11 +52,13 @@ class Snapshot:
     Attributes:
         sequence_number: of the last event that is in it for certain, -1 for none. Later ones may be in it, or not yet; to
             apply them, in order, to this state does no harm.
-        keys: by tier, in no order.
+        keys: by tier. Each tier's blocks in runs, a run's parent, if that tier has it, always in an earlier run.
+        starts: by tier, where the runs begin. A tier that is missing here has its keys in no order.
     """
 
     sequence_number: int
     keys: Mapping[str, Sequence[BlockKey]]
+    starts: Mapping[str, RunStarts] = field(default_factory=dict)
 
 
 class EventLog:

@@ -23,9 +23,11 @@ class RouterConfig:
         mode: kv: lowest expected cost, from where the prefix lies and from load; round-robin: in turn; random: any;
             least-loaded: lowest expected wait; direct: the worker that the request names. Pins, exclusions, drained workers,
             workers set aside and busy thresholds count in all modes.
-        queue_weight: of the seconds that the requests ahead at a worker take.
+        queue_weight: of the seconds that the requests ahead at a worker take. Below 1, since to wait where a prefix lies is
+            better for all than to compute it elsewhere, which makes others wait and evicts what they would find.
         prefix_weight: of the seconds that a prefix found at a worker saves, 0 to 1; 0 ignores prefixes.
-        decode_weight: of blocks that running requests hold at a worker: each counts as so many blocks to be computed.
+        decode_weight: of the blocks that running requests hold at a worker, each as costly as so much of a block to be
+            computed. Higher values even out decoding, and break up prefixes.
         temperature: 0: the lowest cost wins, ties at random; above: drawn at random with weights exp(-cost / (range *
             temperature)), where range is the highest cost less the lowest.
         prediction_ttl_s: how long the prompt of a routed request counts as present at its worker before the worker says so,
@@ -48,9 +50,9 @@ class RouterConfig:
     """
 
     mode: Mode = "kv"
-    queue_weight: float = 1.0
+    queue_weight: float = 0.5
     prefix_weight: float = 1.0
-    decode_weight: float = 0.25
+    decode_weight: float = 0.05
     temperature: float = 0.0
     prediction_ttl_s: float = 10.0
     approximate_ttl_s: float = 120.0

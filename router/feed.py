@@ -18,7 +18,7 @@ The owner takes `need` after every call, does it, and reports back; `need` stays
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol, cast
 
@@ -119,6 +119,13 @@ class _Batch(NamedTuple):
     num_hashes: int
 
 
+class _Loading(NamedTuple):
+    """A snapshot on its way into the index."""
+
+    log_number: int
+    runs: Iterator[tuple[str, Sequence[int], int | None]]
+
+
 class Feed:
     """The stream of one worker, applied to its slot of the index. For one thread or event loop.
 
@@ -143,6 +150,7 @@ class Feed:
     _is_starting: bool  # the first replay is under way
     _is_unproven: bool  # whether the publisher is still the one whose batches were applied
     _asked_from: int
+    _loading: "_Loading | None"
     _attempts_left: int
 
     def __init__(
@@ -237,8 +245,12 @@ class Feed:
         self._need = None
         self._settle()
 
-    def snapshot_arrived(self, message: SnapshotMessage) -> None:
-        """The worker's blocks, all of them. Passed over if it is older than what is known already."""
+    def snapshot_arrived(self, message: SnapshotMessage, max_blocks: int = 1 << 62) -> None:
+        """The worker's blocks, all of them. Passed over if it is older than what is known already.
+
+        Args:
+            max_blocks: about as many are put into the index now; while `is_loading`, `load_some` goes on.
+        """
         if not isinstance(self._need, NeedSnapshot):
             return
         is_older = self._position is not None and message.log_number < self._position
@@ -247,9 +259,31 @@ class Feed:
             return
         if message.epoch > self._epoch:
             self._restart(message.epoch)
-        self._index.replace(self._slot, {tier: keys for tier, keys in message.held.items() if tier in self._tiers})
+        held = {tier: keys for tier, keys in message.held.items() if tier in self._tiers}
+        # Blocks of unknown order go in at once. Until all are in, nothing is applied on top, and less is claimed than is true.
+        self._index.replace(self._slot, {tier: keys for tier, keys in held.items() if tier not in message.starts})
+        self._position = None
+        self._loading = _Loading(message.log_number, _runs(held, message.starts))
+        self.load_some(max_blocks)
+
+    @property
+    def is_loading(self) -> bool:
+        """A snapshot came and is not yet in the index as a whole."""
+        return self._loading is not None
+
+    def load_some(self, max_blocks: int) -> None:
+        """Goes on with a large snapshot, so that the owner can do other things between two pieces of it."""
+        loading = self._loading
+        if loading is None:
+            return
+        for tier, keys, parent in loading.runs:
+            self._index.stored(self._slot, tier, keys, parent)
+            max_blocks -= len(keys)
+            if max_blocks <= 0:
+                return
         self._counts["snapshots"] += 1
-        self._position = message.log_number
+        self._position = loading.log_number
+        self._loading = None
         self._attempts_left = _REPLAY_ATTEMPTS
         self._need = None
         self._settle()
@@ -326,6 +360,7 @@ class Feed:
         self._is_unproven = False
         self._asked_from = 0
         self._attempts_left = _REPLAY_ATTEMPTS
+        self._loading = None
         if self._can_snapshot:
             self._need = NeedSnapshot()
         elif self._can_replay:
@@ -487,3 +522,13 @@ class Feed:
         if what not in self._told:
             self._told.add(what)
             _log.error(f"%s: {message} (told once; see the metrics for how often)", self._name, *values)
+
+
+def _runs(
+    held: Mapping[str, Sequence[int]], starts: Mapping[str, Sequence[tuple[int, int | None]]]
+) -> Iterator[tuple[str, Sequence[int], int | None]]:
+    """(tier, keys, parent) of a snapshot's runs."""
+    for tier, keys in held.items():
+        ends = [position for position, _ in starts.get(tier, ())][1:]
+        for (start, parent), end in zip(starts.get(tier, ()), [*ends, len(keys)], strict=False):
+            yield tier, keys[start:end], parent

@@ -10,9 +10,9 @@ disturb each other, and which of them stored first makes no difference.
 
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -26,6 +26,7 @@ __all__ = ["ForeignKeys", "ForeignStats", "Run"]
 _log = logging.getLogger(__name__)
 _MAX_ROOTS: Final = 1024
 _ROOTS_FORGOTTEN: Final = 256
+_SOME_PARENT: Final = 0  # of a block that does not start a sequence: no key, but for one in 2**64, so nobody holds it
 
 
 class Run(NamedTuple):
@@ -111,9 +112,11 @@ class ForeignKeys:
             return []
         if not event.token_ids:
             return self._stored_without_tokens(event, held)
-        keys, parent = self._keys_of(event)
-        held.update(zip(hashes, keys, strict=False))
-        return [Run(keys, parent)] if keys else []
+        run = self._translated(event)
+        if run is None:
+            return []
+        held.update(zip(hashes, run.keys, strict=True))
+        return [run]
 
     def removed(self, event: BlockRemoved) -> list[int]:
         """Keys of the blocks removed from their tier."""
@@ -177,55 +180,58 @@ class ForeignKeys:
                 self._unusable += 1
             else:
                 held[block_hash] = key
-                runs.append(Run([key], None))
+                runs.append(Run([key], _SOME_PARENT))
         return runs
 
-    def _keys_of(self, event: BlockStored) -> tuple[list[int], int | None]:
-        """(keys, parent) of an event with tokens; no keys where the event cannot be used."""
+    def _translated(self, event: BlockStored) -> Run | None:
+        """The blocks of an event with tokens; None where it cannot be used."""
         num_blocks, size = len(event.block_hashes), self._block_size
-        if event.block_size != size or len(event.token_ids) != num_blocks * size:
+        if event.block_size != size or len(event.token_ids) != num_blocks * size or not num_blocks:
             self._unusable += num_blocks
             self._tell_once(
                 "size",
                 f"it stored {num_blocks} blocks of {event.block_size} with {len(event.token_ids)} tokens, where its blocks "
                 f"should have {size}; give the worker's real block size, or its cache will not be found",
             )
-            return [], None
+            return None
+        extras = [_extras_of(event, position) for position in range(num_blocks)]
+        if event.parent_block_hash is None:
+            seed, parent = self._root(_take_salt(extras[0]), _lora_of(event)), None
+        else:
+            known = self._known(event.parent_block_hash)
+            if known is None and self._known(event.block_hashes[0]) is not None:
+                known = _SOME_PARENT
+            if known is None:
+                self._unknown_parents += num_blocks
+                self._tell_once(
+                    "parent",
+                    f"it stored blocks after {event.parent_block_hash!r:.40}, of which it never told; events were lost, or it "
+                    "was warm already when they were first read. Such blocks are not found until their prefix is stored anew",
+                )
+                return None
+            seed = parent = known
         try:
-            packed = memoryview(array("I", event.token_ids)).cast("B")
-            extras = [self._extra(event, i) for i in range(num_blocks)] if event.extra_keys else [None] * num_blocks
+            return Run(self._keys(event, extras, seed), parent)
         except (OverflowError, RecursionError, TypeError) as error:
             self._unusable += num_blocks
             self._tell_once("tokens", f"it stored blocks whose tokens or extra keys cannot be hashed: {error}")
-            return [], None
-        parent = self._parent_of(event)
-        if parent is None:
-            self._unknown_parents += num_blocks
-            self._tell_once(
-                "parent",
-                f"it stored blocks after {event.parent_block_hash!r:.40}, of which it never told; events were lost, or it "
-                "was already warm when they were first read. Such blocks are not found until their prefix is stored anew",
-            )
-            return [], None
-        keys: list[int] = []
-        last = parent
-        for i, block_hash in enumerate(event.block_hashes):
-            known = self._known(block_hash)
-            if known is None:
-                last = xxhash.xxh3_64_intdigest(packed[4 * size * i : 4 * size * (i + 1)], last)
-                if extras[i] is not None:
-                    last = xxhash.xxh3_64_intdigest(extras[i] or b"", last)
-            else:
-                last = known
-            keys.append(last)
-        return keys, None if event.parent_block_hash is None else parent
+            return None
 
-    def _parent_of(self, event: BlockStored) -> int | None:
-        """The key, or root, that the first block's key is seeded with; None if the parent is unknown."""
-        if event.parent_block_hash is not None:
-            return self._known(event.parent_block_hash)
-        salt = next((extra for extra in self._extras_at(event, 0) if isinstance(extra, str)), "")
-        return self._root(salt, _lora_of(event))
+    def _keys(self, event: BlockStored, extras: Sequence[list[Any]], seed: int) -> list[int]:
+        """Keys of the event's blocks, the first one seeded with `seed`. A hash that is known keeps its key."""
+        packed = memoryview(array("I", event.token_ids)).cast("B")
+        num_bytes = 4 * self._block_size
+        keys = []
+        for position, block_hash in enumerate(event.block_hashes):
+            key = self._known(block_hash)
+            if key is None:
+                key = xxhash.xxh3_64_intdigest(packed[num_bytes * position : num_bytes * (position + 1)], seed)
+                if extras[position]:
+                    # More than text, such as images: a key that no text alone can have.
+                    key = xxhash.xxh3_64_intdigest(msgspec.msgpack.encode(extras[position]), key)
+            keys.append(key)
+            seed = key
+        return keys
 
     def _root(self, salt: str, lora: str) -> int:
         root = self._roots.get((salt, lora))
@@ -236,24 +242,6 @@ class ForeignKeys:
             root = chain_root(self._fingerprint, self._block_size, salt=salt, lora=lora).lo
             self._roots[salt, lora] = root
         return root
-
-    def _extras_at(self, event: BlockStored, position: int) -> list[Any]:
-        """A block's extra keys without the LoRA name, which the chain's root has."""
-        per_block = event.extra_keys or []
-        extras = per_block[position] if position < len(per_block) else None
-        found = list(extras) if isinstance(extras, list) else []
-        return found[1:] if event.lora_name and found[:1] == [event.lora_name] else found
-
-    def _extra(self, event: BlockStored, position: int) -> bytes | None:
-        """What else the block's content depends on, as images do: it makes a key that no text alone can have."""
-        extras: Iterator[Any] = iter(self._extras_at(event, position))
-        if position == 0 and event.parent_block_hash is None:
-            # The first text is the salt, which the root has.
-            kept = list(extras)
-            salt_at = next((i for i, extra in enumerate(kept) if isinstance(extra, str)), None)
-            extras = chain(kept[:salt_at], kept[salt_at + 1 :]) if salt_at is not None else iter(kept)
-        rest = list(extras)
-        return msgspec.msgpack.encode(rest) if rest else None
 
     def _tell_once(self, what: str, message: str) -> None:
         if what not in self._told:
@@ -266,3 +254,21 @@ def _lora_of(event: BlockStored) -> str:
     if event.lora_name is not None:
         return event.lora_name
     return "" if event.lora_id is None else f"\0{event.lora_id}"
+
+
+def _extras_of(event: BlockStored, position: int) -> list[Any]:
+    """What a block's content depends on besides tokens and adapter. vLLM puts the adapter's name first, and the salt into the
+    first block of a sequence, as the only text."""
+    per_block = event.extra_keys or []
+    extras = per_block[position] if position < len(per_block) else None
+    found = list(extras) if isinstance(extras, list) else []
+    return found[1:] if event.lora_name and found[:1] == [event.lora_name] else found
+
+
+def _take_salt(extras: list[Any]) -> str:
+    """The salt, which the chain's root has; it is taken out of the first block's extra keys."""
+    for position, extra in enumerate(extras):
+        if isinstance(extra, str):
+            del extras[position]
+            return extra
+    return ""

@@ -214,7 +214,7 @@ class WorkerLoad:
         entry = self._entries.pop(key, None)
         if entry is None:
             return False
-        self._end_prefill(key, entry, now_s)
+        was_served = not self._end_prefill(key, entry, now_s)
         self._num_foreign -= entry.is_foreign
         self._own_blocks -= entry.own_blocks
         marks = self._marks
@@ -224,7 +224,7 @@ class WorkerLoad:
                 marks[mark] = holders
             else:
                 del marks[mark]
-        if entry.heard_s > entry.added_s:  # one that was refused or cancelled at once says nothing about the service
+        if was_served:  # one that failed or was cancelled before says nothing about how long others take
             took_s = now_s - entry.added_s
             self._service_s += (took_s - self._service_s) * (_SERVICE_WEIGHT if self._service_s else 1.0)
         return True
@@ -260,14 +260,18 @@ class WorkerLoad:
         num_reported = report.num_running + report.num_waiting
         if not num_reported and self._num_foreign:  # their end was lost on the way
             self._free_foreign(now_s, heard_before_s=now_s - _FRESH_S)
-        self._excess_tokens = max(0, report.prefill_tokens_waiting - self._booked_tokens)
-        self._excess_requests = max(0, num_reported - len(self._entries))
-        self._excess_blocks = max(0, report.used_blocks.get("device", 0) - self.booked_blocks)
+        # Requests that are not booked, and their share of the rest. What is booked is known better here than there: a worker
+        # that has not looked for a waiting prompt's prefix yet counts all of it.
+        unknown = max(0, num_reported - len(self._entries))
+        share = unknown / num_reported if num_reported else 0.0
+        self._excess_requests = unknown
+        self._excess_tokens = int(share * report.prefill_tokens_waiting)
+        self._excess_blocks = int(share * report.used_blocks.get("device", 0))
 
     def refresh(self, now_s: float) -> None:
         """Brings up to date what depends on bookings, on the report and on its age."""
         tokens, requests, blocks = self._booked_tokens, len(self._entries), self.booked_blocks
-        if self._excess_tokens or self._excess_requests or self._excess_blocks:
+        if self._excess_requests:
             share = min(1.0, max(0.0, (_STALE_S - (now_s - self._reported_s)) / (_STALE_S - _FRESH_S)))
             tokens += int(share * self._excess_tokens)
             requests += int(share * self._excess_requests)

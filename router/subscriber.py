@@ -30,7 +30,8 @@ FetchSnapshot = Callable[[], Awaitable[SnapshotMessage]]
 """Asks a worker what it holds. May fail with any exception, and is then called again a little later."""
 
 _END_OF_REPLAY: Final = (-1).to_bytes(8, "big", signed=True)
-_MESSAGES_A_TURN: Final = 32  # read before others have their turn on the event loop
+_TURN_S: Final = 0.002  # of reading, before others have their turn on the event loop
+_BLOCKS_A_TURN: Final = 8192  # of a snapshot, likewise
 _RECEIVE_QUEUE: Final = 2000  # messages; a publisher drops what a slow reader has no room for, and replay brings it
 _RECONNECT_MS, _MAX_RECONNECT_MS = 50, 1000
 _PING_MS, _PING_TIMEOUT_MS = 1000, 3000
@@ -278,7 +279,10 @@ class Subscriber:
             self._snapshot_failures += 1
             _log.warning("no snapshot of what %s holds: %s; trying again", self._name, error or type(error).__name__)
             return
-        self._feed.snapshot_arrived(message)
+        self._feed.snapshot_arrived(message, _BLOCKS_A_TURN)
+        while self._feed.is_loading:
+            await asyncio.sleep(0)
+            self._feed.load_some(_BLOCKS_A_TURN)
 
     async def _fill_by_replay(self, from_seq: int) -> None:
         """Asks for past batches, on a socket of its own, so that late answers to an earlier question cannot mix in."""
@@ -362,9 +366,8 @@ class _Reader:
 
     def _read(self) -> None:
         self._again = None
-        for _ in range(_MESSAGES_A_TURN):
-            if self._socket.closed:
-                return  # what was taken last ended it
+        end_s = time.monotonic() + _TURN_S
+        while not self._socket.closed:  # what is taken may close it
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -373,4 +376,6 @@ class _Reader:
                 self._take(frames)
             except Exception:  # noqa: BLE001 - a callback's root: one message must not end the stream
                 _log.exception("a message could not be dealt with")
-        self.look()
+            if time.monotonic() > end_s:
+                self.look()
+                return

@@ -216,18 +216,14 @@ class Reply:
 
     def _timing_of(self, output: ChoiceOutput) -> RouteTiming:
         started_s, journey = self._exchange.started_s, output.journey
-        routed = {}
-        if journey.worker_id is not None:
-            routed = {
-                "worker_id": journey.worker_id,
-                "attempts": journey.num_attempts,
-                "predicted_cached_tokens": journey.predicted_cached_tokens,
-                "queue_ms": round(journey.queue_s * 1e3, 3),
-                "route_us": round(journey.route_s * 1e6, 1),
-            }
+        is_routed = journey.worker_id is not None
         return RouteTiming(
+            worker_id=journey.worker_id,
+            attempts=journey.num_attempts if is_routed else None,
             cached_tokens=output.num_cached_tokens,
+            predicted_cached_tokens=journey.predicted_cached_tokens if is_routed else None,
+            queue_ms=round(journey.queue_s * 1e3, 3) if is_routed else None,
+            route_us=round(journey.route_s * 1e6, 1) if is_routed else None,
             ttft_ms=None if output.first_token_s is None else round((output.first_token_s - started_s) * 1e3, 3),
             total_ms=round((time.perf_counter() - started_s) * 1e3, 3),
-            **routed,
         )

@@ -85,7 +85,7 @@ class Fleet:
         self._times = times or FleetTimes()
         self._members: dict[str, Member] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._departing: dict[asyncio.Task[None], Member] = {}
+        self._departing: dict[asyncio.Task[None], tuple[Member, asyncio.Task[None]]] = {}
         self._watching: asyncio.Task[None] | None = None
         self._ticking: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -167,10 +167,10 @@ class Fleet:
     async def close(self) -> None:
         """Ends all sessions, tasks and sockets; requests on them end with WorkerLostError. Idempotent."""
         tasks = [task for task in (self._watching, self._ticking) if task is not None]
-        departing = list(self._departing.values())
-        await _end([*tasks, *self._running.values(), *self._departing])
+        departing = dict(self._departing)
+        await _end([*tasks, *self._running.values(), *departing, *(running for _, running in departing.values())])
         self._watching = self._ticking = None
-        for member in [*self._members.values(), *departing]:
+        for member in [*self._members.values(), *(member for member, _ in departing.values())]:
             await member.close(patience_s=0)
         self._running.clear()
         self._members.clear()
@@ -216,8 +216,9 @@ class Fleet:
         self._note_counters()
         del self._members[worker_id]
         member.leave()
-        task = asyncio.create_task(self._depart(member, self._running.pop(worker_id)))
-        self._departing[task] = member
+        running = self._running.pop(worker_id)
+        task = asyncio.create_task(self._depart(member, running))
+        self._departing[task] = member, running
         task.add_done_callback(self._departed)
 
     async def _depart(self, member: Member, running: asyncio.Task[None]) -> None:
@@ -225,7 +226,7 @@ class Fleet:
         await member.close(patience_s=self._times.farewell_s)
 
     def _departed(self, task: asyncio.Task[None]) -> None:
-        member = self._departing.pop(task)
+        member, _ = self._departing.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("the end of worker %s failed", member.worker_id, exc_info=error)
 

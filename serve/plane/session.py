@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import suppress
 from typing import Final
 
 import aiohttp
@@ -200,11 +199,12 @@ class WorkerSession:
     async def close(self) -> None:
         """Closes the connection; the worker aborts what still runs on it. Idempotent."""
         self._lose("the session was closed")
-        if self._reading is not None:
-            self._reading.cancel()
-            with suppress(asyncio.CancelledError):
+        try:
+            if self._reading is not None:
+                self._reading.cancel()
                 await asyncio.wait([self._reading])
-        await self._client.close()
+        finally:
+            await self._client.close()
 
     def _submit(self, request: GenerationRequest) -> int:
         if self._loss is not None:

@@ -358,8 +358,8 @@ class Router:
             self._meter.num_expired += len(own) + num_foreign
             if own:
                 logger.warning(
-                    "released %d bookings at worker %s, of which nothing was heard for %.0f s: whoever routed request %r and the "
-                    "others did not free them",
+                    "released %d bookings at worker %s, of which nothing was heard for %.0f s: whoever routed request %r and "
+                    "the others did not free them",
                     len(own),
                     member.worker_id,
                     self.config.booking_expiry_s,

@@ -10,6 +10,7 @@ from dynamo.router.holders import HolderTable
 __all__ = ["Lane", "Run"]
 
 _RUN_BYTES = 250  # Run, its array's header, and its entry in `tips`
+_DETACH_PASSES = 4  # over one batch, which may name a run first to last, or before the runs behind it
 
 
 @dataclass(slots=True, eq=False)
@@ -48,8 +49,21 @@ class Lane:
         is_closed: each held block's predecessor is held as well.
     """
 
-    __slots__ = ("_changes", "_forks", "_loose", "_proof_interval", "_spare", "_table", "_tips")
-    __slots__ += ("bit", "count", "is_closed", "recorded", "slot", "tier")
+    __slots__ = (
+        "_changes",
+        "_forks",
+        "_loose",
+        "_proof_interval",
+        "_spare",
+        "_table",
+        "_tips",
+        "bit",
+        "count",
+        "is_closed",
+        "recorded",
+        "slot",
+        "tier",
+    )
 
     def __init__(self, table: HolderTable, bit: int, slot: int, tier: int, proof_interval: int) -> None:
         """A lane that holds nothing, and is closed.
@@ -152,14 +166,17 @@ class Lane:
             self._open()
             self._spare.append(run)
 
-    def _detach(self, keys: Sequence[int]) -> None:
+    def _detach(self, keys: list[int]) -> None:
         """Takes removed keys off the ends of runs; opens the lane if one of them was no end."""
         if len(keys) > 1 and self._detach_run(keys):
             return
-        rest = [key for key in keys if not self._pop_tip(key)]
-        rest = [key for key in reversed(rest) if not self._pop_tip(key)]  # a batch may name a run first to last
-        if rest:
-            self._open()
+        rest = keys
+        for _ in range(_DETACH_PASSES):
+            rest = [key for key in rest if not self._pop_tip(key)]
+            if not rest:
+                return
+            rest.reverse()
+        self._open()
 
     def _detach_run(self, keys: Sequence[int]) -> bool:
         """True if the keys were the end of one run, last to first, with none behind them; they are off it now."""

@@ -383,10 +383,20 @@ class KVCache:
         """Events numbered above `after`, oldest first; see `EventLog` for how a reader notices that it missed some."""
         return self._events.read(after)
 
+    @property
+    def event_log(self) -> EventLog:
+        """Where the events come from, for an `EventPublisher` to follow."""
+        return self._events
+
     def snapshot(self) -> Snapshot:
         """What each tier holds now: where a reader of `events` starts."""
         number = self._events.last_number  # first, so that no later event is missed
-        return Snapshot(number, {"device": self._pool.keys(), **(self._store.keys() if self._store else {})})
+        held = {"device": self._pool.runs(), **(self._store.runs() if self._store else {})}
+        return Snapshot(
+            number,
+            {tier: keys for tier, (keys, _) in held.items()},
+            {tier: starts for tier, (_, starts) in held.items()},
+        )
 
     def explain(self, key: BlockKey) -> dict[str, BlockPlace | Removal | None]:
         """By tier: where the block of that key lies and why it is kept, or why it is not there.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dynamo.kvcache.clearing import clear_pool
 from dynamo.kvcache.errors import OutOfBlocksError
-from dynamo.kvcache.events import EventLog
+from dynamo.kvcache.events import EventLog, RunStarts
 from dynamo.kvcache.eviction import EvictionOrder, Use
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.pool import BlockPlace, BlockPool
@@ -161,10 +161,11 @@ class DevicePool:
         with self._changed:
             return self._pool.explain(key)
 
-    def keys(self) -> list[BlockKey]:
-        """All blocks."""
+    def runs(self) -> tuple[list[BlockKey], RunStarts]:
+        """All blocks, and where their runs start, as in a `Snapshot`."""
         with self._changed:
-            return self._pool.keys()
+            runs = self._pool.runs()
+        return runs()
 
     def usage(self) -> TierUsage:
         """Occupancy and counters."""

@@ -3,12 +3,12 @@
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 
 from dynamo.kvcache.hashing import BlockKey
 
-__all__ = ["Cleared", "Event", "EventLog", "Removed", "Snapshot", "Stored"]
+__all__ = ["Cleared", "Event", "EventLog", "Removed", "RunStarts", "Snapshot", "Stored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,10 @@ class Cleared:
 Event = Stored | Removed | Cleared
 
 
+RunStarts = Sequence[tuple[int, BlockKey | None]]
+"""(position, parent): the keys from that position up to the next one follow one another, the first of them after `parent`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """What each tier holds, for a reader of events to start from.
@@ -48,11 +52,13 @@ class Snapshot:
     Attributes:
         sequence_number: of the last event that is in it for certain, -1 for none. Later ones may be in it, or not yet; to
             apply them, in order, to this state does no harm.
-        keys: by tier, in no order.
+        keys: by tier. Each tier's blocks in runs, a run's parent, if that tier has it, always in an earlier run.
+        starts: by tier, where the runs begin. A tier that is missing here has its keys in no order.
     """
 
     sequence_number: int
     keys: Mapping[str, Sequence[BlockKey]]
+    starts: Mapping[str, RunStarts] = field(default_factory=dict)
 
 
 class EventLog:
@@ -65,14 +71,15 @@ class EventLog:
 
     def __init__(self, capacity: int = 16384) -> None:
         self._lock = threading.Lock()
+        self._grown = threading.Condition(self._lock)
+        self._num_waiting = 0  # an engine's thread tells of blocks: with nobody to wake it must not pay for a Condition
         self._ring: deque[Event] = deque(maxlen=capacity)
         self._next = 0
 
     def stored(self, tier: str, keys: list[BlockKey], parent: BlockKey | None) -> None:
         if keys:
             with self._lock:
-                self._ring.append(Stored(self._next, tier, tuple(keys), parent))
-                self._next += 1
+                self._append(Stored(self._next, tier, tuple(keys), parent))
 
     def stored_runs(self, tier: str, keys: list[BlockKey], parents: list[BlockKey | None]) -> None:
         """One `Stored` for each run of `keys` in which every block's parent is the block before it."""
@@ -86,13 +93,11 @@ class EventLog:
     def removed(self, tier: str, keys: list[BlockKey]) -> None:
         if keys:
             with self._lock:
-                self._ring.append(Removed(self._next, tier, tuple(keys)))
-                self._next += 1
+                self._append(Removed(self._next, tier, tuple(keys)))
 
     def cleared(self, tier: str) -> None:
         with self._lock:
-            self._ring.append(Cleared(self._next, tier))
-            self._next += 1
+            self._append(Cleared(self._next, tier))
 
     @property
     def last_number(self) -> int:
@@ -102,7 +107,31 @@ class EventLog:
     def read(self, after: int) -> list[Event]:
         """Events numbered above `after`, oldest first, as far back as the ring reaches."""
         with self._lock:
-            if not self._ring:
+            num_new = self._next - 1 - after
+            if num_new <= 0:
                 return []
-            skip = max(0, after + 1 - self._ring[0].sequence_number)
-            return list(islice(self._ring, skip, None))
+            newest = list(islice(reversed(self._ring), num_new))  # from the end: a reader is rarely far behind
+        newest.reverse()
+        return newest
+
+    def wait(self, after: int, timeout_s: float) -> bool:
+        """Blocks until there is an event numbered above `after`. False if `timeout_s` passed first, or `wake` was called."""
+        with self._lock:
+            if self._next - 1 <= after:
+                self._num_waiting += 1
+                try:
+                    self._grown.wait(timeout_s)
+                finally:
+                    self._num_waiting -= 1
+            return self._next - 1 > after
+
+    def wake(self) -> None:
+        """Lets every `wait` return now, so that who waits can look around and end."""
+        with self._lock:
+            self._grown.notify_all()
+
+    def _append(self, event: Event) -> None:
+        self._ring.append(event)
+        self._next += 1
+        if self._num_waiting:
+            self._grown.notify_all()

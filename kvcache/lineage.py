@@ -8,7 +8,7 @@ import numpy.typing as npt
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.tiers.tier import SlotIds
 
-__all__ = ["NO_PARENT", "Lineage", "slots_behind"]
+__all__ = ["NO_PARENT", "Lineage", "runs_of_slots", "slots_behind"]
 
 NO_PARENT = -1
 
@@ -39,6 +39,10 @@ class Lineage:
     def lacks(self, slot: int) -> BlockKey | None:
         """Key of the parent that an orphan lacks."""
         return self._lacking.get(slot)
+
+    def orphans(self) -> dict[int, BlockKey]:
+        """The parents that orphans lack, by the orphan's slot; a copy."""
+        return self._lacking.copy()
 
     def num_children(self, slot: int) -> int:
         """How many registered blocks continue this one."""
@@ -204,3 +208,32 @@ def slots_behind(parents: npt.NDArray[np.int32], first: int) -> SlotIds:
         above = above[above]
     slots = np.flatnonzero(is_behind)
     return slots[np.argsort(-depth[slots], kind="stable")]
+
+
+def runs_of_slots(slots: SlotIds, parents: npt.NDArray[np.int32]) -> list[list[int]]:
+    """All of `slots` in runs of which each block continues the one before, a run's parent always in an earlier run.
+
+    Args:
+        parents: slot of each slot's parent, NO_PARENT for none; no rings. A parent of one of `slots` is among them.
+    """
+    next_of = [NO_PARENT] * len(parents)
+    others: dict[int, list[int]] = {}  # what continues a slot besides `next_of`
+    waiting: list[int] = []
+    for slot, parent in zip(slots.tolist(), parents[slots].tolist(), strict=True):
+        if parent == NO_PARENT:
+            waiting.append(slot)
+        elif next_of[parent] == NO_PARENT:
+            next_of[parent] = slot
+        else:
+            others.setdefault(parent, []).append(slot)
+    runs = []
+    while waiting:
+        slot = waiting.pop()
+        run = []
+        while slot != NO_PARENT:
+            run.append(slot)
+            if slot in others:
+                waiting += others[slot]
+            slot = next_of[slot]
+        runs.append(run)
+    return runs

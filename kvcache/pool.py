@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamo.kvcache.entries import Entries
+from dynamo.kvcache.events import RunStarts
 from dynamo.kvcache.eviction import EvictionOrder, LeafFirstLRU, Use, anonymous_use
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.lineage import NO_PARENT, Lineage, slots_behind
+from dynamo.kvcache.lineage import NO_PARENT, Lineage, runs_of_slots, slots_behind
 from dynamo.kvcache.removals import MAX_REMOVALS, Removal, RemovalLog
 from dynamo.kvcache.reuse import parts
 from dynamo.tiers.tier import SlotIds
@@ -175,6 +176,14 @@ class BlockPool:
     def keys(self) -> list[BlockKey]:
         """All registered keys."""
         return list(self._index)
+
+    def runs(self) -> Callable[[], tuple[list[BlockKey], RunStarts]]:
+        """A function that gives all registered keys in runs, and where these start, as in a `Snapshot`.
+
+        It works on a copy, and may be called when the pool has changed, without its lock: it takes some time.
+        """
+        registered = np.flatnonzero(self._registered)
+        return partial(_runs, registered, self._keys.copy(), self._lineage.parents(), self._lineage.orphans())
 
     def blocks_in(self, first: int, end: int, count: int) -> tuple[list[BlockKey], SlotIds]:
         """The first `count` registered blocks in slots [first, end): their keys, and the slots, ascending. Not pinned."""
@@ -596,3 +605,16 @@ def _parts(use: Use | None, num_blocks: int) -> list[tuple[int, int, Use]]:
     if use is None:
         return [(0, num_blocks, anonymous_use())] if num_blocks else []
     return list(parts(use, num_blocks))[::-1]
+
+
+def _runs(
+    slots: SlotIds, names: Sequence[BlockKey | None], parents: npt.NDArray[np.int32], lacking: Mapping[int, BlockKey]
+) -> tuple[list[BlockKey], RunStarts]:
+    """Keys of registered slots in runs, and where these start."""
+    keys: list[BlockKey | None] = []
+    starts: list[tuple[int, BlockKey | None]] = []
+    for run in runs_of_slots(slots, parents):
+        parent = int(parents[run[0]])
+        starts.append((len(keys), lacking.get(run[0]) if parent == NO_PARENT else names[parent]))
+        keys += [names[slot] for slot in run]
+    return cast("list[BlockKey]", keys), starts

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamo.kvcache.clearing import clear_pool, forget_behind
-from dynamo.kvcache.events import EventLog
+from dynamo.kvcache.events import EventLog, RunStarts
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.planner import TierRun
@@ -337,10 +337,11 @@ class Shelf:
                 name: pool.explain(key) for name, pool in (("host", self.host), ("disk", self.disk)) if pool.num_slots
             }
 
-    def keys(self) -> dict[str, list[BlockKey]]:
-        """All blocks in host and disk."""
+    def runs(self) -> dict[str, tuple[list[BlockKey], RunStarts]]:
+        """All blocks in host and disk, and where their runs start, as in a `Snapshot`."""
         with self.changed:
-            return {name: pool.keys() for name, pool in (("host", self.host), ("disk", self.disk)) if pool.num_slots}
+            runs = {name: pool.runs() for name, pool in (("host", self.host), ("disk", self.disk)) if pool.num_slots}
+        return {name: work_out() for name, work_out in runs.items()}
 
     def resize(self, tier: str, num_slots: int, timeout_s: float) -> bool:
         """Gives "host" or "disk" another number of slots, in the books alone, while they are in use.

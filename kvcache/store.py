@@ -15,7 +15,7 @@ from typing import Self
 from dynamo.kvcache.config import DiskPlace, format_size
 from dynamo.kvcache.device_path import prove_device_path
 from dynamo.kvcache.errors import CacheConfigError, CacheMemoryError, UnsupportedError
-from dynamo.kvcache.events import EventLog
+from dynamo.kvcache.events import EventLog, RunStarts
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.lanes import start_mover
@@ -291,9 +291,9 @@ class BlockStore:
         """Where a block lies in host and disk, or why it does not; see `BlockPool.explain`."""
         return self._shelf.explain(key)
 
-    def keys(self) -> dict[str, list[BlockKey]]:
-        """All blocks in host and disk."""
-        return self._shelf.keys()
+    def runs(self) -> dict[str, tuple[list[BlockKey], RunStarts]]:
+        """All blocks in host and disk, and where their runs start, as in a `Snapshot`."""
+        return self._shelf.runs()
 
     def resize(self, tier: str, num_bytes: int, timeout_s: float = _RESIZE_TIMEOUT_S) -> int:
         """Gives "host" or "disk" another size while the store is in use; what has no room is evicted.

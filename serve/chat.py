@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import msgspec
+from msgspec import UNSET
 
 from dynamo.serve.logprobs import chat_logprobs
-from dynamo.serve.openai import ChatChoice, ChatCompletion, ChatCompletionRequest, ChatMessage, Usage
+from dynamo.serve.openai import ChatChoice, ChatCompletion, ChatCompletionRequest, ChatMessage, RouteTiming, Usage
 from dynamo.serve.parameters import chat_sampling
 from dynamo.serve.prompt import chat_prompt
 from dynamo.serve.reply import ChoiceOutput, ReplyPlan
@@ -37,7 +38,9 @@ async def plan_chat(request: ChatCompletionRequest, served: ServedModel) -> Repl
         codec = served.codec if wants_logprobs else None
         return ChatStream(response_id, created, served.name, num_choices, include_usage=include_usage, codec=codec)
 
-    def render_body(response_id: str, created: int, outputs: Sequence[ChoiceOutput], usage: Usage) -> bytes:
+    def render_body(
+        response_id: str, created: int, outputs: Sequence[ChoiceOutput], usage: Usage, timing: RouteTiming | None
+    ) -> bytes:
         choices = [
             ChatChoice(
                 index=index,
@@ -48,7 +51,10 @@ async def plan_chat(request: ChatCompletionRequest, served: ServedModel) -> Repl
             )
             for index, output in enumerate(outputs)
         ]
-        return msgspec.json.encode(ChatCompletion(response_id, "chat.completion", created, served.name, choices, usage))
+        answer = ChatCompletion(
+            response_id, "chat.completion", created, served.name, choices, usage, UNSET if timing is None else timing
+        )
+        return msgspec.json.encode(answer)
 
     return ReplyPlan(
         prompts=[prompt],

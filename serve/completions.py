@@ -3,10 +3,18 @@
 from collections.abc import Sequence
 
 import msgspec
+from msgspec import UNSET
 
 from dynamo.serve.errors import RequestError
 from dynamo.serve.logprobs import LegacyLogprobs
-from dynamo.serve.openai import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Usage
+from dynamo.serve.openai import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    RouteTiming,
+    Usage,
+)
 from dynamo.serve.parameters import completion_sampling
 from dynamo.serve.prompt import MAX_SEQUENCES, completion_prompts
 from dynamo.serve.reply import ChoiceOutput, ReplyPlan
@@ -50,9 +58,12 @@ async def plan_completion(request: CompletionRequest, served: ServedModel) -> Re
             include_usage=include_usage,
             codec=served.codec,
             num_logprobs=sampling.num_logprobs,
+            with_token_ids=bool(request.return_token_ids),
         )
 
-    def render_body(response_id: str, created: int, outputs: Sequence[ChoiceOutput], usage: Usage) -> bytes:
+    def render_body(
+        response_id: str, created: int, outputs: Sequence[ChoiceOutput], usage: Usage, timing: RouteTiming | None
+    ) -> bytes:
         choices = [
             CompletionChoice(
                 index=index,
@@ -60,10 +71,14 @@ async def plan_completion(request: CompletionRequest, served: ServedModel) -> Re
                 logprobs=_logprobs(served, output, sampling.num_logprobs),
                 finish_reason=output.finish_reason,
                 stop_reason=output.stop_reason,
+                token_ids=output.token_ids if request.return_token_ids else UNSET,
             )
             for index, (echo, output) in enumerate(zip(echoes, outputs, strict=True))
         ]
-        return msgspec.json.encode(Completion(response_id, "text_completion", created, served.name, choices, usage))
+        answer = Completion(
+            response_id, "text_completion", created, served.name, choices, usage, UNSET if timing is None else timing
+        )
+        return msgspec.json.encode(answer)
 
     return ReplyPlan(
         prompts=prompts,

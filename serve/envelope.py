@@ -3,7 +3,14 @@
 import msgspec
 from starlette.exceptions import HTTPException
 
-from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestError, RequestFailedError
+from dynamo.serve.errors import (
+    EngineDeadError,
+    EngineOverloadedError,
+    NoWorkerError,
+    RequestError,
+    RequestFailedError,
+    WorkerLostError,
+)
 from dynamo.serve.openai import ErrorBody, ErrorEnvelope
 
 __all__ = ["envelope", "refusal_of", "shutting_down", "unforeseen"]
@@ -33,6 +40,12 @@ def refusal_of(error: BaseException, *, method: str = "", path: str = "") -> Req
         case EngineDeadError():
             message = "the engine has stopped, and no request can be served until the server is started again"
             return RequestError(message, status=503, type="service_unavailable", code="engine_dead")
+        case WorkerLostError():
+            message = "the worker that served this request was lost; send the request again"
+            return RequestError(message, status=503, type="service_unavailable", code="worker_lost")
+        case NoWorkerError():
+            message = f"no worker can take this request now: {error}; try again in a moment"
+            return RequestError(message, status=503, type="service_unavailable", code="no_worker")
         case RequestFailedError():
             return RequestError(f"the request failed: {error}", status=500, type="server_error", code="request_failed")
     return None

@@ -6,6 +6,10 @@ ServeError
 ├── RequestError           the client's request is wrong or cannot be served; carries the OpenAI error fields
 ├── EngineOverloadedError  the waiting queue is full: 429 at the door
 ├── EngineDeadError        the engine's thread ended: 503 at the door
+├── WorkerStartError       worker processes cannot be kept running: printed, and the server ends
+├── WorkerLostError        a worker cannot be reached any more: the front goes on elsewhere, else 503 at the door
+│   └── WorkerDrainingError    it is about to leave and takes nothing new; nothing is wrong with it
+├── NoWorkerError          there is no worker that could take the request: 503 at the door
 └── RequestFailedError     one request failed inside the engine: 500 at the door, others go on
 """
 
@@ -14,9 +18,13 @@ __all__ = [
     "EngineDeadError",
     "EngineOverloadedError",
     "ModelLoadError",
+    "NoWorkerError",
     "RequestError",
     "RequestFailedError",
     "ServeError",
+    "WorkerDrainingError",
+    "WorkerLostError",
+    "WorkerStartError",
 ]
 
 
@@ -68,5 +76,37 @@ class EngineDeadError(ServeError):
     """The engine's thread has ended and no request can be served."""
 
 
+class WorkerLostError(ServeError):
+    """A worker cannot be reached, or its stream broke: nothing more comes from it. Whoever can, goes on at another one.
+
+    Attributes:
+        worker_id: which worker that is.
+    """
+
+    def __init__(self, worker_id: str, reason: str) -> None:
+        super().__init__(f"worker {worker_id} is lost: {reason}")
+        self.worker_id = worker_id
+
+
+class WorkerDrainingError(WorkerLostError):
+    """A worker that is about to leave takes the request no more. It keeps its good name."""
+
+
+class NoWorkerError(ServeError):
+    """No worker is there, or none of those that are may take the request. The message says which of the two."""
+
+
 class RequestFailedError(ServeError):
     """One request failed inside the engine; the others go on."""
+
+
+class WorkerStartError(ServeError):
+    """A worker process cannot be started, or ends as often as it is. The message ends with the worker's own last sentence.
+
+    Attributes:
+        exit_code: for the server: the worker's own where a setting is wrong, else 1.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

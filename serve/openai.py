@@ -6,7 +6,7 @@ nothing a client asks for is silently ignored. Fields that are in neither list a
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from dynamo.serve.engine.request import FinishReason
 
@@ -22,6 +22,7 @@ __all__ = [
     "CompletionChoice",
     "CompletionLogprobs",
     "CompletionRequest",
+    "DynamoFields",
     "ErrorBody",
     "ErrorEnvelope",
     "MessageParam",
@@ -29,6 +30,7 @@ __all__ = [
     "ModelList",
     "PromptTokensDetails",
     "ResponseFormat",
+    "RouteTiming",
     "SamplingFields",
     "StreamOptions",
     "TextPart",
@@ -38,6 +40,7 @@ __all__ = [
 
 MAX_CHOICES = 16
 MAX_STOP_STRINGS = 16
+MAX_PRIORITY = 100
 
 Unsupported = Annotated[None, Meta(description="Not supported: refused unless null.")]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -83,6 +86,39 @@ class MessageParam(Struct, forbid_unknown_fields=True, kw_only=True):
     annotations: Unsupported = None
 
 
+WorkerName = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class DynamoFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Where a request is served, and whether the answer says so; each field has a header of its own, `x-dynamo-…`."""
+
+    worker: Annotated[WorkerName, Meta(description="Only this worker; without it, the router chooses.")] | None = None
+    exclude: Annotated[list[WorkerName], Meta(max_length=64, description="None of these workers.")] | None = None
+    session: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1, max_length=256, description="Requests of one session prefer the worker they had before."
+            ),
+        ]
+        | None
+    ) = None
+    priority: (
+        Annotated[
+            int,
+            Meta(
+                ge=-MAX_PRIORITY,
+                le=MAX_PRIORITY,
+                description="Higher goes first where requests wait for a worker; 0 is usual.",
+            ),
+        ]
+        | None
+    ) = None
+    timing: Annotated[bool, Meta(description="The answer, or a stream's last chunk, has a `dynamo` object.")] | None = (
+        None
+    )
+
+
 class SamplingFields(Struct, forbid_unknown_fields=True, kw_only=True):
     """What both generating endpoints accept. A field that is null or absent takes the model folder's or OpenAI's default."""
 
@@ -113,6 +149,7 @@ class SamplingFields(Struct, forbid_unknown_fields=True, kw_only=True):
     logit_bias: Annotated[dict[str, None], Meta(max_length=0, description="Only {}.")] | None = None
     metadata: Unsupported = None
     service_tier: Annotated[Literal["auto", "default"], Meta(description="Both mean the same.")] | None = None
+    dynamo: DynamoFields | None = None
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -155,6 +192,10 @@ class CompletionRequest(SamplingFields, kw_only=True):
     echo: Annotated[bool, Meta(description="Put the prompt's text before the completion.")] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES, description="Must equal n.")] | None = None
+    return_token_ids: (
+        Annotated[bool, Meta(description="As at vLLM: each choice has `token_ids`, in a stream those of its chunk.")]
+        | None
+    ) = None
     suffix: Unsupported = None
 
 
@@ -171,6 +212,23 @@ class Usage(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+
+
+class RouteTiming(Struct, kw_only=True, omit_defaults=True):
+    """Where a request was served and how long that took; of the first choice, and in `choices` of all where there are more.
+
+    A server without workers has no `worker_id`, no `predicted_cached_tokens`, no `queue_ms` and no `route_us`.
+    """
+
+    worker_id: Annotated[str, Meta(description="Who served it, or did last.")] | None = None
+    attempts: Annotated[int, Meta(description="More than 1: it was carried on at another worker.")] | None = None
+    cached_tokens: int
+    predicted_cached_tokens: int | None = None
+    queue_ms: Annotated[float, Meta(description="How long it waited for a worker.")] | None = None
+    route_us: Annotated[float, Meta(description="How long the choice of the worker took.")] | None = None
+    ttft_ms: Annotated[float, Meta(description="From the request's arrival to its first token.")] | None = None
+    total_ms: float
+    choices: "list[RouteTiming] | None" = None
 
 
 class TopLogprob(Struct):
@@ -232,6 +290,7 @@ class ChatCompletion(Struct):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    dynamo: RouteTiming | UnsetType = UNSET
 
 
 class CompletionChoice(Struct):
@@ -242,6 +301,7 @@ class CompletionChoice(Struct):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
     stop_reason: StopReason
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(Struct):
@@ -253,6 +313,7 @@ class Completion(Struct):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+    dynamo: RouteTiming | UnsetType = UNSET
 
 
 class ModelCard(Struct):

@@ -7,16 +7,25 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 from starlette.types import Receive, Send
 
-from dynamo.serve.engine.request import Engine, FinishReason, GenerationRequest, SamplingParams, TokenLogprob
+from dynamo.serve.engine.request import (
+    Engine,
+    FinishReason,
+    GenerationRequest,
+    Journey,
+    SamplingParams,
+    TokenLogprob,
+)
 from dynamo.serve.envelope import refusal_of, unforeseen
 from dynamo.serve.exchange import Exchange, send_body
 from dynamo.serve.interruption import ClientDisconnectedError, Interruption, run_interruptible
 from dynamo.serve.merging import Batch, generate_all
 from dynamo.serve.metrics import GenerationMetrics, ServerMetrics
-from dynamo.serve.openai import PromptTokensDetails, Usage
+from dynamo.serve.openai import DynamoFields, PromptTokensDetails, RouteTiming, Usage
 from dynamo.serve.parameters import with_seed
+from dynamo.serve.routing_hints import routing_hints
 from dynamo.serve.stream import DONE, SSE_HEADERS, ChunkStream, error_event
 
 __all__ = ["ChoiceOutput", "Reply", "ReplyPlan"]
@@ -28,14 +37,21 @@ _LAST_EVENT_TIMEOUT_S = 1.0
 
 @dataclass(slots=True)
 class ChoiceOutput:
-    """What one choice has gained so far; text and logprobs only where the answer is not streamed."""
+    """What one choice has gained so far; text, logprobs and token ids only where it is not streamed.
+
+    Attributes:
+        first_token_s: `time.perf_counter()` when its first token came.
+    """
 
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     num_tokens: int = 0
     num_cached_tokens: int = 0
     finish_reason: FinishReason = "length"
     stop_reason: str | int | None = None
+    first_token_s: float | None = None
+    journey: Journey = field(default_factory=Journey)
 
     @property
     def text(self) -> str:
@@ -59,14 +75,22 @@ class ReplyPlan:
     id_prefix: str
     include_usage: bool
     open_stream: Callable[[str, int], ChunkStream] | None
-    render_body: Callable[[str, int, Sequence[ChoiceOutput], Usage], bytes]
+    render_body: Callable[[str, int, Sequence[ChoiceOutput], Usage, RouteTiming | None], bytes]
 
 
 class Reply:
-    """Runs one plan and writes its answer to one client."""
+    """Runs one plan and writes its answer to one client.
 
-    def __init__(self, plan: ReplyPlan, engine: Engine, metrics: ServerMetrics, exchange: Exchange) -> None:
+    Args:
+        fields: what the client said of where it wants to be served.
+    """
+
+    def __init__(
+        self, plan: ReplyPlan, fields: DynamoFields, engine: Engine, metrics: ServerMetrics, exchange: Exchange
+    ) -> None:
         self._plan = plan
+        self._routing = routing_hints(fields)
+        self._wants_timing = bool(fields.timing)
         self._engine = engine
         self._exchange = exchange
         self._id = plan.id_prefix + uuid.uuid4().hex
@@ -113,10 +137,11 @@ class Reply:
                 output = self._outputs[index]
                 output.texts.append(delta.text)
                 output.logprobs += delta.logprobs or ()
+                output.token_ids += delta.token_ids
 
         await generate_all(self._engine, self._requests(), collect)
-        body = self._plan.render_body(self._id, self._created, self._outputs, self._usage())
-        await send_body(send, self._exchange, 200, body)
+        body = self._plan.render_body(self._id, self._created, self._outputs, self._usage(), self._timing())
+        await send_body(send, self._exchange, 200, body, self._worker_headers(0))
 
     async def _streamed(self, send: Send, open_stream: Callable[[str, int], ChunkStream]) -> None:
         stream = open_stream(self._id, self._created)
@@ -126,12 +151,13 @@ class Reply:
             body = stream.render(batch)
             if not self._exchange.response_started:
                 # Until here a failure still gets a status of its own, such as 429.
-                await self._exchange.start(send, 200, SSE_HEADERS)
+                await self._exchange.start(send, 200, (*SSE_HEADERS, *self._worker_headers(batch[0][0])))
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
 
         await generate_all(self._engine, self._requests(), write)
-        last = stream.usage_chunk(self._usage()) + DONE if self._plan.include_usage else DONE
+        usage, timing = self._usage() if self._plan.include_usage else None, self._timing()
+        last = DONE if usage is None and timing is None else stream.last_chunk(usage, timing) + DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _requests(self) -> list[GenerationRequest]:
@@ -142,6 +168,8 @@ class Reply:
                 prompt_token_ids=prompt,
                 sampling=with_seed(plan.sampling, choice),
                 cache_salt=plan.cache_salt,
+                routing=self._routing,
+                journey=self._outputs[prompt_index * plan.num_choices + choice].journey,
             )
             for prompt_index, prompt in enumerate(plan.prompts)
             for choice in range(plan.num_choices)
@@ -151,6 +179,8 @@ class Reply:
         self._metrics.observe(batch)
         for index, delta in batch:
             output = self._outputs[index]
+            if output.first_token_s is None and delta.token_ids:
+                output.first_token_s = time.perf_counter()
             output.num_tokens += len(delta.token_ids)
             output.num_cached_tokens = delta.num_cached_tokens
             if delta.finish_reason is not None:
@@ -165,4 +195,35 @@ class Reply:
         cached_tokens = sum(output.num_cached_tokens for output in self._outputs[:: plan.num_choices])
         return Usage(
             prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached_tokens)
+        )
+
+    def _worker_headers(self, index: int) -> list[tuple[bytes, bytes]]:
+        """Which worker serves a choice, where there are workers."""
+        journey = self._outputs[index].journey
+        if journey.worker_id is None:
+            return []
+        return [
+            (b"x-dynamo-worker-id", journey.worker_id.encode("latin-1", "replace")),
+            (b"x-dynamo-overlap-blocks", b"%d" % journey.overlap_blocks),
+        ]
+
+    def _timing(self) -> RouteTiming | None:
+        """Told to whom asked for it, once everything is generated."""
+        if not self._wants_timing:
+            return None
+        choices = [self._timing_of(output) for output in self._outputs]
+        return msgspec.structs.replace(choices[0], choices=choices) if len(choices) > 1 else choices[0]
+
+    def _timing_of(self, output: ChoiceOutput) -> RouteTiming:
+        started_s, journey = self._exchange.started_s, output.journey
+        is_routed = journey.worker_id is not None
+        return RouteTiming(
+            worker_id=journey.worker_id,
+            attempts=journey.num_attempts if is_routed else None,
+            cached_tokens=output.num_cached_tokens,
+            predicted_cached_tokens=journey.predicted_cached_tokens if is_routed else None,
+            queue_ms=round(journey.queue_s * 1e3, 3) if is_routed else None,
+            route_us=round(journey.route_s * 1e6, 1) if is_routed else None,
+            ttft_ms=None if output.first_token_s is None else round((output.first_token_s - started_s) * 1e3, 3),
+            total_ms=round((time.perf_counter() - started_s) * 1e3, 3),
         )

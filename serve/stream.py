@@ -14,7 +14,7 @@ from dynamo.serve.envelope import envelope
 from dynamo.serve.errors import RequestError
 from dynamo.serve.logprobs import LegacyLogprobs, chat_logprobs
 from dynamo.serve.merging import Batch
-from dynamo.serve.openai import Usage
+from dynamo.serve.openai import RouteTiming, Usage
 from dynamo.serve.prompt import TextCodec
 
 __all__ = ["DONE", "SSE_HEADERS", "ChatStream", "ChunkStream", "CompletionStream", "error_event"]
@@ -36,7 +36,9 @@ class ChunkStream(Protocol):
         """The events of `batch`; empty while all of its text is held back."""
         ...
 
-    def usage_chunk(self, usage: Usage) -> bytes: ...
+    def last_chunk(self, usage: Usage | None, timing: RouteTiming | None) -> bytes:
+        """The chunk without choices that closes a stream whose client asked for usage, timing, or both."""
+        ...
 
 
 def error_event(error: RequestError) -> bytes:
@@ -57,8 +59,13 @@ class _Templates:
         reasons = _encode(delta.finish_reason), b',"stop_reason":', _encode(delta.stop_reason)
         return prefix, nothing, b',"logprobs":null,"finish_reason":', *reasons, self.tail
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        return self.head + b'],"usage":' + _encode(usage) + b"}\n\n"
+    def last_chunk(self, usage: Usage | None, timing: RouteTiming | None) -> bytes:
+        parts = [self.head, b"]"]
+        if usage is not None:
+            parts += (b',"usage":', _encode(usage))
+        if timing is not None:
+            parts += (b',"dynamo":', _encode(timing))
+        return b"".join((*parts, b"}\n\n"))
 
 
 class ChatStream:
@@ -102,9 +109,9 @@ class ChatStream:
                 parts += self._templates.finish(prefix, b"}", delta)
         return b"".join(parts)
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """The chunk without choices that closes a stream when usage was asked for."""
-        return self._templates.usage_chunk(usage)
+    def last_chunk(self, usage: Usage | None, timing: RouteTiming | None) -> bytes:
+        """See `ChunkStream.last_chunk`."""
+        return self._templates.last_chunk(usage, timing)
 
 
 class CompletionStream:
@@ -113,6 +120,7 @@ class CompletionStream:
     Args:
         echoes: per choice what comes before the first token; empty strings where nothing is echoed.
         num_logprobs: most likely tokens per place; None without logprobs.
+        with_token_ids: whether chunks say which tokens they stand for; then also those without text are sent.
     """
 
     def __init__(
@@ -125,12 +133,14 @@ class CompletionStream:
         include_usage: bool,
         codec: TextCodec,
         num_logprobs: int | None = None,
+        with_token_ids: bool = False,
     ) -> None:
         self._templates = _Templates(response_id, "text_completion", created, model, include_usage)
         self._prefixes = [b'%s{"index":%d,"text":' % (self._templates.head, index) for index in range(len(echoes))]
         self._unfinished = b',"logprobs":null,"finish_reason":null' + self._templates.tail
         self._echoes = list(echoes)
         self._num_logprobs = num_logprobs
+        self._with_token_ids = with_token_ids
         self._logprobs = [LegacyLogprobs(codec) for _ in echoes]
 
     def render(self, batch: Batch) -> bytes:
@@ -141,18 +151,20 @@ class CompletionStream:
             if self._echoes[index]:
                 parts += (prefix, _encode(self._echoes[index]), self._unfinished)
                 self._echoes[index] = ""
+            token_ids = (b',"token_ids":', _encode(delta.token_ids)) if self._with_token_ids and delta.token_ids else ()
             if self._num_logprobs is not None and delta.logprobs:
-                parts += (prefix, _encode(delta.text), b',"logprobs":', self._encoded_logprobs(index, delta))
+                logprobs = self._encoded_logprobs(index, delta)
+                parts += (prefix, _encode(delta.text), *token_ids, b',"logprobs":', logprobs)
                 parts += (b',"finish_reason":null', self._templates.tail)
-            elif delta.text:
-                parts += (prefix, _encode(delta.text), self._unfinished)
+            elif delta.text or token_ids:
+                parts += (prefix, _encode(delta.text), *token_ids, self._unfinished)
             if delta.finish_reason is not None:
                 parts += self._templates.finish(prefix, b'""', delta)
         return b"".join(parts)
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """The chunk without choices that closes a stream when usage was asked for."""
-        return self._templates.usage_chunk(usage)
+    def last_chunk(self, usage: Usage | None, timing: RouteTiming | None) -> bytes:
+        """See `ChunkStream.last_chunk`."""
+        return self._templates.last_chunk(usage, timing)
 
     def _encoded_logprobs(self, index: int, delta: OutputDelta) -> bytes:
         assert delta.logprobs is not None and self._num_logprobs is not None

@@ -23,12 +23,24 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "kernels": (),
     "tiers": ("kernels",),
     "kvcache": ("tiers", "kernels"),
-    "router": ("kvcache.hashing", "kvcache.events"),
+    "router": ("kvcache.hashing", "kvcache.events", "kvcache.event_wire"),
     "serve": ("router", "kvcache", "kernels.paged_attention", "kernels.paged_proof"),
     "perf": LAYERS,
 }
-TORCH_FREE = ("dynamo.router", "dynamo.kvcache.hashing", "dynamo.kvcache.events")
-TORCH_FREE_SOURCES = ("router", "kvcache/hashing.py", "kvcache/events.py")
+TORCH_FREE = (
+    "dynamo.router",
+    "dynamo.kvcache.hashing",
+    "dynamo.kvcache.events",
+    "dynamo.kvcache.event_wire",
+    "dynamo.kvcache.event_publisher",
+)
+TORCH_FREE_SOURCES = (
+    "router",
+    "kvcache/hashing.py",
+    "kvcache/events.py",
+    "kvcache/event_wire.py",
+    "kvcache/event_publisher.py",
+)
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".sh", ".in", ".cfg", ".txt", ".ipynb"}
 SKIPPED_FOLDERS = {".git", ".namespace", "__pycache__", "build", "dist"}
 # Written in pieces, or this file would be the first to break its own rule.
@@ -148,6 +160,14 @@ def test_what_a_router_loads_names_no_torch() -> None:
 
 def test_what_a_router_loads_brings_in_no_torch_at_run_time() -> None:
     names = ", ".join(TORCH_FREE)
+    done = python(f'import sys, {names}; print(sorted(m for m in sys.modules if m.split(".")[0] == "torch"))', "-P")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_front_process_brings_in_no_torch() -> None:
+    """Nor does a worker before it loads its model, so that what is wrong with its settings is told at once."""
+    names = "dynamo.serve.front_process, dynamo.serve.worker"
     done = python(f'import sys, {names}; print(sorted(m for m in sys.modules if m.split(".")[0] == "torch"))', "-P")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -78,6 +78,11 @@ class InferenceEngine:
     def max_model_len(self) -> int:
         return self._max_model_len
 
+    @property
+    def num_prefill_tokens_waiting(self) -> int:
+        """Tokens of requests that are still to be computed before the next one is sampled."""
+        return self._scheduler.num_prefill_tokens_waiting
+
     def on_finished(self, listener: Callable[[FinishedRequest], None]) -> None:
         """Has `listener` told, on the engine's thread, of every request that held blocks and has ended. Before `start`.
 
@@ -152,7 +157,7 @@ class InferenceEngine:
             raise ValueError(f"another live request has the id {request.request_id!r}")
         if len(self._live_ids) >= self._max_live:
             raise EngineOverloadedError(f"{len(self._live_ids)} requests are running or waiting; try again later")
-        self._check_prompt(request.prompt_token_ids)
+        self._check_tokens(request)
         generation = Generation(
             request,
             OutputStream(request.hold_s),
@@ -166,18 +171,19 @@ class InferenceEngine:
         self._live_ids.add(request.request_id)
         return generation
 
-    def _check_prompt(self, token_ids: list[int]) -> None:
-        if not 0 < len(token_ids) < self._max_model_len:
+    def _check_tokens(self, request: GenerationRequest) -> None:
+        prompt, output = request.prompt_token_ids, request.output_token_ids
+        if not prompt or len(prompt) + len(output) >= self._max_model_len:
+            began = f" and {len(output)} tokens were generated before" if output else ""
             raise RequestFailedError(
-                f"the prompt has {len(token_ids)} tokens; this engine takes 1 to {self._max_model_len - 1}"
+                f"the prompt has {len(prompt)} tokens{began}; this engine takes 1 to {self._max_model_len - 1}"
             )
         # An unknown id would fail the whole step, and with it the requests beside this one.
         vocab_size = self._tokenizer.vocab_size
-        for token_id in (min(token_ids), max(token_ids)):
-            if not 0 <= token_id < vocab_size:
-                raise RequestFailedError(
-                    f"the prompt holds token id {token_id}; the model has ids 0 to {vocab_size - 1}"
-                )
+        for name, token_ids in (("prompt", prompt), ("output so far", output)):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+                wrong = min(token_ids) if min(token_ids) < 0 else max(token_ids)
+                raise RequestFailedError(f"the {name} holds token id {wrong}; the model has ids 0 to {vocab_size - 1}")
 
 
 def build_model_engine(

@@ -1,10 +1,11 @@
 """One request's way from sampled tokens to text: detokenisation and the exact place where it ends."""
 
 from dynamo.serve.engine.delivery import OutputStream
-from dynamo.serve.engine.request import FinishReason, GenerationRequest, OutputDelta
+from dynamo.serve.engine.output_text import OutputText
+from dynamo.serve.engine.request import GenerationRequest, OutputDelta
 from dynamo.serve.engine.sampler import SampledToken
 from dynamo.serve.engine.sequence import SequenceState
-from dynamo.serve.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from dynamo.serve.engine.tokenizer import Tokenizer
 
 __all__ = ["Generation"]
 
@@ -16,20 +17,12 @@ class Generation:
         sequence: what the scheduler knows of it.
         stream: where its deltas go.
         is_finished: it has ended, for whatever reason; it holds no blocks and gets no more deltas.
+
+    Raises:
+        RequestFailedError: the tokens generated elsewhere have ended the request already.
     """
 
-    __slots__ = (
-        "_detokenizer",
-        "_ending_ids",
-        "_max_tokens",
-        "_min_tokens",
-        "_num_tokens",
-        "_stop_ids",
-        "_wants_logprobs",
-        "is_finished",
-        "sequence",
-        "stream",
-    )
+    __slots__ = ("_text", "_wants_logprobs", "is_finished", "sequence", "stream")
 
     def __init__(
         self,
@@ -44,36 +37,17 @@ class Generation:
         self.sequence = SequenceState.from_request(request)
         self.stream = stream
         self.is_finished = False
-        self._stop_ids = params.stop_token_ids
-        self._ending_ids = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_token_ids
-        self._max_tokens = min(params.max_tokens, max_model_len - len(request.prompt_token_ids))
-        self._min_tokens = params.min_tokens
         self._wants_logprobs = params.num_logprobs is not None
-        self._num_tokens = 0
-        self._detokenizer = IncrementalDetokenizer(tokenizer, params.stop, params.min_tokens)
+        self._text = OutputText(request, tokenizer, eos_token_ids=eos_token_ids, max_model_len=max_model_len)
 
     def push(self, sampled: SampledToken) -> OutputDelta:
         """Takes the next token. Sets `is_finished` if it is the last; an ending token id is counted but has no text."""
-        token_id = sampled.token_id
-        num_tokens = self._num_tokens = self._num_tokens + 1
-        finish_reason: FinishReason | None = None
-        stop_reason: str | int | None = None
-        if token_id in self._ending_ids and num_tokens >= self._min_tokens:
-            text = self._detokenizer.finish()
-            finish_reason = "stop"
-            stop_reason = token_id if token_id in self._stop_ids else None
-        else:
-            text, stop_reason = self._detokenizer.push(token_id)
-            if stop_reason is not None:
-                finish_reason = "stop"
-            elif num_tokens >= self._max_tokens:
-                text += self._detokenizer.finish()
-                finish_reason = "length"
+        text, finish_reason, stop_reason = self._text.push(sampled.token_id)
         if finish_reason is not None:
             self.is_finished = True
         return OutputDelta(
             text,
-            [token_id],
+            [sampled.token_id],
             [sampled.logprob] if self._wants_logprobs and sampled.logprob is not None else None,
             finish_reason,
             stop_reason,

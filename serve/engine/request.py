@@ -12,7 +12,9 @@ __all__ = [
     "FinishReason",
     "FinishedRequest",
     "GenerationRequest",
+    "Journey",
     "OutputDelta",
+    "RoutingHints",
     "SamplingDefaults",
     "SamplingParams",
     "TokenLogprob",
@@ -78,6 +80,44 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingHints:
+    """What a client asks of the choice of a worker; an engine that has none takes no notice.
+
+    Attributes:
+        worker: the only worker that may serve the request; None lets the router choose.
+        exclude: workers that may not.
+        session: requests of one session go to the same worker while that is wise.
+        priority: who goes first where requests wait for a worker; higher is earlier.
+    """
+
+    worker: str | None = None
+    exclude: frozenset[str] = frozenset()
+    session: str | None = None
+    priority: int = 0
+
+
+@dataclass(slots=True)
+class Journey:
+    """Which way one request went. An engine that has workers fills it in; whoever answers the client reads it.
+
+    Attributes:
+        worker_id: who serves it, or did last; None where there are no workers, and before one is chosen.
+        num_attempts: how many workers began it.
+        overlap_blocks: prompt blocks that the first to deliver held in any tier, as far as the router knew.
+        predicted_cached_tokens: the tokens of those blocks.
+        queue_s: how long it waited for a worker, all attempts together.
+        route_s: how long the router itself thought, all attempts together.
+    """
+
+    worker_id: str | None = None
+    num_attempts: int = 0
+    overlap_blocks: int = 0
+    predicted_cached_tokens: int = 0
+    queue_s: float = 0.0
+    route_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One sequence to generate. `n > 1` at the door becomes n of these.
 
@@ -87,6 +127,11 @@ class GenerationRequest:
         cache_salt: KV blocks are shared only between requests of equal salt.
         hold_s: after deltas were handed over, those of the next so many seconds are kept back and handed over together,
             unless the request ends before. The first ones are never kept back. 0: all at once as they come.
+        output_token_ids: what was generated of it already, elsewhere. The engine goes on where they end, as if it had
+            generated them itself: limits, penalties, random numbers, stop strings and half characters count them, and
+            none of them is handed out again. None of them may have ended the request.
+        routing: for a front that has workers; it goes no further than that.
+        journey: where such a front notes what it did; None: nobody wants to know.
     """
 
     request_id: str
@@ -94,6 +139,9 @@ class GenerationRequest:
     sampling: SamplingParams
     cache_salt: str = ""
     hold_s: float = 0.0
+    output_token_ids: list[int] = field(default_factory=list)
+    routing: RoutingHints = RoutingHints()  # frozen, so one for all
+    journey: Journey | None = None
 
 
 @dataclass(slots=True)

@@ -71,10 +71,11 @@ class SequenceState:
 
     Attributes:
         arrival: order of arrival; a preempted sequence keeps it.
-        tokens: prompt, then generated tokens.
+        tokens: prompt, then generated tokens, here or elsewhere.
         kv: its blocks in the cache; None while waiting and once finished.
         salt: see `GenerationRequest.cache_salt`.
-        num_cached_tokens: prompt tokens whose KV came from the cache when it was first admitted; None before that.
+        num_cached_tokens: prompt tokens whose KV came from the cache when it was first admitted; None before that. Those
+            generated elsewhere are no part of the prompt.
         sampling: the sampler's memory of it, made by the runner; survives preemption.
     """
 
@@ -99,7 +100,7 @@ class SequenceState:
             request_id=request.request_id,
             params=request.sampling,
             salt=request.cache_salt,
-            tokens=list(prompt),
+            tokens=[*prompt, *request.output_token_ids],
             num_prompt_tokens=len(prompt),
         )
 

@@ -192,7 +192,7 @@ class StepLoop:
                 self._fail(generation, outcome)
         for chunk in step.prefills:
             sequence = chunk.sequence
-            if chunk.is_last and sequence.num_output_tokens == 1:  # later ones recompute after a preemption
+            if chunk.is_last and sequence.num_output_tokens == 1:  # later ones recompute, or were counted elsewhere
                 counters.prompt_tokens += sequence.num_prompt_tokens
                 counters.cached_prompt_tokens += sequence.num_cached_tokens or 0
 

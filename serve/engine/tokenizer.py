@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tokenizers
 
@@ -13,7 +13,7 @@ from dynamo.serve.engine.chat_template import ChatTemplate
 from dynamo.serve.engine.stop_strings import StopMatcher
 from dynamo.serve.errors import ModelLoadError, RequestError
 
-__all__ = ["IncrementalDetokenizer", "Tokenizer"]
+__all__ = ["IncrementalDetokenizer", "TokenSpelling", "Tokenizer"]
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPACE_MARK = "\u2581"  # how sentencepiece writes a space
@@ -191,6 +191,14 @@ class Tokenizer:
         return token.replace(SPACE_MARK, " ").encode()
 
 
+class TokenSpelling(Protocol):
+    """The part of `Tokenizer` that turning tokens into text needs."""
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    def is_special(self, token_id: int) -> bool: ...
+
+
 class IncrementalDetokenizer:
     """Text of one generated sequence, token by token.
 
@@ -202,7 +210,7 @@ class IncrementalDetokenizer:
         min_tokens: stop strings completed by an earlier token than this one, counting from 1, do not end the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
+    def __init__(self, tokenizer: TokenSpelling, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer
         self._min_tokens = min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -52,7 +52,7 @@ def test_usage_is_null_before_the_chunk_that_has_it() -> None:
     stream = chat_stream(include_usage=True)
     chunks = events(stream.render([(0, OutputDelta(text="Hi", token_ids=[1], finish_reason="length"))]))
     assert all(chunk["usage"] is None for chunk in chunks)
-    (last,) = events(stream.usage_chunk(Usage(3, 1, 4, PromptTokensDetails(2))))
+    (last,) = events(stream.last_chunk(Usage(3, 1, 4, PromptTokensDetails(2)), None))
     assert last["choices"] == []
     assert last["usage"] == {
         "prompt_tokens": 3,

@@ -1,0 +1,53 @@
+"""What the index holds, and what that costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["IndexStats"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexStats:
+    """Counts of one moment. An entry is one block in one tier of one worker.
+
+    Attributes:
+        num_workers: slots in use.
+        num_blocks: different blocks.
+        num_entries: of workers that are there.
+        num_unswept: entries of workers that left or were cleared, not forgotten yet; the next sweeps take them.
+        num_open_lanes: tiers of workers with blocks whose predecessors they do not hold; prompts that such a worker shares
+            are gone through block by block.
+        num_predicted: blocks in predictions, those that expired and are not swept yet included.
+        num_predictions_evicted: predicted blocks that the bound forgot before their time, since the start.
+        num_refused: stored blocks that the bound kept out, since the start.
+        entries: by slot and tier.
+        slot_bytes: by slot: its records, and its share of the table.
+        num_bytes: memory of everything.
+    """
+
+    num_workers: int
+    num_blocks: int
+    num_entries: int
+    num_unswept: int
+    num_open_lanes: int
+    num_predicted: int
+    num_predictions_evicted: int
+    num_refused: int
+    entries: Mapping[int, Mapping[str, int]]
+    slot_bytes: Mapping[int, int]
+    num_bytes: int
+
+    @property
+    def bytes_per_entry(self) -> float:
+        """Memory for each entry, 0 where there is none."""
+        entries = self.num_entries + self.num_unswept
+        return self.num_bytes / entries if entries else 0.0
+
+    @property
+    def tier_entries(self) -> dict[str, int]:
+        """Entries by tier; a tier that nobody has is absent."""
+        total: dict[str, int] = {}
+        for tiers in self.entries.values():
+            for tier, count in tiers.items():
+                total[tier] = total.get(tier, 0) + count
+        return total

@@ -1,0 +1,92 @@
+"""All that is known of one request while workers come and go under it."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from dynamo.kvcache.hashing import pack_tokens
+from dynamo.serve.engine.request import GenerationRequest, Journey, OutputDelta
+from dynamo.serve.errors import ServeError
+from dynamo.serve.plane.link import WorkerLink
+
+__all__ = ["LiveRequest"]
+
+_SEED_BITS = 63
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """A request's whole state: with it, any worker can go on where another one stopped.
+
+    What a worker knows beyond this (sampler, text that is held back, KV) follows from prompt, tokens and sampling, and is
+    rebuilt from them by whoever carries the request on. One place for it all, so that more can be taken along.
+
+    Attributes:
+        request: as the client sent it, but a request that samples always has a seed: only then does the next worker
+            draw the same tokens as this one would have.
+        output_token_ids: what the client has, or is about to be handed.
+        num_cached_tokens: as the first worker that delivered anything said.
+        delivered_first: which attempt that was; None before.
+        num_attempts: how many workers began it.
+        num_failures: how many of them were lost.
+        failed: workers that were lost under it, each with the way there: they are not asked again until there is another
+            way, that of a new incarnation or connection.
+        refused: workers that had no room for it since it last got on.
+        last_error: of the last worker that was lost.
+        lost_at_s: `time.perf_counter()` when it lost its worker, while no other one has delivered; None else.
+        is_over: the last delta has its finish reason.
+    """
+
+    request: GenerationRequest
+    journey: Journey
+    output_token_ids: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    delivered_first: int | None = None
+    num_attempts: int = 0
+    num_failures: int = 0
+    failed: dict[str, WorkerLink] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+    last_error: ServeError | None = None
+    lost_at_s: float | None = None
+    is_over: bool = False
+
+    @classmethod
+    def begin(cls, request: GenerationRequest, rng: random.Random) -> "LiveRequest":
+        """The state of a request nobody has begun."""
+        sampling = request.sampling
+        if sampling.temperature > 0 and sampling.seed is None:
+            request = replace(request, sampling=replace(sampling, seed=rng.getrandbits(_SEED_BITS)))
+        return cls(request, request.journey or Journey())
+
+    @property
+    def has_delivered(self) -> bool:
+        """Whether the client has tokens of it."""
+        return bool(self.output_token_ids)
+
+    def tokens(self) -> memoryview:
+        """Prompt and what was generated, as little-endian u32; a copy."""
+        return pack_tokens([*self.request.prompt_token_ids, *self.output_token_ids])
+
+    def next_attempt(self) -> GenerationRequest:
+        """What the next worker is asked to do. Its id is a new one: the last worker may still hold on to the old."""
+        self.num_attempts += 1
+        self.journey.num_attempts = self.num_attempts
+        return replace(
+            self.request,
+            request_id=f"{self.request.request_id}#{self.num_attempts}",
+            output_token_ids=list(self.output_token_ids),
+            journey=None,
+        )
+
+    def take(self, deltas: Sequence[OutputDelta]) -> None:
+        """Notes what a worker delivered, and makes the deltas say of the cache what the request's first ones said."""
+        is_first_to_deliver = self.delivered_first in (None, self.num_attempts)
+        for delta in deltas:
+            # Some workers know it only in the end.
+            if is_first_to_deliver:
+                self.num_cached_tokens = delta.num_cached_tokens
+            delta.num_cached_tokens = self.num_cached_tokens
+            self.output_token_ids += delta.token_ids
+        if is_first_to_deliver:
+            self.delivered_first = self.num_attempts
+        self.is_over = deltas[-1].finish_reason is not None

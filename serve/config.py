@@ -190,6 +190,12 @@ class ServerSettings:
         or_word(file_path, _OFF),
         metavar="FILE",
     )
+    stream_interval: float = option(
+        0.005,
+        "seconds between two writes of a stream whose tokens come faster; 0 writes at each step",
+        number(float, 0, 1),
+        metavar="SECONDS",
+    )
     drain_timeout: float = option(
         30.0, "seconds that running requests get when the server is stopped", number(float, 0, 86400), metavar="SECONDS"
     )

@@ -187,7 +187,14 @@ class _Front:
     ) -> bool:
         """Serves; whether a second signal cut the end short."""
         server_settings = self._config.server
-        frontend = Frontend(engine, self._served, api_key=server_settings.api_key, collectors=collectors, routed=engine)
+        frontend = Frontend(
+            engine,
+            self._served,
+            api_key=server_settings.api_key,
+            collectors=collectors,
+            routed=engine,
+            stream_interval_s=server_settings.stream_interval,
+        )
         async with serving(frontend, listener) as server:
             if await self._are_ready(signals):
                 url = server_url(server_settings.host, listener.getsockname()[1])

@@ -75,6 +75,7 @@ class Frontend:
         collectors: more metrics for /metrics, such as the cache's.
         admin: what is behind /admin; None: there is no such thing.
         routed: the same engine, if it has workers behind it.
+        stream_interval_s: a stream whose tokens come faster than this gets those of so many seconds in one write.
         max_body_bytes: longer bodies are refused with 413.
 
     Attributes:
@@ -91,6 +92,7 @@ class Frontend:
         collectors: Sequence[Collector] = (),
         admin: CacheAdmin | None = None,
         routed: Routed | None = None,
+        stream_interval_s: float = 0.0,
         max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         self._engine = engine
@@ -98,6 +100,7 @@ class Frontend:
         self._api_key = None if api_key is None else api_key.encode()
         self._admin = admin
         self._routed = routed
+        self._stream_interval_s = stream_interval_s
         self._max_body_bytes = max_body_bytes
         self.health = Health(engine, routed)
         self._metrics = ServerMetrics()
@@ -216,7 +219,7 @@ class Frontend:
             self._check_model(request.model)
             fields = self._routing_fields(request, exchange)
             plan = await plan_request(request, self._served)
-            reply = Reply(plan, fields, self._engine, self._metrics, exchange)
+            reply = Reply(plan, fields, self._engine, self._metrics, exchange, self._stream_interval_s)
             await reply.respond(receive, send, self._interruption)
         finally:
             self._num_generating -= 1

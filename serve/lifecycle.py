@@ -109,7 +109,12 @@ async def _serve(assembly: "Assembly", listener: socket.socket, config: ServerSe
                 admin = CacheAdmin(assembly.cache, assembly.served)
                 stack.callback(admin.close)
             frontend = Frontend(
-                assembly.engine, assembly.served, api_key=config.api_key, collectors=collectors, admin=admin
+                assembly.engine,
+                assembly.served,
+                api_key=config.api_key,
+                collectors=collectors,
+                admin=admin,
+                stream_interval_s=config.stream_interval,
             )
             forced = await _serve_until_told(frontend, assembly, listener, config, signals)
     return 1 if forced else 0

@@ -33,6 +33,7 @@ __all__ = ["ChoiceOutput", "Reply", "ReplyPlan"]
 logger = logging.getLogger(__name__)
 
 _LAST_EVENT_TIMEOUT_S = 1.0
+_WHOLE_HOLD_S = 0.05  # nobody sees the tokens of an answer in one piece before its end: they may come together
 
 
 @dataclass(slots=True)
@@ -83,16 +84,25 @@ class Reply:
 
     Args:
         fields: what the client said of where it wants to be served.
+        stream_interval_s: tokens that come faster than this are written together. Several events may leave in one write;
+            none are merged.
     """
 
     def __init__(
-        self, plan: ReplyPlan, fields: DynamoFields, engine: Engine, metrics: ServerMetrics, exchange: Exchange
+        self,
+        plan: ReplyPlan,
+        fields: DynamoFields,
+        engine: Engine,
+        metrics: ServerMetrics,
+        exchange: Exchange,
+        stream_interval_s: float,
     ) -> None:
         self._plan = plan
         self._routing = routing_hints(fields)
         self._wants_timing = bool(fields.timing)
         self._engine = engine
         self._exchange = exchange
+        self._hold_s = _WHOLE_HOLD_S if plan.open_stream is None else stream_interval_s
         self._id = plan.id_prefix + uuid.uuid4().hex
         self._created = int(time.time())
         self._outputs = [ChoiceOutput() for _ in range(len(plan.prompts) * plan.num_choices)]
@@ -168,6 +178,7 @@ class Reply:
                 prompt_token_ids=prompt,
                 sampling=with_seed(plan.sampling, choice),
                 cache_salt=plan.cache_salt,
+                hold_s=self._hold_s,
                 routing=self._routing,
                 journey=self._outputs[prompt_index * plan.num_choices + choice].journey,
             )

@@ -34,6 +34,7 @@ _FRONT: Final = _all_of("router") | {
     "server.host",
     "server.port",
     "server.api_key",
+    "server.stream_interval",
     "server.drain_timeout",
     "server.log_level",
     "fleet.discovery",

@@ -415,6 +415,7 @@ def _worker_stats(member: Member, now_s: float) -> WorkerStats:
     load = member.load
     return WorkerStats(
         worker_id=member.worker_id,
+        slot=member.slot,
         num_requests=load.num_requests,
         num_foreign=load.num_foreign,
         prefill_tokens=load.prefill_tokens,

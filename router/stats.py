@@ -37,6 +37,7 @@ class WorkerStats:
     """One worker as the router sees it.
 
     Attributes:
+        slot: its place in the index.
         num_requests: booked and reported beyond.
         num_foreign: those of other fronts.
         prefill_tokens: to be computed for them.
@@ -47,6 +48,7 @@ class WorkerStats:
     """
 
     worker_id: str
+    slot: int
     num_requests: int
     num_foreign: int
     prefill_tokens: int

@@ -58,6 +58,7 @@ async def plan_completion(request: CompletionRequest, served: ServedModel) -> Re
             include_usage=include_usage,
             codec=served.codec,
             num_logprobs=sampling.num_logprobs,
+            with_token_ids=bool(request.return_token_ids),
         )
 
     def render_body(
@@ -70,6 +71,7 @@ async def plan_completion(request: CompletionRequest, served: ServedModel) -> Re
                 logprobs=_logprobs(served, output, sampling.num_logprobs),
                 finish_reason=output.finish_reason,
                 stop_reason=output.stop_reason,
+                token_ids=output.token_ids if request.return_token_ids else UNSET,
             )
             for index, (echo, output) in enumerate(zip(echoes, outputs, strict=True))
         ]

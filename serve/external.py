@@ -175,16 +175,18 @@ class ExternalWorker:
                         yield deltas
                     if answer.is_over:
                         return
+                    if answer.failure is not None:
+                        raise answer.failure
             finally:
                 response.close()  # not released: the server is to notice at once that nobody listens
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            failure, cause = answer.broken(f"{type(error).__name__}: {error}"), error
+            failure = answer.broken(f"{type(error).__name__}: {error}")
         else:
-            failure, cause = answer.broken("its answer ended before the text did"), None
+            failure = answer.broken("its answer ended before the text did")
         if deltas := answer.drain():
             yield deltas
-            return
-        raise failure from cause
+        else:
+            raise failure
 
     async def close(self) -> None:
         """Ends the link and every request on it. Idempotent."""

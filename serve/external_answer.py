@@ -34,6 +34,7 @@ class ExternalAnswer:
 
     Attributes:
         is_over: the last delta was handed out.
+        failure: why there will be none; what `take` returned before it is valid.
     """
 
     def __init__(
@@ -57,37 +58,40 @@ class ExternalAnswer:
         self._has_delivered = False
         self._last: OutputDelta | None = None
         self.is_over = False
+        self.failure: ServeError | None = None
 
     def take(self, chunks: Sequence[Chunk], is_done: bool) -> list[OutputDelta]:
-        """The deltas of chunks that arrived together; may be none.
+        """The deltas of chunks that arrived together; may be none. Where they say that it failed, `failure` is set.
 
         Args:
             is_done: the server said that nothing follows.
-
-        Raises:
-            WorkerLostError: the server broke the request off.
-            RequestFailedError: the server says that the request cannot be served.
         """
         deltas: list[OutputDelta] = []
         is_last_due = is_done
         for chunk in chunks:
-            if chunk.error is not None:
-                raise self._failure(chunk)
+            if chunk.error is not None and self._last is None:
+                self.failure = self._failure_of(chunk)
             for choice in chunk.choices[:1]:
-                if self._last is None and (delta := self._delta(choice)) is not None:
-                    if delta.finish_reason is None:
-                        deltas.append(delta)
-                    else:
-                        self._last = delta
-                        is_last_due |= choice.finish_reason is None  # ended here: nobody is waited for
+                if self._last is not None:
+                    is_last_due |= bool(choice.token_ids)  # it goes on where the text has ended
+                    continue
+                delta = self._delta(choice)
+                if delta is None or self.failure is not None:
+                    continue
+                self._has_delivered = True
+                if delta.finish_reason is None:
+                    deltas.append(delta)
+                else:
+                    self._last = delta
+                    # Of stop strings the server was not told: it would go on, and nothing more of it is of use.
+                    is_last_due |= isinstance(delta.stop_reason, str) and choice.finish_reason is None
+            if self.failure is not None:
+                break
             if self._last is not None and chunk.usage is not None:
                 details = chunk.usage.prompt_tokens_details
                 self._last.num_cached_tokens = (details.cached_tokens if details else None) or 0
                 is_last_due = True
-        if is_last_due:
-            deltas += self.drain()
-        self._has_delivered = self._has_delivered or bool(deltas)
-        return deltas
+        return deltas + self.drain() if is_last_due else deltas
 
     def drain(self) -> list[OutputDelta]:
         """The last delta, if it is known already; for when nothing more comes."""
@@ -113,16 +117,17 @@ class ExternalAnswer:
         if choice.finish_reason is not None and delta.finish_reason is None:
             reason = _FINISH_REASONS.get(choice.finish_reason)
             if reason is None:
-                raise self.broken(f"it ended the request with {choice.finish_reason!r}")
-            delta.finish_reason, delta.stop_reason = reason, choice.stop_reason
-            delta.text += self._text.finish()
+                self.failure = self.broken(f"it ended the request with {choice.finish_reason!r}")
+            else:
+                delta.finish_reason, delta.stop_reason = reason, choice.stop_reason
+                delta.text += self._text.finish()
         is_empty = not (delta.text or delta.token_ids or delta.finish_reason)
         return None if is_empty else delta
 
     def _from_token_ids(self, choice: Choice) -> OutputDelta:
         delta, texts = OutputDelta(), []
         if choice.token_ids is None and choice.text:
-            raise WorkerLostError(self._worker_id, "it stopped to send token ids")
+            self.failure = WorkerLostError(self._worker_id, "it no longer sends token ids")
         for token_id in choice.token_ids or ():
             text, delta.finish_reason, delta.stop_reason = self._text.push(token_id)
             texts.append(text)
@@ -136,7 +141,8 @@ class ExternalAnswer:
 
     def _logprobs(self, given: Logprobs | None, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
         if given is None or len(given.token_logprobs) < len(token_ids):
-            raise RequestFailedError(f"worker {self._worker_id} sent fewer logprobs than tokens")
+            self.failure = RequestFailedError(f"worker {self._worker_id} sent fewer logprobs than tokens")
+            return []
         tops = given.top_logprobs or []
         return [
             TokenLogprob(
@@ -160,7 +166,7 @@ class ExternalAnswer:
         ids = [token_id for token_id in ids if not self._spelling.is_special(token_id)]
         return ids[0] if len(ids) == 1 else None
 
-    def _failure(self, chunk: Chunk) -> ServeError:
+    def _failure_of(self, chunk: Chunk) -> ServeError:
         told = error_of(chunk.error)
         is_clients = told.code == "request_failed" or (told.code or "").startswith("4")
         reason = f"it broke the request off: {told.message}"

@@ -139,7 +139,7 @@ async def read_bounded(content: aiohttp.StreamReader) -> bytes:
     """
     parts: list[bytes] = []
     num_bytes = 0
-    while part := await content.readany():
+    while part := await _read(content):
         parts.append(part)
         num_bytes += len(part)
         if num_bytes > _MAX_BODY_BYTES:
@@ -154,7 +154,7 @@ async def read_chunks(content: aiohttp.StreamReader) -> AsyncIterator[tuple[list
         ValueError: an event is no chunk, or larger than any chunk is.
     """
     buffer = b""
-    while part := await content.readany():
+    while part := await _read(content):
         # Events end with an empty line; servers write either kind of line break.
         *events, buffer = (buffer + part).replace(b"\r\n", b"\n").split(b"\n\n")
         if len(buffer) > _MAX_EVENT_BYTES:
@@ -162,3 +162,10 @@ async def read_chunks(content: aiohttp.StreamReader) -> AsyncIterator[tuple[list
         data = [line[5:].strip() for event in events for line in event.split(b"\n") if line.startswith(b"data:")]
         if data:
             yield [_chunks.decode(text) for text in data if text != b"[DONE]"], b"[DONE]" in data
+
+
+async def _read(content: aiohttp.StreamReader) -> bytes:
+    try:
+        return await content.readany()
+    except RuntimeError as error:  # aiohttp's word for a session that was closed while nobody was reading
+        raise ConnectionResetError(str(error)) from error

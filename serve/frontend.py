@@ -25,6 +25,7 @@ from dynamo.serve.engine.request import Engine
 from dynamo.serve.envelope import envelope, refusal_of, shutting_down, unforeseen
 from dynamo.serve.errors import RequestError
 from dynamo.serve.exchange import Exchange, read_json_body, send_body
+from dynamo.serve.explain import EXPLAIN_PATH, Routed, explain, is_chat
 from dynamo.serve.health import Health, Readiness
 from dynamo.serve.interruption import ClientDisconnectedError, Interruption, run_interruptible
 from dynamo.serve.metrics import EngineCollector, ServerMetrics
@@ -38,8 +39,7 @@ from dynamo.serve.openai import (
 )
 from dynamo.serve.openapi import openapi_document
 from dynamo.serve.reply import Reply, ReplyPlan
-from dynamo.serve.routed import Routed
-from dynamo.serve.routing_hints import no_such_worker, read_fields
+from dynamo.serve.routing_hints import no_such_worker, read_fields, routing_hints
 from dynamo.serve.served_model import ServedModel
 from dynamo.serve.validation import RequestDecoder
 
@@ -71,7 +71,7 @@ class Frontend:
     """Serves one model's endpoints over one engine. Everything happens on the event loop that runs it.
 
     Args:
-        api_key: asked of every request to /v1 and /admin; None lets everybody in to /v1, and this machine to /admin.
+        api_key: asked of every request to /v1, /router and /admin; None lets everybody in, to /admin only this machine.
         collectors: more metrics for /metrics, such as the cache's.
         admin: what is behind /admin; None: there is no such thing.
         routed: the same engine, if it has workers behind it.
@@ -99,7 +99,7 @@ class Frontend:
         self._admin = admin
         self._routed = routed
         self._max_body_bytes = max_body_bytes
-        self.health = Health(engine)
+        self.health = Health(engine, routed)
         self._metrics = ServerMetrics()
         self._registry = CollectorRegistry(auto_describe=False)
         for collector in (self._metrics, EngineCollector(engine), *collectors):
@@ -111,7 +111,7 @@ class Frontend:
         self._num_generating = 0
         self._chat_decoder = RequestDecoder(ChatCompletionRequest)
         self._completion_decoder = RequestDecoder(CompletionRequest)
-        self._openapi = msgspec.json.encode(openapi_document(admin=admin is not None))
+        self._openapi = msgspec.json.encode(openapi_document(admin=admin is not None, routed=routed is not None))
         self.routes: Final = tuple(self._routes())
         self._router = Router(self.routes, redirect_slashes=False)
 
@@ -140,7 +140,7 @@ class Frontend:
         # Starlette's router raises for unknown paths and methods only when it finds an app to catch that.
         scope = {**scope, "app": self, "dynamo.exchange": exchange}
         try:
-            if scope["path"].startswith("/v1/") or scope["path"] == "/v1":
+            if scope["path"].startswith(("/v1/", "/router/")) or scope["path"] in ("/v1", "/router"):
                 self._authorize(exchange)
             elif scope["path"].startswith(ADMIN_PREFIX):
                 self._authorize(exchange)
@@ -175,6 +175,8 @@ class Frontend:
             ("GET", "/docs", self._docs),
             ("GET", "/", self._root),
         ]
+        if self._routed is not None:
+            table.append(("POST", EXPLAIN_PATH, self._explaining(self._routed)))
         if self._admin is not None:
             table += [(op.method, op.path, self._administer(self._admin, op)) for op in OPERATIONS]
         return [Route(path, _Endpoint(path, handler), methods=[method]) for method, path, handler in table]
@@ -226,6 +228,28 @@ class Frontend:
         if fields.worker is not None and self._routed is None:
             raise no_such_worker(fields.worker, "this server has no workers beside itself")
         return fields
+
+    def _explaining(self, routed: Routed) -> Handler:
+        async def handle(exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+            self.health.check_accepting()
+            body = await self._arriving.guard(read_json_body(exchange, receive, self._max_body_bytes))
+            request, plan_request = self._decoded(body)
+            self._check_model(request.model)
+            fields = self._routing_fields(request, exchange)
+
+            async def work() -> bytes:
+                plan = await plan_request(request, self._served)
+                return msgspec.json.encode(await explain(plan, routing_hints(fields), routed))
+
+            await send_body(send, exchange, 200, await run_interruptible(work(), receive, self._interruption))
+
+        return handle
+
+    def _decoded(self, body: bytes) -> tuple[SamplingFields, Callable[[Any, ServedModel], Awaitable[ReplyPlan]]]:
+        """A body of either generating endpoint."""
+        if is_chat(body):
+            return self._chat_decoder.decode(body), plan_chat
+        return self._completion_decoder.decode(body), plan_completion
 
     def _administer(self, admin: CacheAdmin, operation: Operation) -> Handler:
         max_bytes = min(self._max_body_bytes, MAX_ADMIN_BODY_BYTES)

@@ -5,23 +5,30 @@ from enum import Enum
 from dynamo.serve.engine.request import Engine
 from dynamo.serve.envelope import shutting_down
 from dynamo.serve.errors import EngineDeadError
+from dynamo.serve.explain import Routed
 
 __all__ = ["Health", "Readiness"]
 
 
 class Readiness(Enum):
-    """The answer of /health; only READY is a 200."""
+    """The answer of /health; only READY is a 200. Without a worker, requests still wait a while for one."""
 
     READY = "ready"
+    NO_WORKER = "no_worker"
     DRAINING = "draining"
     DEAD = "dead"
 
 
 class Health:
-    """Knows the engine and whether a shutdown has begun. Used on the event loop alone."""
+    """Knows the engine and whether a shutdown has begun. Used on the event loop alone.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        routed: the same engine, if it has workers behind it.
+    """
+
+    def __init__(self, engine: Engine, routed: Routed | None = None) -> None:
         self._engine = engine
+        self._routed = routed
         self._draining = False
 
     def begin_drain(self) -> None:
@@ -36,6 +43,8 @@ class Health:
             self._engine.check_healthy()
         except EngineDeadError:
             return Readiness.DEAD
+        if self._routed is not None and not self._routed.has_workers:
+            return Readiness.NO_WORKER
         return Readiness.READY
 
     def check_accepting(self) -> None:

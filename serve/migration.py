@@ -47,6 +47,9 @@ _DURATION_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5
 class Fleet(Links, Protocol):
     """The workers as the engine needs them; see `dynamo.serve.fleet.Fleet`."""
 
+    @property
+    def num_ready(self) -> int: ...
+
     async def start(self) -> None: ...
 
     async def close(self) -> None: ...
@@ -124,8 +127,8 @@ class RoutedEngine:
 
     @property
     def has_workers(self) -> bool:
-        """Whether any worker is a member now."""
-        return bool(self._router.worker_ids)
+        """Whether any worker takes requests."""
+        return self._fleet.num_ready > 0
 
     async def start(self) -> None:
         await self._fleet.start()

@@ -192,6 +192,10 @@ class CompletionRequest(SamplingFields, kw_only=True):
     echo: Annotated[bool, Meta(description="Put the prompt's text before the completion.")] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES, description="Must equal n.")] | None = None
+    return_token_ids: (
+        Annotated[bool, Meta(description="As at vLLM: each choice has `token_ids`, in a stream those of its chunk.")]
+        | None
+    ) = None
     suffix: Unsupported = None
 
 
@@ -297,6 +301,7 @@ class CompletionChoice(Struct):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
     stop_reason: StopReason
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(Struct):

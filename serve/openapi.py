@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from dynamo.serve.admin import OPERATIONS, Operation
+from dynamo.serve.explain import EXPLAIN_PATH, ExplanationList
 from dynamo.serve.openai import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -17,6 +18,7 @@ from dynamo.serve.openai import (
     ModelCard,
     ModelList,
 )
+from dynamo.serve.routing_hints import FIELD_OF_HEADER
 
 __all__ = ["openapi_document"]
 
@@ -34,15 +36,26 @@ _ERRORS = {
     "503": "The server is shutting down, its engine has stopped, or no worker can take the request.",
     "504": "The operation has not ended in time; it goes on.",
 }
+_WORKER_HEADERS = {
+    "x-dynamo-worker-id": {
+        "description": "Who serves the request, where there are workers.",
+        "schema": {"type": "string"},
+    },
+    "x-dynamo-overlap-blocks": {
+        "description": "Blocks of the prompt that the router expects the worker to hold, where there are workers.",
+        "schema": {"type": "integer"},
+    },
+}
 _GENERATING_ERRORS = ("400", "401", "404", "408", "413", "415", "429", "500", "503")
 _ADMIN_ERRORS = ("400", "401", "403", "408", "409", "413", "415", "429", "500", "503", "504")
 
 
-def openapi_document(*, admin: bool = False) -> dict[str, Any]:
-    """The whole document, ready to be encoded; with the admin endpoints if `admin`."""
+def openapi_document(*, admin: bool = False, routed: bool = False) -> dict[str, Any]:
+    """The whole document, ready to be encoded; with the admin endpoints if `admin`, with the router's if `routed`."""
     operations = OPERATIONS if admin else ()
     types: list[type[Any]] = [
         *(ChatCompletionRequest, ChatCompletion, CompletionRequest, Completion, ModelList, ModelCard, ErrorEnvelope),
+        *((ExplanationList,) if routed else ()),
         *dict.fromkeys(kind for op in operations for kind in (op.body, op.answer) if kind is not None),
     ]
     refs, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
@@ -84,7 +97,10 @@ def openapi_document(*, admin: bool = False) -> dict[str, Any]:
                     "security": [],
                     "responses": {
                         "200": _response("It does.", _status_schema("ready")),
-                        "503": _response("It drains, or its engine has stopped.", _status_schema("draining", "dead")),
+                        "503": _response(
+                            "It drains, its engine has stopped, or it has no worker.",
+                            _status_schema("draining", "dead", "no_worker"),
+                        ),
                     },
                 }
             },
@@ -98,6 +114,7 @@ def openapi_document(*, admin: bool = False) -> dict[str, Any]:
                     "responses": {"200": _response("Metrics.", {"type": "string"}, "text/plain")},
                 }
             },
+            **(_router_paths(ref_of) if routed else {}),
             **_admin_paths(operations, ref_of),
         },
         "components": {
@@ -111,6 +128,39 @@ def openapi_document(*, admin: bool = False) -> dict[str, Any]:
             },
         },
     }
+
+
+def _router_paths(ref_of: Mapping[type[Any], dict[str, Any]]) -> dict[str, Any]:
+    either = {"anyOf": [ref_of[ChatCompletionRequest], ref_of[CompletionRequest]]}
+    return {
+        EXPLAIN_PATH: {
+            "post": {
+                "operationId": "explainRouting",
+                "summary": "Which worker a request would go to, and why; nothing is generated",
+                "tags": ["Operation"],
+                "security": [{}, {"apiKey": []}],
+                "parameters": _hint_headers(),
+                "requestBody": {"required": True, "content": {"application/json": {"schema": either}}},
+                "responses": {
+                    "200": _response("The choice for each prompt.", ref_of[ExplanationList]),
+                    **_error_responses(*_GENERATING_ERRORS),
+                },
+            }
+        }
+    }
+
+
+def _hint_headers() -> list[dict[str, Any]]:
+    """The headers that say what the body's field `dynamo` says."""
+    return [
+        {
+            "name": header,
+            "in": "header",
+            "description": f"The same as dynamo.{field}{', separated by commas' if field == 'exclude' else ''}.",
+            "schema": {"type": "string"},
+        }
+        for header, field in FIELD_OF_HEADER.items()
+    ]
 
 
 def _admin_paths(operations: Sequence[Operation], ref_of: Mapping[type[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -148,10 +198,12 @@ def _generating(operation_id: str, summary: str, request: dict[str, Any], answer
         "summary": summary,
         "tags": ["Generation"],
         "security": [{}, {"apiKey": []}],
+        "parameters": _hint_headers(),
         "requestBody": {"required": True, "content": {"application/json": {"schema": request}}},
         "responses": {
             "200": {
                 "description": "The generated text.",
+                "headers": _WORKER_HEADERS,
                 "content": {"application/json": {"schema": answer}, "text/event-stream": {"schema": stream}},
             },
             **_error_responses(*_GENERATING_ERRORS),

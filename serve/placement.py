@@ -50,9 +50,7 @@ class Placer:
         no_worker_timeout_s: how long a request waits for a worker to join, such as one that is restarted.
     """
 
-    def __init__(
-        self, links: Links, router: Router, room: WaitingRoom, *, no_worker_timeout_s: float
-    ) -> None:
+    def __init__(self, links: Links, router: Router, room: WaitingRoom, *, no_worker_timeout_s: float) -> None:
         self._links = links
         self._router = router
         self._room = room

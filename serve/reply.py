@@ -37,7 +37,7 @@ _LAST_EVENT_TIMEOUT_S = 1.0
 
 @dataclass(slots=True)
 class ChoiceOutput:
-    """What one choice has gained so far; text and logprobs only where the answer is not streamed.
+    """What one choice has gained so far; text, logprobs and token ids only where it is not streamed.
 
     Attributes:
         first_token_s: `time.perf_counter()` when its first token came.
@@ -45,6 +45,7 @@ class ChoiceOutput:
 
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     num_tokens: int = 0
     num_cached_tokens: int = 0
     finish_reason: FinishReason = "length"
@@ -136,6 +137,7 @@ class Reply:
                 output = self._outputs[index]
                 output.texts.append(delta.text)
                 output.logprobs += delta.logprobs or ()
+                output.token_ids += delta.token_ids
 
         await generate_all(self._engine, self._requests(), collect)
         body = self._plan.render_body(self._id, self._created, self._outputs, self._usage(), self._timing())
@@ -214,18 +216,14 @@ class Reply:
 
     def _timing_of(self, output: ChoiceOutput) -> RouteTiming:
         started_s, journey = self._exchange.started_s, output.journey
-        routed = {}
-        if journey.worker_id is not None:
-            routed = {
-                "worker_id": journey.worker_id,
-                "attempts": journey.num_attempts,
-                "predicted_cached_tokens": journey.predicted_cached_tokens,
-                "queue_ms": round(journey.queue_s * 1e3, 3),
-                "route_us": round(journey.route_s * 1e6, 1),
-            }
+        is_routed = journey.worker_id is not None
         return RouteTiming(
+            worker_id=journey.worker_id,
+            attempts=journey.num_attempts if is_routed else None,
             cached_tokens=output.num_cached_tokens,
+            predicted_cached_tokens=journey.predicted_cached_tokens if is_routed else None,
+            queue_ms=round(journey.queue_s * 1e3, 3) if is_routed else None,
+            route_us=round(journey.route_s * 1e6, 1) if is_routed else None,
             ttft_ms=None if output.first_token_s is None else round((output.first_token_s - started_s) * 1e3, 3),
             total_ms=round((time.perf_counter() - started_s) * 1e3, 3),
-            **routed,
         )

@@ -13,7 +13,7 @@ both speak of one thing they must agree.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -21,9 +21,9 @@ from dynamo.serve.engine.request import RoutingHints
 from dynamo.serve.errors import RequestError
 from dynamo.serve.openai import DynamoFields
 
-__all__ = ["no_such_worker", "read_fields", "routing_hints"]
+__all__ = ["FIELD_OF_HEADER", "no_such_worker", "read_fields", "routing_hints"]
 
-_FIELD_OF_HEADER = {
+FIELD_OF_HEADER: Final = {
     "x-dynamo-worker": "worker",
     "x-dynamo-exclude": "exclude",
     "x-dynamo-session-id": "session",
@@ -43,12 +43,12 @@ def read_fields(body: DynamoFields | None, headers: Mapping[str, str]) -> Dynamo
         RequestError: 400; a header's value is not what its field accepts, or header and body differ.
     """
     fields = body or DynamoFields()
-    given = {name: headers[name] for name in _FIELD_OF_HEADER if name in headers}
+    given = {name: headers[name] for name in FIELD_OF_HEADER if name in headers}
     if not given:
         return fields
     merged: dict[str, Any] = {name: getattr(fields, name) for name in fields.__struct_fields__}
     for header, text in given.items():
-        name = _FIELD_OF_HEADER[header]
+        name = FIELD_OF_HEADER[header]
         value = _header_value(header, name, text)
         if merged[name] is not None and merged[name] != value:
             raise RequestError(

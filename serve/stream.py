@@ -120,6 +120,7 @@ class CompletionStream:
     Args:
         echoes: per choice what comes before the first token; empty strings where nothing is echoed.
         num_logprobs: most likely tokens per place; None without logprobs.
+        with_token_ids: whether chunks say which tokens they stand for; then also those without text are sent.
     """
 
     def __init__(
@@ -132,12 +133,14 @@ class CompletionStream:
         include_usage: bool,
         codec: TextCodec,
         num_logprobs: int | None = None,
+        with_token_ids: bool = False,
     ) -> None:
         self._templates = _Templates(response_id, "text_completion", created, model, include_usage)
         self._prefixes = [b'%s{"index":%d,"text":' % (self._templates.head, index) for index in range(len(echoes))]
         self._unfinished = b',"logprobs":null,"finish_reason":null' + self._templates.tail
         self._echoes = list(echoes)
         self._num_logprobs = num_logprobs
+        self._with_token_ids = with_token_ids
         self._logprobs = [LegacyLogprobs(codec) for _ in echoes]
 
     def render(self, batch: Batch) -> bytes:
@@ -148,11 +151,13 @@ class CompletionStream:
             if self._echoes[index]:
                 parts += (prefix, _encode(self._echoes[index]), self._unfinished)
                 self._echoes[index] = ""
+            token_ids = (b',"token_ids":', _encode(delta.token_ids)) if self._with_token_ids and delta.token_ids else ()
             if self._num_logprobs is not None and delta.logprobs:
-                parts += (prefix, _encode(delta.text), b',"logprobs":', self._encoded_logprobs(index, delta))
+                logprobs = self._encoded_logprobs(index, delta)
+                parts += (prefix, _encode(delta.text), *token_ids, b',"logprobs":', logprobs)
                 parts += (b',"finish_reason":null', self._templates.tail)
-            elif delta.text:
-                parts += (prefix, _encode(delta.text), self._unfinished)
+            elif delta.text or token_ids:
+                parts += (prefix, _encode(delta.text), *token_ids, self._unfinished)
             if delta.finish_reason is not None:
                 parts += self._templates.finish(prefix, b'""', delta)
         return b"".join(parts)

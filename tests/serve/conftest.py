@@ -4,21 +4,27 @@ import asyncio
 import codecs
 import contextlib
 import queue
+import random
 import socket
 import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import uvicorn
 
+from dynamo.kvcache.hashing import HASH_VERSION
+from dynamo.router.config import RouterConfig
+from dynamo.router.router import Router
+from dynamo.router.waiting import WaitingRoom
 from dynamo.router.workers import LoadReport, WorkerCard
 from dynamo.serve.admin import CacheAdmin
+from dynamo.serve.engine.output_text import OutputText
 from dynamo.serve.engine.request import (
     EngineStats,
     GenerationRequest,
@@ -29,11 +35,14 @@ from dynamo.serve.engine.request import (
 )
 from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestFailedError
 from dynamo.serve.frontend import Frontend
+from dynamo.serve.migration import RoutedEngine
 from dynamo.serve.plane.session import WorkerSession
 from dynamo.serve.plane.worker_app import WorkerApp
 from dynamo.serve.served_model import ServedModel
 
 _START_TIMEOUT_S = 60.0
+BLOCK = 4
+EOS = 257
 
 
 class ByteCodec:
@@ -195,9 +204,174 @@ class ThreadedServer(uvicorn.Server):
         self.socket.close()
 
 
+@dataclass
+class ScriptedWorker:
+    """A worker that knows the whole reply, and says it from where the request stands.
+
+    Attributes:
+        failures: per attempt, what happens: after how many deltas, and with which error; none left: it works.
+        steps: per attempt, how many tokens each delta has, again and again.
+        cached: what it says of the cache.
+        hold: waits for `proceed` before its first delta.
+    """
+
+    worker_id: str
+    failures: list[tuple[int, Exception]] = field(default_factory=list)
+    steps: tuple[int, ...] = (1,)
+    cached: int = 0
+    hold: bool = False
+    proceed: asyncio.Event = field(default_factory=asyncio.Event)
+    requests: list[GenerationRequest] = field(default_factory=list)
+    live: int = 0
+    reply: ClassVar[str] = "Zwölf Boxkämpfer jagen →Viktor← quer über den Sylter Deich."
+
+    async def close(self) -> None: ...
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[OutputDelta], None]:
+        self.requests.append(request)
+        num_deltas, error = self.failures.pop(0) if self.failures else (10**9, None)
+        self.live += 1
+        try:
+            if self.hold:
+                await self.proceed.wait()
+            for number, delta in enumerate(self._deltas(request)):
+                if number == num_deltas and error is not None:
+                    raise error
+                yield [delta]
+                await asyncio.sleep(0)
+            if error is not None:
+                raise error
+        finally:
+            self.live -= 1
+
+    def _tokens(self, request: GenerationRequest) -> list[int]:
+        """What a seeded or greedy engine generates: the reply, or noise of the seed, the same at every worker."""
+        reply, seed = [*self.reply.encode(), EOS], request.sampling.seed
+        if request.sampling.temperature == 0:
+            return reply * 10
+        assert seed is not None, "a request that samples must have a seed, or nobody could go on with it"
+        rng = random.Random(seed)
+        return [rng.choice(reply) for _ in range(600)]
+
+    def _deltas(self, request: GenerationRequest) -> Iterator[OutputDelta]:
+        text = OutputText(request, ByteCodec(), eos_token_ids=frozenset([EOS]), max_model_len=10_000)
+        ids = self._tokens(request)[len(request.output_token_ids) :]
+        step = 0
+        while ids:
+            delta = OutputDelta(num_cached_tokens=self.cached)
+            for token_id in ids[: self.steps[step % len(self.steps)]]:
+                certain, delta.finish_reason, delta.stop_reason = text.push(token_id)
+                delta.text += certain
+                delta.token_ids.append(token_id)
+                if delta.finish_reason is not None:
+                    break
+            ids, step = ids[len(delta.token_ids) :], step + 1
+            yield delta
+            if delta.finish_reason is not None:
+                return
+
+
+class Workers:
+    """A fleet of scripted links."""
+
+    def __init__(self, router: Router, *links: ScriptedWorker) -> None:
+        self.router = router
+        self.links: dict[str, ScriptedWorker] = {}
+        for link in links:
+            self.join(link)
+
+    def join(self, link: ScriptedWorker, epoch: int = 1, max_running: int = 0) -> None:
+        self.links[link.worker_id] = link
+        self.router.join(self.card(link.worker_id, epoch, max_running))
+
+    def card(self, worker_id: str, epoch: int = 1, max_running: int = 0) -> WorkerCard:
+        return WorkerCard(
+            worker_id=worker_id,
+            epoch=epoch,
+            model="m",
+            fingerprint="00" * 8,
+            hash_version=HASH_VERSION,
+            block_size=BLOCK,
+            max_running=max_running,
+            has_events=False,
+        )
+
+    def leave(self, worker_id: str) -> None:
+        del self.links[worker_id]
+        self.router.leave(worker_id)
+
+    def link(self, worker_id: str) -> ScriptedWorker | None:
+        return self.links.get(worker_id)
+
+    @property
+    def num_ready(self) -> int:
+        return len(self.links)
+
+    def totals(self) -> EngineStats:
+        return EngineStats(
+            num_running=sum(link.live for link in self.links.values()),
+            num_waiting=0,
+            num_preemptions=0,
+            num_steps=0,
+            prompt_tokens=0,
+            cached_prompt_tokens=0,
+            generated_tokens=0,
+        )
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class House:
+    """Everything of one test."""
+
+    def __init__(self, *links: ScriptedWorker, limit: int = 3, wait_s: float = 0.3, **config: Any) -> None:
+        self.router = Router(RouterConfig(**config), rng=random.Random(1))
+        self.workers = Workers(self.router, *links)
+        self.room = WaitingRoom(self.router)
+        self.engine = RoutedEngine(
+            self.workers,
+            self.router,
+            self.room,
+            max_model_len=10_000,
+            block_size=BLOCK,
+            migration_limit=limit,
+            no_worker_timeout_s=wait_s,
+            rng=random.Random(2),
+        )
+
+    async def collect(self, request: GenerationRequest) -> list[OutputDelta]:
+        taken: list[OutputDelta] = []
+        await self.collect_into(request, taken)
+        return taken
+
+    async def collect_into(self, request: GenerationRequest, taken: list[OutputDelta]) -> None:
+        async with aclosing(self.engine.generate(request)) as gains:
+            async for deltas in gains:
+                taken += deltas
+
+    def check_nothing_is_left(self) -> None:
+        assert self.router.stats().num_bookings == 0
+        assert all(link.live == 0 for link in self.workers.links.values())
+        self.router.check_invariants()
+
+
 @pytest.fixture
 def codec() -> ByteCodec:
     return ByteCodec()
+
+
+@pytest.fixture
+def worker() -> type[ScriptedWorker]:
+    """The class of workers that fail where a test wants."""
+    return ScriptedWorker
+
+
+@pytest.fixture
+def house() -> type[House]:
+    """The class of fronts over such workers."""
+    return House
 
 
 @pytest.fixture

@@ -129,6 +129,17 @@ def test_token_id_prompts_are_echoed_as_text(serve: Any, scripted: Any) -> None:
     assert body["choices"][0]["text"] == "hi!"
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_token_ids_come_with_a_completion_that_asks_for_them(serve: Any, scripted: Any, logprobs: int | None) -> None:
+    server = serve(scripted(reply="né", tokens_per_step=1))
+    body = {**COMPLETION, "return_token_ids": True, "logprobs": logprobs}
+    assert post(server, "/v1/completions", body).json()["choices"][0]["token_ids"] == list("né".encode())
+    chunks = sse(post(server, "/v1/completions", {**body, "stream": True}))[:-1]
+    parts = [(chunk["choices"][0]["text"], chunk["choices"][0].get("token_ids")) for chunk in chunks]
+    assert parts == [("n", [110]), ("", [0xC3]), ("é", [0xA9]), ("", None)], "also those that have no text yet"
+    assert "token_ids" not in post(server, "/v1/completions", COMPLETION).json()["choices"][0]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_align_with_tokens_on_both_endpoints(serve: Any, scripted: Any, stream: bool) -> None:
     server = serve(scripted(reply="né", tokens_per_step=2))

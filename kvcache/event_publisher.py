@@ -111,13 +111,15 @@ class EventPublisher:
         self._closing = threading.Event()
         self._is_poked = False
         self._context = zmq.Context()
+        self._stream = self._context.socket(zmq.XPUB)
+        self._replay = self._context.socket(zmq.ROUTER)
         try:
-            self._stream = self._bound(zmq.XPUB, endpoint, _SEND_QUEUE)
             self._stream.setsockopt(zmq.XPUB_VERBOSE, 1)
+            _bind(self._stream, endpoint, _SEND_QUEUE)
             # As vLLM sizes it: a whole replay fits, while acknowledgements of an earlier one are on their way.
-            self._replay = self._bound(zmq.ROUTER, replay_endpoint, 2 * (ring_batches + 1))
+            _bind(self._replay, replay_endpoint, 2 * (ring_batches + 1))
         except zmq.ZMQError:
-            self._context.destroy(linger=0)
+            self._close_sockets()
             raise
         self._endpoint = self._stream.getsockopt_string(zmq.LAST_ENDPOINT)
         self._replay_endpoint = self._replay.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -208,13 +210,6 @@ class EventPublisher:
 
     # --- the publisher thread
 
-    def _bound(self, kind: int, endpoint: str, queue: int) -> zmq.Socket[bytes]:
-        bound = self._context.socket(kind)
-        bound.setsockopt(zmq.LINGER, _LINGER_MS)
-        bound.setsockopt(zmq.SNDHWM, queue)
-        bound.bind(endpoint)
-        return bound
-
     def _publish_all(self) -> None:
         try:
             self._loop()
@@ -223,7 +218,13 @@ class EventPublisher:
                 "the publisher of KV events failed; routers will take this worker's cache for empty or unchanged"
             )
         finally:
-            self._context.destroy()
+            self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        """Waits for what was sent last to leave, `_LINGER_MS` at most."""
+        self._stream.close()
+        self._replay.close()
+        self._context.term()
 
     def _loop(self) -> None:
         poller = zmq.Poller()
@@ -310,6 +311,12 @@ class EventPublisher:
             self._replay.send_multipart((reader, b"", KV_TOPIC, seq.to_bytes(8, "big"), payload))
         self._replay.send_multipart((reader, b"", b"", END_OF_REPLAY, b""))
         self._replays += 1
+
+
+def _bind(socket: zmq.Socket[bytes], endpoint: str, queue: int) -> None:
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.setsockopt(zmq.SNDHWM, queue)
+    socket.bind(endpoint)
 
 
 def _num_hashes(event: Event) -> int:

@@ -53,9 +53,9 @@ class BlockIndex(Protocol):
     def replace(self, slot: int, held: Mapping[str, Sequence[int]]) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class NeedReplay:
-    """All batches from number `from_seq` on, as far as the publisher still has them."""
+    """All batches from number `from_seq` on, as far as the publisher still has them. Each question is an object of its own."""
 
     from_seq: int
 
@@ -76,7 +76,7 @@ class FeedStats:
         batches: applied, heartbeats included.
         events: applied.
         gaps: times that something was missing.
-        replays: asked for and ended.
+        replays: asked for.
         snapshots: applied.
         losses: gaps that nothing could fill, so that the worker's blocks were all forgotten.
         restarts: of the worker, as seen in its stream.
@@ -215,35 +215,37 @@ class Feed:
             return
         self._admit(batch)
 
-    def replayed(self, seq: int, payload: bytes | memoryview, now_s: float) -> None:
-        """A batch came as an answer to `NeedReplay`; in order, though some may be missing."""
-        batch = self._read(seq, payload, now_s)
+    def replayed(self, asked: NeedReplay, seq: int, payload: bytes | memoryview, now_s: float) -> None:
+        """A batch came as an answer; in order, though some may be missing.
+
+        Args:
+            asked: the `need` that it answers. If something else is needed by now, it is passed over: it may come from a
+                publisher that is no more.
+        """
+        batch = self._read(seq, payload, now_s) if asked is self._need else None
         if batch is None:
             return
-        if self._position is None and isinstance(self._need, NeedReplay):
+        if self._position is None and asked is self._need:
             self._start_at(batch)  # as far back as the publisher goes
         self._admit(batch)
 
-    def replay_ended(self, *, is_complete: bool) -> None:
+    def replay_ended(self, asked: NeedReplay, *, is_complete: bool) -> None:
         """No more answers will come. `is_complete` if the publisher said so, rather than time ran out."""
-        if not isinstance(self._need, NeedReplay):
+        if asked is not self._need:
             return
-        self._counts["replays"] += 1
         if (self._next_seq or 0) > self._asked_from:
             self._attempts_left = _REPLAY_ATTEMPTS  # it brought something, so asking again may bring the rest
         else:
             self._attempts_left = 0 if is_complete else self._attempts_left - 1
         is_over = is_complete or self._attempts_left <= 0
-        if self._is_unproven and is_over:
+        if not is_over and (self._is_unproven or self._is_starting):
+            self._ask_replay()
+        elif self._is_unproven:
             self._lose_everything()
-            return
-        if self._is_starting:
-            if not is_over:
-                self._ask_replay()
-                return
+        else:
             self._is_starting = False
-        self._need = None
-        self._settle()
+            self._need = None
+            self._settle()
 
     def snapshot_arrived(self, message: SnapshotMessage, max_blocks: int = 1 << 62) -> None:
         """The worker's blocks, all of them. Passed over if it is older than what is known already.
@@ -293,9 +295,11 @@ class Feed:
 
         A worker of ours says so by its epoch. Of another engine the batch applied last is asked for again, and compared.
         """
-        if self._foreign is None or self._position is None:
+        if self._foreign is None:
             return
-        if self._can_replay:
+        if self._position is None:
+            self._begin()  # what waits may be of an engine that is no more
+        elif self._can_replay:
             self._attempts_left = _REPLAY_ATTEMPTS
             self._ask_replay()
         else:
@@ -364,7 +368,7 @@ class Feed:
         if self._can_snapshot:
             self._need = NeedSnapshot()
         elif self._can_replay:
-            self._need = NeedReplay(0)
+            self._ask_replay()
 
     def _restart(self, epoch: int) -> None:
         if self._foreign is not None or self._epoch > 0:
@@ -448,6 +452,7 @@ class Feed:
         if self._foreign is not None and self._position is not None:
             from_seq -= 1
             self._is_unproven = True
+        self._counts["replays"] += 1
         self._need = NeedReplay(from_seq)
 
     def _lose(self, behind: _Batch) -> None:

@@ -1,10 +1,11 @@
-"""`python -m dynamo.serve [MODEL]` serves; `python -m dynamo.serve config` prints the effective configuration."""
+"""`python -m dynamo.serve [MODEL]` serves; `... frontend` and `... worker` start parts alone, `... config` prints settings."""
 
 import sys
 
 from dynamo.serve.command_line import parse_command_line
-from dynamo.serve.config import render_toml
-from dynamo.serve.errors import ConfigError, ModelLoadError
+from dynamo.serve.config import LoadedConfig, render_toml
+from dynamo.serve.errors import ConfigError, ModelLoadError, WorkerStartError
+from dynamo.serve.roles import Role
 
 _EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
@@ -17,15 +18,30 @@ def main() -> int:
         if command.show_config:
             print(render_toml(command.loaded))
             return 0
-        # The server's packages take a while: --help, config and wrong flags need not wait for them.
-        from dynamo.serve.lifecycle import run_server
-
-        return run_server(command.loaded.config)
+        return _run(command.role, command.loaded)
     except (ConfigError, ModelLoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return _EXIT_USAGE
+    except WorkerStartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
+
+
+def _run(role: Role, loaded: LoadedConfig) -> int:
+    # The packages of each part take a while: --help, config and wrong flags need not wait for them.
+    if role is Role.WORKER:
+        from dynamo.serve.worker import run_worker
+
+        return run_worker(loaded.config)
+    if role is Role.FRONTEND or loaded.config.fleet.workers is not None:
+        from dynamo.serve.front_process import run_front
+
+        return run_front(loaded)
+    from dynamo.serve.lifecycle import run_server
+
+    return run_server(loaded.config)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -10,23 +9,20 @@ import torch
 from dynamo.kvcache import KVCache, KVSpec
 from dynamo.kvcache.config import DiskPlace, format_size
 from dynamo.kvcache.errors import CacheConfigError
-from dynamo.serve import demo
-from dynamo.serve.config import DEMO_MODEL, Config
+from dynamo.serve.config import Config
 from dynamo.serve.engine.engine import InferenceEngine, build_model_engine
-from dynamo.serve.engine.loader import load_model
+from dynamo.serve.engine.loader import DTYPES, load_model
 from dynamo.serve.engine.mocker import MockTimings, build_mock_engine, mock_kv_spec
-from dynamo.serve.engine.model_config import DTYPES
 from dynamo.serve.engine.request import SamplingDefaults
 from dynamo.serve.engine.scheduler import SchedulerLimits
 from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import ConfigError
-from dynamo.serve.served_model import ModelSummary, ServedModel
+from dynamo.serve.model_place import find_model
+from dynamo.serve.served_model import MOCK_MAX_MODEL_LEN, ModelSummary, ServedModel
 
 __all__ = ["Assembly", "build_engine"]
 
 _CPU_DEVICE_CACHE_BYTES = 256 << 20
-_MOCK_MAX_MODEL_LEN = 131_072
-_WORDS = {"config": "which prints the settings", DEMO_MODEL: "the small model that is included"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +46,11 @@ def build_engine(config: Config, progress: Callable[[float], None]) -> Assembly:
         ModelLoadError: the model folder cannot be loaded.
     """
     torch.set_num_threads(config.engine.threads)
-    folder, default_name = _model_folder(config.model.path)
+    folder, default_name = find_model(config.model.path)
     name = config.model.served_model_name or default_name
     if config.engine.engine == "mocker":
         return _build_mocker(config, folder, name)
     return _build_model(config, folder, name, progress)
-
-
-def _model_folder(path: str) -> tuple[Path, str]:
-    if path == DEMO_MODEL:
-        return Path(demo.__file__).parent / "model", DEMO_MODEL
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        close = get_close_matches(path, _WORDS, n=1)
-        hint = f"did you mean {close[0]!r}, {_WORDS[close[0]]}? Else " if close else ""
-        raise ConfigError(
-            f"MODEL {path!r} is no folder; {hint}give a local Hugging Face folder "
-            "(config.json, *.safetensors, tokenizer.json)"
-        )
-    return folder, folder.resolve().name
 
 
 def _build_model(config: Config, folder: Path, name: str, progress: Callable[[float], None]) -> Assembly:
@@ -126,7 +108,7 @@ def _build_mocker(config: Config, folder: Path, name: str) -> Assembly:
         place.directory / "mocker", place.capacity_bytes, tuple(path / "mocker" for path in place.further)
     )
     cache = _open_cache(config, disk, mock_kv_spec(name, config.cache.block_size), torch.device("cpu"))
-    max_model_len = config.model.max_model_len or _MOCK_MAX_MODEL_LEN
+    max_model_len = config.model.max_model_len or MOCK_MAX_MODEL_LEN
     engine = build_mock_engine(
         tokenizer,
         cache,

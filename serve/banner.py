@@ -2,13 +2,18 @@
 
 import json
 import shlex
+from collections.abc import Sequence
+from typing import Final
 
 from dynamo.kvcache.config import format_size
 from dynamo.kvcache.stats import CacheStats
+from dynamo.router.workers import WorkerCard
 from dynamo.serve.config import API_KEY_VARIABLE, ServerSettings
-from dynamo.serve.served_model import ModelSummary
+from dynamo.serve.served_model import ModelSummary, ServedModel
 
-__all__ = ["render_banner", "server_url"]
+__all__ = ["render_banner", "render_fleet_banner", "server_url"]
+
+_PATHS: Final = "API under /v1, docs at /docs, metrics at /metrics"
 
 
 def server_url(host: str, port: int) -> str:
@@ -33,8 +38,36 @@ def render_banner(
             )
             for tier in stats.tiers
         ),
-        ("listening", f"{url}  (API under /v1, docs at /docs, metrics at /metrics)"),
+        ("listening", f"{url}  ({_PATHS})"),
     ]
+    return _render(rows, model_name, server, url)
+
+
+def render_fleet_banner(
+    description: str,
+    served: ServedModel,
+    cards: Sequence[WorkerCard],
+    server: ServerSettings,
+    url: str,
+) -> str:
+    """The same for a front and the workers it has now."""
+    rows = [
+        ("model", description),
+        ("context", f"{served.max_model_len} tokens"),
+        ("workers", str(len(cards)) if cards else "none yet; requests wait for one"),
+        *((card.worker_id, _tiers(card)) for card in cards),
+        ("listening", f"{url}  ({_PATHS})"),
+    ]
+    return _render(rows, served.name, server, url)
+
+
+def _tiers(card: WorkerCard) -> str:
+    if not card.block_bytes or not card.num_blocks:
+        return "an engine of another make"
+    return ", ".join(f"{tier} {format_size(count * card.block_bytes)}" for tier, count in card.num_blocks.items())
+
+
+def _render(rows: Sequence[tuple[str, str]], model_name: str, server: ServerSettings, url: str) -> str:
     lines = [f"  {name:<12} {value}" for name, value in rows]
     return "\n".join(["", "Dynamo KV is ready", *lines, "", f"  {_curl(model_name, server, url)}", ""])
 

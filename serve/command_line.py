@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from dynamo.serve.config import SECTIONS, Config, LoadedConfig, load_config
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.options import Option, switch
+from dynamo.serve.roles import Role, check_role
 
 __all__ = ["Command", "parse_command_line"]
 
@@ -18,8 +19,9 @@ _PROGRAM = "python -m dynamo.serve"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What the user asked for: to serve, or only to see the configuration."""
+    """What the user asked for: to serve as this part of a server, or only to see the configuration."""
 
+    role: Role
     loaded: LoadedConfig
     show_config: bool
 
@@ -39,18 +41,28 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
     Raises:
         ConfigError: a flag, key or value is not accepted.
     """
-    show_config = arguments[:1] == ["config"]
-    namespace = vars(_parser().parse_args(arguments[1:] if show_config else arguments))
+    rest = list(arguments)
+    show_config = rest[:1] == ["config"]
+    if show_config:
+        del rest[0]
+    role = Role.SERVER
+    if rest and rest[0] in (Role.FRONTEND.value, Role.WORKER.value):
+        role = Role(rest.pop(0))
+    namespace = vars(_parser().parse_args(rest))
     file = namespace.pop("config")
     flags: dict[str, Any] = {key: value for key, value in namespace.items() if value is not None}
-    return Command(load_config(None if file is None else Path(file), flags), show_config)
+    loaded = load_config(None if file is None else Path(file), flags)
+    check_role(role, loaded)
+    return Command(role, loaded, show_config)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=_PROGRAM,
-        usage=f"{_PROGRAM} [config] [MODEL] [flags]",
-        description="Serves a language model over a tiered KV cache, with OpenAI's API.",
+        usage=f"{_PROGRAM} [config] [frontend | worker] [MODEL] [flags]",
+        description="Serves a language model over a tiered KV cache, with OpenAI's API. One process does all, unless --workers "
+        "says how many compute. 'frontend' starts only the front of workers that are found in --discovery DIR; 'worker' "
+        "starts one of those.",
         epilog=f"'{_PROGRAM} config [flags]' prints the effective configuration as TOML and where each value came from.",
         allow_abbrev=False,
     )
@@ -67,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
             key = f"{section}.{entry.name}"
             if entry.flag is None:
                 group.add_argument(key, nargs="?", **arguments)
+            elif entry.notation.is_list:
+                group.add_argument(entry.flag, dest=key, action="append", **arguments)
             elif entry.notation is switch:
                 del arguments["metavar"]
                 group.add_argument(entry.flag, dest=key, action="store_const", const=True, **arguments)
@@ -80,5 +94,7 @@ def _help(entry: Option, default: Any) -> str:
         return entry.help
     if entry.notation is switch:
         return f"{entry.help} (default: {'on' if default else 'off'})"
+    if entry.notation.is_list:
+        return f"{entry.help}; may be given several times (default: none)"
     shown = entry.notation.render(default)
     return f"{entry.help} (default: {f'{shown:g}' if isinstance(shown, float) else shown})"

@@ -13,6 +13,7 @@ from dynamo.kvcache.config import DiskPlace
 from dynamo.kvcache.policies import AdmissionName, EvictionName
 from dynamo.serve.engine.dtypes import FLOAT_DTYPES
 from dynamo.serve.errors import ConfigError
+from dynamo.serve.fleet_settings import FleetSettings, RouterSettings
 from dynamo.serve.options import (
     Notation,
     Option,
@@ -37,9 +38,11 @@ __all__ = [
     "CacheSettings",
     "Config",
     "EngineSettings",
+    "FleetSettings",
     "LoadedConfig",
     "MockerSettings",
     "ModelSettings",
+    "RouterSettings",
     "ServerSettings",
     "load_config",
     "render_toml",
@@ -230,6 +233,8 @@ class Config:
     engine: EngineSettings = field(default_factory=EngineSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     mocker: MockerSettings = field(default_factory=MockerSettings)
+    fleet: FleetSettings = field(default_factory=FleetSettings)
+    router: RouterSettings = field(default_factory=RouterSettings)
 
 
 SECTIONS: Final[Mapping[str, tuple[Option, ...]]] = {
@@ -335,6 +340,8 @@ def _parsed(entry: Option, value: Any, source: str) -> Any:
 def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'

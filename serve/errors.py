@@ -6,6 +6,7 @@ ServeError
 ├── RequestError           the client's request is wrong or cannot be served; carries the OpenAI error fields
 ├── EngineOverloadedError  the waiting queue is full: 429 at the door
 ├── EngineDeadError        the engine's thread ended: 503 at the door
+├── WorkerStartError       worker processes cannot be kept running: printed, and the server ends
 ├── WorkerLostError        a worker cannot be reached any more: the front goes on elsewhere, else 503 at the door
 │   └── WorkerDrainingError    it is about to leave and takes nothing new; nothing is wrong with it
 ├── NoWorkerError          there is no worker that could take the request: 503 at the door
@@ -23,6 +24,7 @@ __all__ = [
     "ServeError",
     "WorkerDrainingError",
     "WorkerLostError",
+    "WorkerStartError",
 ]
 
 
@@ -96,3 +98,15 @@ class NoWorkerError(ServeError):
 
 class RequestFailedError(ServeError):
     """One request failed inside the engine; the others go on."""
+
+
+class WorkerStartError(ServeError):
+    """A worker process cannot be started, or ends as often as it is. The message ends with the worker's own last sentence.
+
+    Attributes:
+        exit_code: for the server: the worker's own where a setting is wrong, else 1.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

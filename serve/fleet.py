@@ -13,7 +13,7 @@ import zmq
 from dynamo.router.errors import UnknownWorkerError
 from dynamo.router.router import Router
 from dynamo.router.subscriber import SubscriberStats
-from dynamo.router.workers import LoadReport
+from dynamo.router.workers import LoadReport, WorkerCard
 from dynamo.serve.discovery import Discovery, Joined, Left
 from dynamo.serve.engine.request import EngineStats
 from dynamo.serve.external_member import ExternalMember
@@ -112,6 +112,10 @@ class Fleet:
     def num_ready(self) -> int:
         """Workers that are in the router and known."""
         return sum(member.is_ready for member in self._members.values())
+
+    def ready_cards(self) -> list[WorkerCard]:
+        """What the workers that take requests say of themselves."""
+        return [member.card for member in self._members.values() if member.is_ready and member.card is not None]
 
     def link(self, worker_id: str) -> WorkerLink | None:
         """The way to a worker, another object for each session with it; None if it is not there now."""

@@ -1,6 +1,7 @@
 """How one setting is declared: once, in the field that holds it; flags, TOML keys and the printed form all follow from it."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -10,21 +11,27 @@ from typing import Any
 from dynamo.kvcache.config import DiskPlace, parse_disk_place, parse_size
 
 __all__ = [
+    "EventSource",
     "Notation",
     "Option",
     "byte_size",
     "default_disk_place",
     "default_threads",
     "disk_place",
+    "event_source",
     "file_path",
+    "folder_path",
     "number",
     "one_of",
     "option",
     "options_of",
     "or_word",
+    "several",
     "switch",
     "text",
 ]
+
+_ENDPOINT = re.compile(r"tcp://[^\s,]+:\d{1,5}|ipc://[^\s,]+")
 
 
 def _as_it_is(value: Any) -> Any:
@@ -37,11 +44,13 @@ class Notation:
 
     Attributes:
         parse: from a TOML value or the command line's text to the field's value; raises ValueError saying what is accepted.
-        render: back to a TOML value, text or number, that `parse` reads.
+        render: back to a TOML value, text, number or list of texts, that `parse` reads.
+        is_list: the flag may be given several times, and TOML has a list.
     """
 
     parse: Callable[[Any], Any]
     render: Callable[[Any], Any] = _as_it_is
+    is_list: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +107,17 @@ def or_word(notation: Notation, word: str) -> Notation:
             raise ValueError(f'{error}, or "{word}"') from None
 
     return Notation(parse, lambda value: word if value is None else notation.render(value))
+
+
+def several(notation: Notation) -> Notation:
+    """A tuple of values of `notation`."""
+
+    def parse(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise ValueError("a list")
+        return tuple(notation.parse(item) for item in value)
+
+    return Notation(parse, lambda values: [notation.render(value) for value in values], is_list=True)
 
 
 def _parse_text(value: Any) -> str:
@@ -178,6 +198,48 @@ def _parse_file(value: Any) -> Path:
 
 file_path = Notation(_parse_file, str)
 """A file, which need not exist."""
+
+
+def _parse_folder(value: Any) -> Path:
+    if not isinstance(value, str) or not value:
+        raise ValueError("the path of a folder")
+    return Path(value).expanduser()
+
+
+folder_path = Notation(_parse_folder, str)
+"""A folder, which need not exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class EventSource:
+    """Where an engine of another make publishes its KV events.
+
+    Attributes:
+        endpoint: of its ZMQ PUB socket.
+        replay: of the socket that repeats what was missed; None without one.
+    """
+
+    endpoint: str
+    replay: str | None
+
+
+def _parse_event_source(value: Any) -> EventSource | None:
+    if value == "off":
+        return None
+    parts = value.split(",") if isinstance(value, str) else []
+    if not 1 <= len(parts) <= 2 or not all(_ENDPOINT.fullmatch(part) for part in parts):
+        raise ValueError("tcp://HOST:PORT or ipc://PATH, the same again after a comma for its replay socket, or off")
+    return EventSource(parts[0], parts[1] if len(parts) == 2 else None)
+
+
+def _render_event_source(source: EventSource | None) -> str:
+    if source is None:
+        return "off"
+    return source.endpoint if source.replay is None else f"{source.endpoint},{source.replay}"
+
+
+event_source = Notation(_parse_event_source, _render_event_source)
+"""ZMQ endpoints of KV events, or none."""
 
 
 def _parse_disk_place(value: Any) -> DiskPlace:

@@ -2,16 +2,24 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Final
 
 from dynamo.serve.engine.request import SamplingDefaults
 from dynamo.serve.prompt import TextCodec
 
-__all__ = ["ModelSummary", "ServedModel"]
+__all__ = ["MOCK_MAX_MODEL_LEN", "ModelSummary", "ServedModel"]
+
+MOCK_MAX_MODEL_LEN: Final = 131_072
+"""Context of a mocked model, whatever its folder says, unless the user asks for another."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ServedModel:
-    """The model as clients know it."""
+    """The model as clients know it.
+
+    Attributes:
+        max_model_len: most tokens of prompt and completion together. A front adapts it to its workers as they come and go.
+    """
 
     name: str
     codec: TextCodec

@@ -1,5 +1,6 @@
-"""The real server, with the demo model, as a process of its own; and the one way to wait for something."""
+"""The real server, with the demo model, as a process of its own; worker processes; and the one way to wait for something."""
 
+import json
 import os
 import resource
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 _TIMEOUT_S = 60.0
 _POLL_TIMEOUT_S = 30.0
+_WORKER_TIERS = ("--threads", "1", "--device-cache", "16MiB", "--host-cache", "8MiB", "--disk-cache", "off")
 _SMALL_TIERS = ("--threads", "1", "--device-cache", "32MiB", "--host-cache", "32MiB")
 
 
@@ -28,9 +30,10 @@ class ServerProcess:
     def __init__(
         self, folder: Path, *flags: str, file_size_limit: int | None = None, environment: dict[str, str] | None = None
     ) -> None:
-        """Starts it with small tiers, the disk tier in `folder`, unless `flags` say otherwise.
+        """Starts it with small tiers, the disk tier in `folder`, unless `flags` say otherwise; or a front alone, without tiers.
 
         Args:
+            flags: the first may be "frontend".
             file_size_limit: the largest file it may write, in bytes: a full disk that needs no disk.
         """
 
@@ -39,8 +42,12 @@ class ServerProcess:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
 
         self._log_path = folder / "log"
-        tiers = (*_SMALL_TIERS, "--disk-cache", f"{folder / 'kv'}:64MiB")
-        command = [sys.executable, "-P", "-m", "dynamo.serve", "--port", "0", *tiers, *flags]
+        own = ("--port", "0")
+        if flags[:1] == ("frontend",):
+            flags, own = flags[1:], ("frontend", *own)
+        else:
+            own = (*own, *_SMALL_TIERS, "--disk-cache", f"{folder / 'kv'}:64MiB")
+        command = [sys.executable, "-P", "-m", "dynamo.serve", *own, *flags]
         with self._log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -126,3 +133,76 @@ def eventually() -> Callable[[Callable[[], bool]], None]:
             pause.wait(0.002)
 
     return wait
+
+
+class WorkerProcess:
+    """`python -m dynamo.serve worker` in a discovery folder."""
+
+    def __init__(self, log: Path, discovery: Path, worker_id: str, *flags: str) -> None:
+        self.worker_id = worker_id
+        self._log = log
+        self._file = discovery / f"{worker_id}.json"
+        own = ("--discovery", str(discovery), "--worker-id", worker_id, *_WORKER_TIERS)
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "dynamo.serve", "worker", *own, *flags], stdout=output, stderr=output
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def is_registered(self) -> bool:
+        """Whether fronts can find it; fails when it has ended instead."""
+        assert self.process.poll() is None, self.log
+        return self._file.exists()
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait(_TIMEOUT_S)
+
+    def stop(self) -> int:
+        """SIGTERM; its exit code. Idempotent."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(_TIMEOUT_S)
+        finally:
+            self.kill()
+
+
+@pytest.fixture
+def discovery(tmp_path: Path) -> Path:
+    """A folder where workers register."""
+    return tmp_path / "d"
+
+
+@pytest.fixture
+def start_worker(
+    tmp_path: Path, discovery: Path, eventually: Callable[..., None]
+) -> Iterator[Callable[..., WorkerProcess]]:
+    """Starts workers: `start_worker("a", "--engine", "mocker")` returns when fronts can find it."""
+    workers: list[WorkerProcess] = []
+
+    def start(worker_id: str, *flags: str) -> WorkerProcess:
+        worker = WorkerProcess(tmp_path / f"{worker_id}-{len(workers)}.log", discovery, worker_id, *flags)
+        workers.append(worker)
+        eventually(worker.is_registered)
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.stop()
+
+
+@pytest.fixture
+def registration(discovery: Path) -> Callable[[str], tuple[int, str]]:
+    """The process of a worker and its address, by its name, as it is registered now."""
+
+    def find(worker_id: str) -> tuple[int, str]:
+        entry = json.loads((discovery / f"{worker_id}.json").read_text())["registration"]
+        os.kill(entry["pid"], 0)
+        return entry["pid"], entry["address"]
+
+    return find

@@ -165,6 +165,14 @@ def test_what_a_router_loads_brings_in_no_torch_at_run_time() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_front_process_brings_in_no_torch() -> None:
+    """Nor does a worker before it loads its model, so that what is wrong with its settings is told at once."""
+    names = "dynamo.serve.front_process, dynamo.serve.worker"
+    done = python(f'import sys, {names}; print(sorted(m for m in sys.modules if m.split(".")[0] == "torch"))', "-P")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
 def test_all_layers_share_one_parent_directory() -> None:
     """NVIDIA's ai-dynamo also installs a `dynamo.router`; this fails when theirs is the one that is imported."""
     parents = {}

@@ -78,6 +78,11 @@ class InferenceEngine:
     def max_model_len(self) -> int:
         return self._max_model_len
 
+    @property
+    def num_prefill_tokens_waiting(self) -> int:
+        """Tokens of requests that are still to be computed before the next one is sampled."""
+        return self._scheduler.num_prefill_tokens_waiting
+
     def on_finished(self, listener: Callable[[FinishedRequest], None]) -> None:
         """Has `listener` told, on the engine's thread, of every request that held blocks and has ended. Before `start`.
 

@@ -1,26 +1,30 @@
-"""Loads a local Hugging Face folder: configuration, safetensors, tokenizer, generation defaults. Nothing is unpickled."""
+"""Loads a local Hugging Face folder: what `model_folder` reads, and the safetensors. Nothing is unpickled."""
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dynamo.serve.engine.dtypes import FLOAT_DTYPES
 from dynamo.serve.engine.model import CausalLM
-from dynamo.serve.engine.model_config import DTYPES, ModelConfig, token_ids
+from dynamo.serve.engine.model_config import ModelConfig
+from dynamo.serve.engine.model_folder import read_json, read_text_model
 from dynamo.serve.engine.request import SamplingDefaults
 from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import ModelLoadError
 
-__all__ = ["LoadedModel", "load_model"]
+__all__ = ["DTYPES", "LoadedModel", "load_model"]
 
 logger = logging.getLogger(__name__)
+
+DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in FLOAT_DTYPES}
+"""The types of weights by their names in config.json and `--dtype`."""
 
 EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SAMPLE_STRIDE, SAMPLE_BYTES = 1 << 20, 4096
@@ -63,15 +67,12 @@ def load_model(
     """
     if not folder.is_dir():
         raise ModelLoadError(f"{folder} is not a folder; give a local Hugging Face model folder (with config.json)")
-    raw_config = _read_json(folder / "config.json")
-    config = ModelConfig.from_json(raw_config, str(folder / "config.json"))
-    raw_generation = _read_json(folder / "generation_config.json", required=False)
-    eos = token_ids(raw_generation.get("eos_token_id")) or config.eos_token_ids
-    tokenizer = Tokenizer.from_folder(folder, eos_token_ids=frozenset(eos), num_embeddings=config.vocab_size)
-    defaults = _sampling_defaults(raw_generation, folder / "generation_config.json")
+    config = ModelConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+    text = read_text_model(folder)
     checkpoint = _Checkpoint(folder)
     config = checkpoint.settle_tying(config)
-    dtype = _choose_dtype(dtype, config.dtype or checkpoint.stored_dtype(), device)
+    stored = checkpoint.stored_dtype() if config.dtype is None else DTYPES[config.dtype]
+    dtype = _choose_dtype(dtype, stored, device)
     try:
         model = CausalLM(config, device=device, dtype=dtype)
     except RuntimeError as e:  # what torch raises, on any device, for memory it cannot get
@@ -83,10 +84,10 @@ def load_model(
     return LoadedModel(
         model=model,
         config=config,
-        tokenizer=tokenizer,
-        sampling_defaults=defaults,
+        tokenizer=text.tokenizer,
+        sampling_defaults=text.sampling_defaults,
         fingerprint=digest.hexdigest(),
-        max_model_len=config.max_position_embeddings,
+        max_model_len=text.max_model_len,
         dtype=dtype,
     )
 
@@ -96,44 +97,6 @@ def _choose_dtype(asked: torch.dtype | None, stored: torch.dtype, device: torch.
         return asked
     # CPUs have no fast float16 arithmetic, and torch's is several times slower than float32.
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
-
-
-def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
-    if not required and not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise ModelLoadError(f"{path} is missing; a complete Hugging Face model folder has it") from e
-    except (OSError, ValueError) as e:
-        raise ModelLoadError(f"{path} cannot be read: {e}; download the model again") from e
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} holds a {type(value).__name__} where a JSON object belongs")
-    return value
-
-
-def _sampling_defaults(raw: dict[str, Any], path: Path) -> SamplingDefaults:
-    """What generation_config.json proposes; what it leaves out is as in `SamplingDefaults`."""
-    fallback = SamplingDefaults()
-
-    def number(key: str, lowest: float, highest: float) -> float | None:
-        value = raw.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
-            raise ModelLoadError(f"{path}: {key}={value!r} is not a number from {lowest:g} to {highest:g}")
-        return float(value)
-
-    temperature, min_p = number("temperature", 0, 100), number("min_p", 0, 1)
-    top_k, max_tokens = number("top_k", 0, 1 << 31), number("max_new_tokens", 1, 1 << 31)
-    return SamplingDefaults(
-        temperature=fallback.temperature if temperature is None else temperature,
-        top_p=number("top_p", 0, 1) or fallback.top_p,
-        top_k=int(top_k) if top_k else None,  # 0 means no limit
-        min_p=fallback.min_p if min_p is None else min_p,
-        repetition_penalty=number("repetition_penalty", 0, 100) or fallback.repetition_penalty,
-        max_tokens=None if max_tokens is None else int(max_tokens),
-    )
 
 
 class _Checkpoint:
@@ -164,7 +127,7 @@ class _Checkpoint:
                     "convert them to safetensors"
                 )
             raise ModelLoadError(f"{self._folder} has neither model.safetensors nor model.safetensors.index.json")
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelLoadError(f"{index} has no weight_map; download the model again")
         by_file: dict[str, set[str]] = {}

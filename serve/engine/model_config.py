@@ -1,18 +1,15 @@
-"""What a Hugging Face config.json says about a dense decoder, checked and in our words."""
+"""What a Hugging Face config.json says about a dense decoder, checked and in our words. This module loads no torch."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dynamo.serve.engine.dtypes import FLOAT_DTYPES
 from dynamo.serve.errors import ModelLoadError
 
-__all__ = ["DTYPES", "SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig"]
+__all__ = ["SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig", "TextLimits", "token_ids"]
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FLOAT_DTYPES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +30,7 @@ class ModelConfig:
 
     Attributes:
         max_position_embeddings: longest sequence, in tokens, the positions are meant for, rope scaling included.
-        dtype: what the checkpoint says its weights are; None when it says nothing.
+        dtype: what the checkpoint says its weights are, by name; None when it says nothing.
         eos_token_ids: as config.json has them; generation_config.json overrides them.
     """
 
@@ -53,7 +50,7 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     rope: RopeConfig
-    dtype: torch.dtype | None
+    dtype: str | None
     eos_token_ids: tuple[int, ...]
 
     @classmethod
@@ -82,10 +79,10 @@ class ModelConfig:
             raise fields.error("head_dim", "is odd; rotary embeddings need an even one")
         attention_bias = fields.flag("attention_bias")
         rope = _rope(fields)
-        max_positions = fields.positive("max_position_embeddings")
+        limits = TextLimits.from_json(raw, source)
         return cls(
             architecture=architecture,
-            vocab_size=fields.positive("vocab_size"),
+            vocab_size=limits.vocab_size,
             hidden_size=hidden_size,
             intermediate_size=fields.positive("intermediate_size"),
             num_layers=fields.positive("num_hidden_layers"),
@@ -93,7 +90,7 @@ class ModelConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            max_position_embeddings=int(max_positions * rope.factor) if rope.rope_type == "linear" else max_positions,
+            max_position_embeddings=limits.max_position_embeddings,
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             qkv_bias=architecture == "Qwen2ForCausalLM" or attention_bias,
             o_bias=architecture != "Qwen2ForCausalLM" and attention_bias,
@@ -101,7 +98,43 @@ class ModelConfig:
             qk_norm=architecture == "Qwen3ForCausalLM",
             rope=rope,
             dtype=_dtype(fields),
-            eos_token_ids=token_ids(raw.get("eos_token_id")),
+            eos_token_ids=limits.eos_token_ids,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextLimits:
+    """What matters to whoever reads and writes a model's tokens and leaves the arithmetic to others, of any architecture.
+
+    Attributes:
+        max_position_embeddings: see `ModelConfig`.
+        eos_token_ids: see `ModelConfig`.
+    """
+
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], source: str) -> "TextLimits":
+        """Reads the parsed config.json of transformers 4 or 5; models of more than text keep theirs in `text_config`.
+
+        Args:
+            source: the file's path, for messages.
+
+        Raises:
+            ModelLoadError: a value is missing or makes no sense.
+        """
+        inner = raw.get("text_config")
+        fields = _Fields(inner if isinstance(inner, dict) else raw, source)
+        max_positions = fields.positive("max_position_embeddings")
+        scaling = _rope_scaling(fields)
+        return cls(
+            vocab_size=fields.positive("vocab_size"),
+            max_position_embeddings=(
+                int(max_positions * scaling.number("factor")) if scaling.rope_type == "linear" else max_positions
+            ),
+            eos_token_ids=token_ids(raw.get("eos_token_id", fields.raw.get("eos_token_id"))),
         )
 
 
@@ -117,6 +150,11 @@ class _Fields:
 
     raw: dict[str, Any]
     source: str
+
+    @property
+    def rope_type(self) -> object:
+        """Of an object with rotary settings."""
+        return self.raw.get("rope_type", self.raw.get("type")) or "default"
 
     def error(self, key: str, problem: str) -> ModelLoadError:
         return ModelLoadError(f"{self.source}: {key}={self.raw.get(key)!r} {problem}")
@@ -176,16 +214,21 @@ def _refuse_unsupported(fields: _Fields, architecture: str) -> None:
         )
 
 
+def _rope_scaling(fields: _Fields) -> _Fields:
+    """Transformers 5's `rope_parameters`, or the older `rope_scaling`."""
+    name = "rope_parameters" if fields.raw.get("rope_parameters") is not None else "rope_scaling"
+    given = fields.raw.get(name)
+    if given is not None and not isinstance(given, dict):
+        raise fields.error(name, "is not an object")
+    return _Fields(given or {}, f"{fields.source}: {name}")
+
+
 def _rope(fields: _Fields) -> RopeConfig:
     """Rotary settings from transformers 5's `rope_parameters` or the older `rope_theta` with `rope_scaling`."""
     raw = fields.raw
-    name = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
-    given = raw.get(name)
-    if given is not None and not isinstance(given, dict):
-        raise fields.error(name, "is not an object")
-    scaling = _Fields(given or {}, f"{fields.source}: {name}")
-    rope_type = scaling.raw.get("rope_type", scaling.raw.get("type")) or "default"
-    if rope_type not in SUPPORTED_ROPE_TYPES:
+    scaling = _rope_scaling(fields)
+    rope_type = scaling.rope_type
+    if not isinstance(rope_type, str) or rope_type not in SUPPORTED_ROPE_TYPES:
         raise ModelLoadError(
             f"{scaling.source}: rope type {rope_type!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}"
         )
@@ -207,12 +250,12 @@ def _rope(fields: _Fields) -> RopeConfig:
     )
 
 
-def _dtype(fields: _Fields) -> torch.dtype | None:
+def _dtype(fields: _Fields) -> str | None:
     key = "dtype" if fields.raw.get("dtype") is not None else "torch_dtype"
     named = fields.raw.get(key)
     if named is None:
         return None
-    dtype = DTYPES.get(str(named).removeprefix("torch."))
-    if dtype is None:
-        raise fields.error(key, f"is not supported; supported are {', '.join(DTYPES)}")
-    return dtype
+    name = str(named).removeprefix("torch.")
+    if name not in FLOAT_DTYPES:
+        raise fields.error(key, f"is not supported; supported are {', '.join(FLOAT_DTYPES)}")
+    return name

@@ -120,6 +120,13 @@ class Scheduler:
         return self._num_preemptions
 
     @property
+    def num_prefill_tokens_waiting(self) -> int:
+        """Tokens still to be computed before all sequences decode, of which the cache may hold some. From any thread."""
+        # Copied in one step of the interpreter each: the scheduler goes on meanwhile.
+        sequences = (*tuple(self._waiting), *tuple(self._filling))
+        return sum(max(0, len(sequence.tokens) - sequence.num_computed) for sequence in sequences)
+
+    @property
     def has_work(self) -> bool:
         return bool(self._decoding or self._filling or self._waiting)
 

@@ -9,6 +9,7 @@ from dynamo.kvcache import KVCache, KVSpec
 from dynamo.serve.command_line import parse_command_line
 from dynamo.serve.config import SECTIONS, Config, load_config, render_toml
 from dynamo.serve.errors import ConfigError
+from dynamo.serve.options import EventSource
 
 # A new option needs a measured reason: add it here together with the line in CHANGELOG.md that gives it.
 OPTIONS = {
@@ -28,6 +29,24 @@ OPTIONS = {
     "engine": ["--engine", "--max-batch-tokens", "--max-running", "--max-waiting", "--threads"],
     "server": ["--host", "--port", "--api-key", "--admin", "--key-log", "--drain-timeout", "--log-level"],
     "mocker": ["--mocker-prefill-rate", "--mocker-step-time", "--mocker-token-time", "--speedup"],
+    "fleet": ["--workers", "--discovery", "--worker-id", "--external", "--kv-events"],
+    "router": [
+        "--router-mode",
+        "--router-temperature",
+        "--router-queue-weight",
+        "--router-prefix-weight",
+        "--router-decode-weight",
+        "--router-prediction-ttl",
+        "--router-approximate-ttl",
+        "--router-affinity",
+        "--router-session-ttl",
+        "--router-busy-requests",
+        "--router-busy-queue",
+        "--router-busy-blocks",
+        "--router-max-waiting",
+        "--router-waiting-timeout",
+        "--migration-limit",
+    ],
 }
 
 
@@ -144,6 +163,12 @@ def test_every_kind_of_option_is_read_from_the_command_line() -> None:
         ("--max-model-len", "1", 'an integer from 2 to 16777216, or "auto"'),
         ("--drain-timeout", "nan", "a number from 0"),
         ("--engine", "vllm", "one of model, mocker"),
+        ("--workers", "0", 'an integer from 1 to 64, or "off"'),
+        ("--worker-id", "../other", "letters, digits"),
+        ("--external", "localhost:8001", "http://127.0.0.1:8001"),
+        ("--kv-events", "tcp://nowhere", "tcp://HOST:PORT"),
+        ("--router-mode", "best", "one of kv, round-robin"),
+        ("--migration-limit", "-1", "an integer from 0"),
     ],
 )
 def test_wrong_values_name_the_flag_the_value_and_what_is_accepted(flag: str, value: str, accepted: str) -> None:
@@ -161,6 +186,18 @@ def test_a_switch_takes_no_value_and_is_a_bool_in_toml(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "[server]\nadmin = true\n"), {}).config.server.admin
     with pytest.raises(ConfigError, match="--admin: 'yes' is not accepted; accepted is true or false"):
         load_config(write(tmp_path, '[server]\nadmin = "yes"\n'), {})
+
+
+def test_a_flag_may_be_given_several_times_and_is_a_list_in_toml(tmp_path: Path) -> None:
+    arguments = ["frontend", "--external", "http://a:1/", "--external", "http://b:2"]
+    arguments += ["--kv-events", "tcp://a:5557,tcp://a:5558", "--kv-events", "off"]
+    fleet = parse_command_line(arguments).loaded.config.fleet
+    assert fleet.external == ("http://a:1", "http://b:2")
+    assert fleet.kv_events == (EventSource("tcp://a:5557", "tcp://a:5558"), None)
+    file = write(tmp_path, '[fleet]\nexternal = ["http://a:1"]\n')
+    assert load_config(file, {}).config.fleet.external == ("http://a:1",)
+    with pytest.raises(ConfigError, match="--external: 'http://a:1' is not accepted; accepted is a list"):
+        load_config(write(tmp_path, '[fleet]\nexternal = "http://a:1"\n'), {})
 
 
 def test_unknown_flags_get_the_nearest_one() -> None:

@@ -1,0 +1,135 @@
+"""A worker's name and its private folder, held for as long as the process lives.
+
+```
+DIR/<name>.lock   locked by the worker of that name; what is locked is never taken by another, what is not is nobody's
+DIR/<name>.d/     0700, its sockets; in the folder for temporary files where that path would be too long for a socket
+```
+
+The kernel lets go of the lock however the process ended. What a killed worker left is cleared by the next of its name.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import xxhash
+
+from dynamo.serve.errors import ConfigError
+
+__all__ = ["MAX_SOCKET_PATH_BYTES", "WorkerClaim"]
+
+MAX_SOCKET_PATH_BYTES: Final = 107
+"""Longest path of a Unix socket on Linux: `sun_path` less the zero at its end."""
+
+_LONGEST_FILE: Final = "replay.sock"
+
+
+class WorkerClaim:
+    """The right to a name in a discovery folder. Use as a context manager, or `close` it.
+
+    Attributes:
+        worker_id: the name.
+        folder: for sockets; nobody else can enter it.
+    """
+
+    def __init__(self, directory: Path, worker_id: str, lock_fd: int) -> None:
+        """Takes over `lock_fd`, which is locked; see `take`."""
+        self.worker_id = worker_id
+        self.folder = _private_folder(directory, worker_id)
+        self._lock_path = _lock_path(directory, worker_id)
+        self._lock_fd = lock_fd
+
+    @classmethod
+    def take(cls, directory: Path, worker_id: str | None) -> "WorkerClaim":
+        """Claims a name.
+
+        Args:
+            directory: made, for this user only, where it is missing.
+            worker_id: None for the first of worker-0, worker-1, … that is free.
+
+        Raises:
+            ConfigError: the name is taken, or the folder cannot be used.
+        """
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name in [worker_id] if worker_id is not None else _numbered():
+                lock_fd = _try_lock(_lock_path(directory, name))
+                if lock_fd is not None:
+                    try:
+                        return cls(directory, name, lock_fd)
+                    except BaseException:
+                        os.close(lock_fd)
+                        raise
+        except OSError as error:
+            raise ConfigError(f"--discovery {directory}: {error.strerror or error}") from error
+        raise ConfigError(f"--worker-id {worker_id}: a worker of that name runs already; choose another, or auto")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes the folder and gives the name back. Once only."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._lock_path.unlink()
+        os.close(self._lock_fd)
+
+    def socket_path(self, name: str) -> str:
+        """Where a socket of this name lies, such as "http"."""
+        return str(self.folder / f"{name}.sock")
+
+
+def _numbered() -> Iterator[str]:
+    return (f"worker-{number}" for number in count())
+
+
+def _lock_path(directory: Path, worker_id: str) -> Path:
+    return directory / f"{worker_id}.lock"
+
+
+def _try_lock(path: Path) -> int | None:
+    """A descriptor of the locked file; None where another process has it."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last owner may have removed it between the two calls: then what is locked is no longer at the path.
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                    return fd
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _private_folder(directory: Path, worker_id: str) -> Path:
+    """Makes the folder anew. Its name follows from the worker's, so that what a killed worker left is found."""
+    folder = directory.absolute() / f"{worker_id}.d"
+    if len(os.fsencode(folder / _LONGEST_FILE)) > MAX_SOCKET_PATH_BYTES:
+        place = xxhash.xxh3_64_hexdigest(os.fsencode(folder))
+        folder = Path(tempfile.gettempdir()) / f"dynamo-{os.getuid()}-{place}"
+    if len(os.fsencode(folder / _LONGEST_FILE)) > MAX_SOCKET_PATH_BYTES:
+        raise OSError(
+            errno.ENAMETOOLONG, f"the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes, unlike {folder}"
+        )
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)  # fails where it is another user's
+    folder.mkdir(mode=0o700)
+    return folder

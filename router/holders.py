@@ -79,16 +79,24 @@ class HolderTable:
         """
         masks = self.masks
         old = list(map(masks.__getitem__, keys))
-        distinct = set(old)
-        kept = {mask: self._intern(mask & ~bit) for mask in distinct if mask & bit}
-        if len(kept) == len(distinct) == 1:
-            fresh = dict.fromkeys(keys, kept[old[0]])
-        else:
-            fresh = {key: kept[mask] for key, mask in zip(keys, old, strict=True) if mask in kept}
+        kept = {mask: self._intern(mask & ~bit) for mask in set(old) if mask & bit}
+        if len(kept) == 1 and old.count(old[0]) == len(old):
+            return self._set_all(keys, kept[old[0]])
+        fresh = {key: kept[mask] for key, mask in zip(keys, old, strict=True) if mask in kept}
         masks.update(fresh)
         if not all(kept.values()):
             deque(map(masks.pop, compress(fresh, map(not_, fresh.values()))), maxlen=0)
         return list(fresh)
+
+    def _set_all(self, keys: Sequence[int], mask: int) -> list[int]:
+        """Gives keys that are all known the same mask, or forgets them if it is 0. Returns them, each once."""
+        if mask:
+            fresh = dict.fromkeys(keys, mask)
+            self.masks.update(fresh)
+            return list(fresh)
+        before = len(self.masks)
+        deque(map(self.masks.pop, keys, repeat(0)), maxlen=0)
+        return list(keys) if before - len(self.masks) == len(keys) else list(dict.fromkeys(keys))
 
     def num_bytes(self) -> int:
         """Memory of dict, keys and masks."""

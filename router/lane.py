@@ -245,8 +245,8 @@ class Lane:
     def _keep_held(self, run: Run, seen: set[int], parents: list[int]) -> None:
         """Files those stretches of a run that are held and in no other run; notes their parents."""
         keys = run.keys.tolist()
-        bit = self.bit
-        held = [mask & bit for mask in map(self._table.masks.__getitem__, keys)]
+        get, bit = self._table.masks.get, self.bit
+        held = [get(key, 0) & bit for key in keys]
         if all(held) and seen.isdisjoint(keys) and len(before := set(keys)) == len(keys):
             seen |= before
             self._keep(run, parents)

@@ -108,6 +108,7 @@ class Subscriber:
         self._replay_timeout_s = replay_timeout_s
         self._owns_context = context is None
         self._context = zmq.Context() if context is None else context
+        self._stream: zmq.Socket[bytes] | None = None
         self._readers: list[_Reader] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._ready = asyncio.Event()
@@ -126,7 +127,7 @@ class Subscriber:
         """Opens the sockets and begins. Does not wait for the worker."""
         if self._is_stopped or self._readers:
             raise RuntimeError(f"the subscriber of {self._name} was started before; make another one")
-        stream = self._context.socket(zmq.SUB)
+        stream = self._stream = self._context.socket(zmq.SUB)
         stream.setsockopt(zmq.LINGER, 0)
         stream.setsockopt(zmq.RCVHWM, _RECEIVE_QUEUE)
         stream.setsockopt(zmq.MAXMSGSIZE, MAX_BATCH_BYTES)
@@ -167,6 +168,10 @@ class Subscriber:
         self._is_stopped = True
         for task in self._tasks:
             task.cancel()
+        if self._stream is not None and not self._stream.closed:
+            # Before the monitor's reader is closed: to tell a monitor without one of a broken connection, the I/O thread that
+            # all subscribers share would wait for ever.
+            self._stream.disable_monitor()
         for reader in self._readers:
             reader.close()
         self._readers = []

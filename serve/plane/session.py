@@ -212,7 +212,7 @@ class WorkerSession:
         number = self._next_number
         try:
             payload = frame(encode(submit_of(number, request)))
-        except (ValueError, FrameError) as error:
+        except (ValueError, OverflowError, FrameError) as error:
             raise RequestFailedError(f"request {request.request_id} cannot be sent to a worker: {error}") from error
         self._next_number += 1
         self._streams[number] = OutputStream()

@@ -42,6 +42,7 @@ _LINGER_MS: Final = 200
 # Of one batch, unless a single event has more: a few milliseconds of a router's time, between which it serves others.
 _MAX_EVENTS: Final = 512
 _MAX_HASHES: Final = 8192
+_TELL_AGAIN_S: Final = 10.0
 _MAX_LOAD_QUEUE: Final = 4096
 _SEND_QUEUE: Final = 10_000  # messages that a slow subscriber may be behind before it misses some
 
@@ -108,6 +109,7 @@ class EventPublisher:
         self._published = -1  # number of the log's last event that was dealt with
         self._load: deque[bytes] = deque()
         self._events = self._overruns = self._replays = self._dropped_load = 0
+        self._told_s = float("-inf")
         self._closing = threading.Event()
         self._is_poked = False
         self._context = zmq.Context()
@@ -279,7 +281,9 @@ class EventPublisher:
     def _mark_overrun(self, up_to: int) -> None:
         """An empty batch that goes further than the one before: events up to there can be had from a snapshot alone."""
         self._overruns += 1
-        _log.warning("KV events %d to %d were not published; routers fetch a snapshot", self._published + 1, up_to)
+        if time.monotonic() - self._told_s > _TELL_AGAIN_S:
+            self._told_s = time.monotonic()
+            _log.warning("KV events %d to %d were not published; routers fetch a snapshot", self._published + 1, up_to)
         self._publish((), up_to)
 
     def _publish(self, events: Sequence[Event], log_number: int) -> None:

@@ -9,19 +9,15 @@ import asyncio
 import logging
 import os
 import re
-import stat
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
-import msgspec
-
-from dynamo.router.workers import WorkerCard
 from dynamo.serve.errors import ConfigError
-from dynamo.serve.process_identity import is_running, machine_id, start_ticks
+from dynamo.serve.process_identity import is_running, machine_id
+from dynamo.serve.registration import Joined, Left, Registration
+from dynamo.serve.registration_files import FILE_SUFFIX, FolderView, read_entry, write_entry
 
 __all__ = ["Discovery", "FolderDiscovery", "Joined", "Left", "MemoryDiscovery", "Registered", "Registration"]
 
@@ -29,50 +25,7 @@ logger = logging.getLogger(__name__)
 
 _SILENCE_S: Final = 3.0
 _POLL_S: Final = 0.25
-_MAX_FILE_BYTES: Final = 64 << 10
-_MAX_WORKERS: Final = 4096
 _WORKER_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
-_SUFFIX: Final = ".json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Registration:
-    """How to reach a worker.
-
-    Attributes:
-        card: what it says of itself.
-        address: of its session: "unix:PATH" or "http://HOST:PORT".
-        events: ZMQ endpoint of its KV and load events; empty for none.
-        replay: ZMQ endpoint that sends past events again; empty for none.
-        pid: its process, where it runs.
-        key: what it asks of a front; empty for nothing. Registrations are readable by their owner only.
-    """
-
-    card: WorkerCard
-    address: str
-    events: str = ""
-    replay: str = ""
-    pid: int
-    key: str = field(default="", repr=False)
-
-    @property
-    def worker_id(self) -> str:
-        return self.card.worker_id
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """A worker is there. One that changed what it says left before."""
-
-    registration: Registration
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """A worker is there no more; `reason` is for people."""
-
-    worker_id: str
-    reason: str
 
 
 class Registered(Protocol):
@@ -158,17 +111,6 @@ class _MemoryEntry:
         self._discovery.remove(self._worker_id)
 
 
-class _Entry(msgspec.Struct, frozen=True):
-    """A worker's file. `machine` and `started` say whether `registration.pid` can be looked at, and is still the same."""
-
-    registration: Registration
-    machine: str
-    started: int | None
-
-
-_decoder = msgspec.json.Decoder(_Entry)
-
-
 class FolderDiscovery:
     """One JSON file for each worker in a folder of the user's own.
 
@@ -207,7 +149,7 @@ class FolderDiscovery:
 
     async def watch(self) -> AsyncGenerator[Joined | Left, None]:
         """See `Discovery.watch`. Looks four times a second, and as soon as a worker's process has ended."""
-        seen = _Seen(self._folder, self._silence_s)
+        seen = FolderView(self._folder, silence_s=self._silence_s, poll_s=_POLL_S)
         look_now = asyncio.Event()
         with _ProcessEnds(look_now.set) as ends:
             while True:
@@ -225,7 +167,7 @@ class _FolderEntry:
     """A worker's own file, and the task that touches it. Implements `Registered`."""
 
     def __init__(self, folder: Path, registration: Registration) -> None:
-        self._path = folder / f"{registration.worker_id}{_SUFFIX}"
+        self._path = folder / f"{registration.worker_id}{FILE_SUFFIX}"
         self._registration = registration
         self._machine = machine_id()
         self.beating: asyncio.Task[None] | None = None
@@ -233,7 +175,7 @@ class _FolderEntry:
     async def update(self, registration: Registration) -> None:
         """See `Registered.update`."""
         self._registration = registration
-        await asyncio.to_thread(self._write)
+        await asyncio.to_thread(write_entry, self._path, registration)
 
     async def close(self) -> None:
         """See `Registered.close`."""
@@ -245,13 +187,13 @@ class _FolderEntry:
         await asyncio.to_thread(self._remove)
 
     def begin(self) -> None:
-        other = _read_entry(self._path)
+        other = read_entry(self._path)
         if other is not None and other.machine == self._machine:
             pid, started = other.registration.pid, other.started
             if pid != self._registration.pid and started is not None and is_running(pid, started):
                 raise _name_taken(self._registration.worker_id)
         try:
-            self._write()
+            write_entry(self._path, self._registration)
         except OSError as error:
             raise ConfigError(f"{self._path} cannot be written: {error.strerror or error}") from error
 
@@ -269,121 +211,16 @@ class _FolderEntry:
             os.utime(self._path, follow_symlinks=False)
         else:
             logger.warning("the registration %s was removed or replaced by somebody; it is written anew", self._path)
-            self._write()
+            write_entry(self._path, self._registration)
 
     def _is_ours(self) -> bool:
-        entry = _read_entry(self._path)
+        entry = read_entry(self._path)
         return entry is not None and entry.registration.card.epoch == self._registration.card.epoch
 
     def _remove(self) -> None:
         with suppress(OSError):
             if self._is_ours():
                 self._path.unlink()
-
-    def _write(self) -> None:
-        pid = self._registration.pid
-        content = msgspec.json.encode(_Entry(self._registration, self._machine, start_ticks(pid)))
-        # The name does not end like an entry's, and a leftover of a killed process with our pid is in nobody's way.
-        unfinished = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        with suppress(FileNotFoundError):
-            unfinished.unlink()
-        fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(content)
-        unfinished.replace(self._path)
-
-
-@dataclass(slots=True)
-class _Known:
-    entry: _Entry
-    mtime_ns: int
-    changed_s: float  # on the watcher's clock
-    has_joined: bool
-
-
-class _Found(NamedTuple):
-    entry: _Entry
-    mtime_ns: int
-    age_s: float  # by the clocks of two machines, which may differ
-
-
-class _Seen:
-    """What a watcher has seen in the folder so far."""
-
-    def __init__(self, folder: Path, silence_s: float) -> None:
-        self._folder = folder
-        self._silence_s = silence_s
-        self._machine = machine_id()
-        self._last: dict[str, _Found] = {}
-        self._is_readable = True
-        self._known: dict[str, _Known] = {}
-        self._looked_s: float | None = None
-
-    @property
-    def local_pids(self) -> set[int]:
-        """Processes of this machine that have a worker."""
-        entries = (known.entry for known in self._known.values())
-        return {entry.registration.pid for entry in entries if entry.machine == self._machine}
-
-    def read(self) -> dict[str, _Found]:
-        """Entries by worker. May run on another thread, one call at a time."""
-        found: dict[str, _Found] = {}
-        try:
-            names = sorted(name for name in os.listdir(self._folder) if name.endswith(_SUFFIX))
-        except OSError as error:
-            if self._is_readable:
-                logger.error("the discovery folder %s cannot be read: %s", self._folder, error)
-            self._is_readable = False
-            return self._last  # as if nothing had changed, which in the end is silence
-        self._is_readable = True
-        for name in names[:_MAX_WORKERS]:
-            path = self._folder / name
-            entry = _read_entry(path)
-            if entry is None or name != f"{entry.registration.worker_id}{_SUFFIX}" or self._has_ended(entry):
-                continue
-            with suppress(OSError):
-                changed = path.lstat()
-                found[entry.registration.worker_id] = _Found(entry, changed.st_mtime_ns, time.time() - changed.st_mtime)
-        self._last = found
-        return found
-
-    def update(self, found: dict[str, _Found], now_s: float) -> Iterator[Joined | Left]:
-        """What has changed with what was read now."""
-        if self._looked_s is not None and now_s - self._looked_s > 2 * _POLL_S:
-            # This process stood still, and could not see that others did not.
-            for known in self._known.values():
-                known.changed_s += now_s - self._looked_s
-        self._looked_s = now_s
-        for worker_id in [*self._known]:
-            if worker_id not in found:
-                yield from self._drop(worker_id, "its registration is gone, or its process has ended")
-            elif found[worker_id].entry != self._known[worker_id].entry:
-                yield from self._drop(worker_id, "it says something else of itself now")
-        for worker_id, (entry, mtime_ns, age_s) in found.items():
-            if worker_id not in self._known:
-                # What was not touched lately may be a leftover: its next beat will tell.
-                self._known[worker_id] = _Known(entry, mtime_ns, now_s, age_s < self._silence_s)
-                if age_s < self._silence_s:
-                    yield Joined(entry.registration)
-                continue
-            known = self._known[worker_id]
-            if known.mtime_ns != mtime_ns:
-                known.mtime_ns, known.changed_s = mtime_ns, now_s
-                if not known.has_joined:
-                    known.has_joined = True
-                    yield Joined(entry.registration)
-            elif known.has_joined and now_s - known.changed_s > self._silence_s:
-                known.has_joined = False
-                yield Left(worker_id, f"its registration was not kept up for {now_s - known.changed_s:.1f} s")
-
-    def _drop(self, worker_id: str, reason: str) -> Iterator[Left]:
-        if self._known.pop(worker_id).has_joined:
-            yield Left(worker_id, reason)
-
-    def _has_ended(self, entry: _Entry) -> bool:
-        if entry.machine != self._machine:
-            return False
-        return entry.started is None or not is_running(entry.registration.pid, entry.started)
 
 
 class _ProcessEnds:
@@ -414,29 +251,6 @@ class _ProcessEnds:
     def _tell(self, pid: int) -> None:
         self._loop.remove_reader(self._fds[pid])  # it stays readable
         self._ended()
-
-
-def _read_entry(path: Path) -> _Entry | None:
-    """A worker's entry; None where the file is not there, not whole, not this user's, or something else altogether."""
-    try:
-        with _opened(path) as fd:
-            found = os.fstat(fd)
-            is_trusted = found.st_uid in (os.geteuid(), 0) and not found.st_mode & 0o022
-            if not stat.S_ISREG(found.st_mode) or not is_trusted or found.st_size > _MAX_FILE_BYTES:
-                return None
-            return _decoder.decode(os.read(fd, _MAX_FILE_BYTES))
-    except (OSError, msgspec.DecodeError):
-        return None
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    # Neither a link elsewhere is followed, nor does a pipe that somebody put there make this wait.
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _check_name(worker_id: str) -> None:

@@ -16,15 +16,10 @@ from dynamo.router.subscriber import SubscriberStats
 from dynamo.router.workers import LoadReport, WorkerCard
 from dynamo.serve.discovery import Discovery, Joined, Left
 from dynamo.serve.engine.request import EngineStats
-from dynamo.serve.members import (
-    ExternalMember,
-    ExternalServer,
-    FleetTimes,
-    Member,
-    RegisteredMember,
-    Surroundings,
-)
+from dynamo.serve.external_member import ExternalMember
+from dynamo.serve.members import ExternalServer, Member, RegisteredMember
 from dynamo.serve.plane.link import WorkerLink
+from dynamo.serve.stay import FleetTimes, Surroundings
 
 __all__ = ["Fleet", "MemberStats"]
 

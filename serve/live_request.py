@@ -25,8 +25,8 @@ class LiveRequest:
         request: as the client sent it, but a request that samples always has a seed: only then does the next worker
             draw the same tokens as this one would have.
         output_token_ids: what the client has, or is about to be handed.
-        num_cached_tokens: as the first worker that delivered anything said.
-        delivered_first: which attempt that was; None before.
+        num_cached_tokens: as the first worker that delivered anything says.
+        is_cached_known: that worker was lost, so that what it said last stands.
         num_attempts: how many workers began it.
         num_failures: how many of them were lost.
         failed: workers that were lost under it, each with the way there: they are not asked again until there is another
@@ -41,7 +41,7 @@ class LiveRequest:
     journey: Journey
     output_token_ids: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
-    delivered_first: int | None = None
+    is_cached_known: bool = False
     num_attempts: int = 0
     num_failures: int = 0
     failed: dict[str, WorkerLink] = field(default_factory=dict)
@@ -65,7 +65,8 @@ class LiveRequest:
 
     def tokens(self) -> memoryview:
         """Prompt and what was generated, as little-endian u32; a copy."""
-        return pack_tokens([*self.request.prompt_token_ids, *self.output_token_ids])
+        prompt = self.request.prompt_token_ids
+        return pack_tokens([*prompt, *self.output_token_ids] if self.output_token_ids else prompt)
 
     def next_attempt(self) -> GenerationRequest:
         """What the next worker is asked to do. Its id is a new one: the last worker may still hold on to the old."""
@@ -79,14 +80,23 @@ class LiveRequest:
         )
 
     def take(self, deltas: Sequence[OutputDelta]) -> None:
-        """Notes what a worker delivered, and makes the deltas say of the cache what the request's first ones said."""
-        is_first_to_deliver = self.delivered_first in (None, self.num_attempts)
+        """Notes what a worker delivered, and makes the deltas say of the cache what the request's first worker said."""
         for delta in deltas:
-            # Some workers know it only in the end.
-            if is_first_to_deliver:
-                self.num_cached_tokens = delta.num_cached_tokens
-            delta.num_cached_tokens = self.num_cached_tokens
             self.output_token_ids += delta.token_ids
-        if is_first_to_deliver:
-            self.delivered_first = self.num_attempts
-        self.is_over = deltas[-1].finish_reason is not None
+        last = deltas[-1]
+        if self.is_cached_known:
+            for delta in deltas:
+                delta.num_cached_tokens = self.num_cached_tokens
+        else:
+            self.num_cached_tokens = last.num_cached_tokens
+        if last.finish_reason is not None:
+            self.is_over = True
+
+    def lose(self, worker_id: str, link: WorkerLink, error: ServeError, now_s: float) -> None:
+        """Notes that a worker was lost under it."""
+        self.failed[worker_id] = link
+        self.num_failures += 1
+        self.last_error = error
+        self.is_cached_known = self.has_delivered
+        if self.lost_at_s is None:
+            self.lost_at_s = now_s

@@ -164,10 +164,9 @@ class RoutedEngine:
             try:
                 async with aclosing(attempt.placement.link.generate(live.next_attempt())) as gains:
                     async for deltas in gains:
-                        phase = _phase(live)
                         attempt.take(deltas)
-                        if live.lost_at_s is not None and attempt.num_tokens:
-                            self._note_success(live, phase)
+                        if live.lost_at_s is not None:
+                            self._note_success(attempt)
                         yield deltas
                         if live.is_over:
                             return
@@ -202,19 +201,18 @@ class RoutedEngine:
         num_tokens = len(live.output_token_ids)
         logger.warning("request %s after %d tokens: %s", live.request.request_id, num_tokens, error)
         self.migrations.detected[_phase(live)] += 1
-        live.failed[worker_id] = attempt.placement.link
-        live.num_failures += 1
-        live.last_error = error
-        live.lost_at_s = live.lost_at_s or time.perf_counter()
+        live.lose(worker_id, attempt.placement.link, error, time.perf_counter())
         if live.request.routing.worker is not None:
             raise self._exhausted(live, _pinned_worker_lost(worker_id)) from error
         if live.num_failures > self._migration_limit:
             raise self._exhausted(live, error)
 
-    def _note_success(self, live: LiveRequest, phase: Phase) -> None:
-        assert live.lost_at_s is not None
+    def _note_success(self, attempt: "_Attempt") -> None:
+        live = attempt.live
+        if live.lost_at_s is None or not attempt.num_tokens:
+            return
         self.migrations.duration.observe(time.perf_counter() - live.lost_at_s)
-        self.migrations.succeeded[phase] += 1
+        self.migrations.succeeded["ongoing" if attempt.num_taken_over else "new"] += 1
         live.lost_at_s = None
 
     def _exhausted(self, live: LiveRequest, error: ServeError) -> ServeError:
@@ -223,35 +221,44 @@ class RoutedEngine:
 
 
 class _Attempt:
-    """One worker's part of a request: what it delivers, and what the router is told of it."""
+    """One worker's part of a request: what it delivers, and what the router is told of it.
+
+    Attributes:
+        num_taken_over: tokens that others had generated before.
+    """
+
+    __slots__ = ("_block_size", "_next_mark", "live", "num_taken_over", "placement")
 
     def __init__(self, live: LiveRequest, placement: Placement, block_size: int) -> None:
         self.live = live
         self.placement = placement
-        self.num_tokens = 0
+        self.num_taken_over = len(live.output_token_ids)
         self._block_size = block_size
-        self._num_blocks = 0
+        self._next_mark = self.num_taken_over + 1  # the worker's first token, then the last one of each block
 
     @property
     def worker_id(self) -> str:
         return self.placement.decision.worker_id
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that came from this worker."""
+        return len(self.live.output_token_ids) - self.num_taken_over
+
     def take(self, deltas: Sequence[OutputDelta]) -> None:
-        """Notes deltas that arrived together; a worker's first tokens end its prefill, and its last ones the attempt."""
-        live, booking = self.live, self.placement.booking
+        """Notes deltas that arrived together. Once for every step of every stream, so most of the time next to nothing."""
+        live = self.live
         # Of a request that is carried on, the worker also finds what others generated: that is not compared.
         found = deltas[-1].num_cached_tokens if live.num_attempts == 1 else None
-        num_before = len(live.output_token_ids)
         live.take(deltas)
         num_outputs = len(live.output_token_ids)
-        if self.num_tokens == 0 and num_outputs > num_before:
+        if num_outputs >= self._next_mark:
+            booking = self.placement.booking
             booking.first_token()
-        self.num_tokens += num_outputs - num_before
+            booking.output_blocks(num_outputs // self._block_size)
+            self._next_mark = (num_outputs // self._block_size + 1) * self._block_size
         if live.is_over:
-            booking.first_token(found)
-        elif (num_blocks := num_outputs // self._block_size) > self._num_blocks:
-            self._num_blocks = num_blocks
-            booking.output_blocks(num_blocks)
+            self.placement.booking.first_token(found)
 
 
 def _phase(live: LiveRequest) -> Phase:

@@ -212,7 +212,7 @@ class WorkerSession:
         number = self._next_number
         try:
             payload = frame(encode(submit_of(number, request)))
-        except (ValueError, FrameError) as error:
+        except (ValueError, OverflowError, FrameError) as error:
             raise RequestFailedError(f"request {request.request_id} cannot be sent to a worker: {error}") from error
         self._next_number += 1
         self._streams[number] = OutputStream()
@@ -281,6 +281,8 @@ class WorkerSession:
         except (FrameError, msgspec.DecodeError, _ProtocolError) as error:
             logger.error("the session with worker %s ends: it sent what cannot be read: %s", self._worker_id, error)
             reason = f"it sent what cannot be read: {error}"
+        except aiohttp.ClientPayloadError:
+            reason = "its stream broke off"  # what aiohttp says of it is about chunks
         except (aiohttp.ClientError, OSError) as error:
             reason = f"the stream broke: {error}"
         finally:

@@ -174,6 +174,9 @@ class WorkerApp:
             logger.error("a session is refused: %s", refusal)
             await _answer(send, 409, {"error": refusal})
             return
+        if self._is_closed:
+            await _answer(send, 503, {"error": f"worker {self.card.worker_id} is going away"})
+            return
         number = self._num_sessions
         self._num_sessions += 1
         session = FrontSession(hello.front_id, number, self)
@@ -216,8 +219,6 @@ class WorkerApp:
                 f"front {hello.front_id} looks for worker {hello.worker_id} of epoch {hello.epoch}, and this is "
                 f"{card.worker_id} of epoch {card.epoch}; its registration is of a process that is gone"
             )
-        if self._is_closed:
-            return f"worker {card.worker_id} is going away"
         return None
 
     async def _send_snapshot(self, send: Send) -> None:

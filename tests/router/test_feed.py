@@ -323,6 +323,28 @@ def test_a_large_snapshot_goes_in_piece_by_piece(index: SetIndex) -> None:
     assert (feed.need, index.claims()) == (None, {"host": set(range(100)), "device": {105}})
 
 
+def test_nothing_is_applied_on_top_of_a_snapshot_that_is_not_yet_whole(index: SetIndex) -> None:
+    feed = synced(index)
+    feed.received(*batch(2, 102), 0.0)
+    feed.replay_ended(asked(feed), is_complete=True)
+    starts = [(i, None) for i in range(100)]
+    feed.snapshot_arrived(SnapshotMessage(1, 2, {"host": list(range(100))}, {"host": starts}), 25)
+    feed.received(*batch(1, 101), 0.0)  # late
+    feed.received(*batch(3, 103), 0.0)
+    assert (feed.need, "device" in index.claims()) == (NeedSnapshot(), False)
+    while feed.is_loading:
+        feed.load_some(25)
+    assert (feed.need, index.claims()) == (None, {"host": set(range(100)), "device": {103}})
+
+
+def test_a_snapshot_that_is_older_than_what_is_known_is_passed_over(index: SetIndex) -> None:
+    feed = synced(index)
+    feed.received(*batch(1, 101), 0.0)
+    feed.received(*batch(5, 105, seq=2), 0.0)
+    feed.snapshot_arrived(SnapshotMessage(1, 0, {"device": [100]}))
+    assert (feed.need, index.claims()) == (NeedSnapshot(), {"device": {100, 101}})
+
+
 def test_a_restart_while_a_snapshot_goes_in_ends_it(index: SetIndex) -> None:
     feed = Feed(index, 0, name="w")
     starts = [(i, None) for i in range(100)]
@@ -465,6 +487,51 @@ def test_a_late_joiner_reads_what_the_engine_still_has(index: SetIndex) -> None:
     settle_engine(feed, engine)
     assert index.claims() == {"device": engine.truth()}
     assert feed.stats().gaps == 0
+
+
+def test_a_late_joiner_reads_more_batches_than_may_wait(index: SetIndex) -> None:
+    engine = Engine(random.Random(3), 1000)
+    for _ in range(20):
+        engine.live()
+        engine.publish()
+    feed = Feed(index, 0, name="v", foreign=ForeignKeys("v", b"m", SIZE), can_snapshot=False, max_pending_batches=3)
+    settle_engine(feed, engine)
+    assert index.claims() == {"device": engine.truth()}
+    assert feed.stats().overflows == 0
+
+
+def test_a_batch_from_before_the_start_is_told_from_one_of_a_new_engine_by_its_time(index: SetIndex) -> None:
+    engine = Engine(random.Random(3), 1000)
+    engine.live()
+    early = engine.publish()
+    feed = follow(index)
+    feed.replay_ended(asked(feed), is_complete=True)
+    for _ in range(3):
+        engine.live()
+        feed.received(*engine.publish(), 0.0)
+    feed.received(*early, 0.0)
+    assert (feed.stats().restarts, feed.stats().duplicates) == (0, 1)
+    engine.restart()
+    feed.received(*engine.publish(), 0.0)
+    assert (feed.stats().restarts, index.claims()) == (1, {})
+
+
+def test_answers_to_an_earlier_question_are_passed_over(index: SetIndex) -> None:
+    engine = Engine(random.Random(3), 1000)
+    feed = follow(index)
+    feed.replay_ended(asked(feed), is_complete=True)
+    for _ in range(4):
+        engine.live()
+        feed.received(*engine.publish(), 0.0)
+    feed.connection_lost()
+    question, answers = asked(feed), list(engine.ring)
+    feed.connection_lost()
+    for answer in answers:
+        feed.replayed(question, *answer, 0.0)
+    feed.replay_ended(question, is_complete=True)
+    assert (asked(feed).from_seq, feed.stats().losses, feed.stats().duplicates) == (3, 0, 0)
+    settle_engine(feed, engine)
+    assert index.claims() == {"device": engine.truth()}
 
 
 def test_a_silent_engine_is_in_sync_when_its_replay_was_empty(index: SetIndex) -> None:

@@ -431,19 +431,26 @@ class QuietServer(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serve_asgi(app: Any, path: Path) -> AsyncIterator[str]:
+async def serve_asgi(app: Any, path: Path | None) -> AsyncIterator[str]:
+    """On a Unix socket, or a free loopback port if `path` is None."""
+    uds = None if path is None else str(path)
     config = uvicorn.Config(
-        app, uds=str(path), http="httptools", ws="none", lifespan="off", log_config=None, access_log=False
+        app, uds=uds, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False
     )
     server = QuietServer(config)
-    task = asyncio.create_task(server.serve())
-    await server.listening.wait()
-    try:
-        yield f"unix:{path}"
-    finally:
-        server.should_exit = True
-        server.force_exit = True
-        await task
+    with contextlib.ExitStack() as stack:
+        sockets, address = None, f"unix:{path}"
+        if path is None:
+            sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0)))]
+            address = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
+        task = asyncio.create_task(server.serve(sockets))
+        await server.listening.wait()
+        try:
+            yield address
+        finally:
+            server.should_exit = True
+            server.force_exit = True
+            await task
 
 
 class Plane:
@@ -462,10 +469,12 @@ class Plane:
         return serve_asgi(app, Path(path or self.folder / f"{self._num_sockets}.sock"))
 
     @asynccontextmanager
-    async def worker(self, engine: Any, **options: Any) -> AsyncIterator[tuple[WorkerApp, str]]:
-        """A worker over an engine; gives the application and its address."""
+    async def worker(
+        self, engine: Any, *, on_port: bool = False, **options: Any
+    ) -> AsyncIterator[tuple[WorkerApp, str]]:
+        """A worker over an engine, on a Unix socket or a port; gives the application and its address."""
         app = WorkerApp(engine, CARD, report=lambda: REPORT, **options)
-        async with self.asgi(app) as address:
+        async with serve_asgi(app, None) if on_port else self.asgi(app) as address:
             try:
                 yield app, address
             finally:

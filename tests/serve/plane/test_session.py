@@ -362,9 +362,10 @@ def test_another_protocol_is_refused_by_both_ends(
     assert [record.levelno for record in caplog.records if "protocol" in record.message] == [logging.ERROR] * 2
 
 
-def test_a_wrong_key_opens_no_session(plane: Any, scripted: Any, run: Any) -> None:
+@pytest.mark.parametrize("on_port", [False, True])
+def test_a_wrong_key_opens_no_session(plane: Any, scripted: Any, run: Any, on_port: bool) -> None:
     async def test() -> None:
-        async with plane.worker(scripted(), key="secret") as (_, address):
+        async with plane.worker(scripted(), key="secret", on_port=on_port) as (_, address):
             for key in ("", "wrong", "sécret"):
                 with pytest.raises(WorkerLostError, match="status 401"):
                     async with plane.session(address, key=key):

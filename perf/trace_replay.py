@@ -18,7 +18,7 @@ from dynamo.kvcache.pool import BlockPool
 from dynamo.kvcache.reuse import ReuseTracker
 from dynamo.perf.trace_chains import Chains, TableHistory
 
-__all__ = ["MakeAdmission", "MakeOrder", "Replay", "hits_by_tier", "replay"]
+__all__ = ["MakeAdmission", "MakeOrder", "Replay", "TraceTime", "hits_by_tier", "replay"]
 
 MakeOrder = Callable[[ReuseTracker], EvictionOrder]
 MakeAdmission = Callable[[ReuseTracker, EvictionOrder], AdmissionPolicy]
@@ -46,7 +46,7 @@ class Replay:
         return int(self.found.sum())
 
 
-class _TraceTime:
+class TraceTime:
     """An order that is asked at the trace's time, whatever the pool's clock says. Implements EvictionOrder."""
 
     def __init__(self, order: EvictionOrder) -> None:
@@ -80,7 +80,7 @@ def replay(
     history = TableHistory(chains.requests[0].tables)
     order = make_order(history)
     admission = make_admission(history, order)
-    at_trace_time = _TraceTime(order)
+    at_trace_time = TraceTime(order)
     pool = BlockPool(num_slots, at_trace_time)
     found: list[int] = []
     num_written = 0

@@ -1,40 +1,50 @@
 """Where along a sequence holders drop out, found by bisection."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 
 from dynamo.router.chain import PrefixChain
 
-__all__ = ["boundaries"]
+__all__ = ["FIRST_BLOCKS", "boundaries"]
 
-_FIRST_BLOCKS = 64
+FIRST_BLOCKS = 64
+"""What is hashed at least: little enough for a prompt that nobody knows."""
+
 _STEP_BLOCKS = 256  # at most this much is hashed beyond the deepest holder
 
 
-def boundaries(chain: PrefixChain, get: Callable[[int, int], int], within: int) -> list[tuple[int, int]]:
+def boundaries(
+    chain: PrefixChain, mask_of: Callable[[int], int], is_known: Callable[[int], bool] | None = None
+) -> list[tuple[int, int]]:
     """(depth, holders that have the blocks before `depth` and not the one there), depth ascending, 1 or more.
 
-    Every holder must have a prefix of the sequence; then only a few blocks need be looked at: one in every stretch of 256,
-    and some ten for each boundary. Hashes no further than one stretch beyond the deepest holder.
+    Only a few blocks are looked at: one in every stretch of 256, and some eight for each boundary. Hashes no further than
+    one stretch beyond the deepest holder. Every holder must have a prefix of the sequence: then masks only lose bits along
+    it, so that they descend as numbers too, and the standard library's bisection does.
 
     Args:
-        get: holders' mask of a key; its second argument is what to give for an unknown one.
-        within: holders to look at.
+        mask_of: holders of a key, a bit each, 0 for none.
+        is_known: if given, `mask_of` is asked for known keys only, and whoever knows a key knows all before it.
     """
     end = chain.num_blocks
-    if not end:
+    keys = chain.hashed(FIRST_BLOCKS)
+    if not end or (is_known and not is_known(keys[0])):
         return []
     found: list[tuple[int, int]] = []
-    keys = chain.hashed(_FIRST_BLOCKS)
-    raw = get(keys[0], 0)
-    mask = raw & within
-    at, last = 0, min(_FIRST_BLOCKS, end) - 1
+    mask = mask_of(keys[0])
+    at, last = 0, min(FIRST_BLOCKS, end) - 1
     while mask:
-        next_raw = get(keys[last], 0)
-        if next_raw is not raw:  # equal masks are one object as a rule
-            next_mask = next_raw & within
-            if next_mask != mask:
-                _bisect(keys, get, within, (at, mask), (last, next_mask), found)
-            raw, mask = next_raw, next_mask
+        last_mask = mask_of(keys[last]) if not is_known or is_known(keys[last]) else 0
+        if last_mask != mask:
+            ascending = keys[at : last + 1]
+            ascending.reverse()
+            unknown = bisect_left(ascending, True, key=is_known) if is_known and not last_mask else 0
+            below = len(ascending)
+            while mask != last_mask:
+                below = bisect_left(ascending, mask, unknown, below, key=mask_of)  # so many blocks have fewer holders
+                next_mask = mask_of(ascending[below - 1]) if below > unknown else 0
+                found.append((last + 1 - below, mask & ~next_mask))
+                mask = next_mask
         if last == end - 1:
             break
         at, last = last, min(last + _STEP_BLOCKS, end - 1)
@@ -43,34 +53,3 @@ def boundaries(chain: PrefixChain, get: Callable[[int, int], int], within: int) 
     if mask:
         found.append((end, mask))
     return found
-
-
-def _bisect(
-    keys: list[int],
-    get: Callable[[int, int], int],
-    within: int,
-    low: tuple[int, int],
-    high: tuple[int, int],
-    found: list[tuple[int, int]],
-) -> None:
-    """Appends the boundaries above `low` up to `high`, two (position, mask) with different masks."""
-    at, mask = low
-    ahead = [high]  # known masks above `at`, nearest last
-    while ahead:
-        top, top_mask = ahead[-1]
-        if top_mask == mask:
-            at = top
-            ahead.pop()
-        elif top - at == 1:
-            found.append((top, mask & ~top_mask))
-            at, mask = top, top_mask
-            ahead.pop()
-        else:
-            middle = (at + top) >> 1
-            middle_mask = get(keys[middle], 0) & within
-            if middle_mask == mask:
-                at = middle
-            elif middle_mask == top_mask:
-                ahead[-1] = (middle, top_mask)
-            else:
-                ahead.append((middle, middle_mask))

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import compress
+from itertools import compress, repeat
 from operator import not_
 from sys import getsizeof
 
@@ -19,7 +19,8 @@ class HolderTable:
     new mask is made once for each of them. Equal masks are one object, so that a mask costs a block nothing.
 
     Attributes:
-        masks: the dict itself, for look-ups. Only this class changes it.
+        masks: the dict itself, for look-ups. Only this class changes it. A plain dict of ints, which the garbage collector
+            does not go through, however large it is.
     """
 
     __slots__ = ("_interned", "masks")
@@ -36,25 +37,31 @@ class HolderTable:
             (len(keys) where there is none).
         """
         masks = self.masks
+        if keys[0] not in masks:
+            return self._add_new(bit, keys), 0
         old = list(map(masks.get, keys))
-        distinct = set(old)
-        if len(distinct) == 1:
-            (mask,) = distinct
-            if mask is not None and mask & bit:
-                return 0, len(keys)
-            fresh = dict.fromkeys(keys, self._intern(bit if mask is None else mask | bit))
-            masks.update(fresh)
-            return len(fresh), 0
-        changed = {mask: self._intern(bit if mask is None else mask | bit) for mask in distinct}
-        fresh = dict(zip(keys, map(changed.__getitem__, old), strict=True))
-        masks.update(fresh)
-        lacking = {mask for mask in distinct if mask is None or not mask & bit}
-        if not lacking:
+        changed = {mask: self._intern((mask or 0) | bit) for mask in set(old) if mask is None or not mask & bit}
+        if not changed:
             return 0, len(keys)
-        first = min(map(old.index, lacking))
-        if len(fresh) == len(keys):
-            return sum(map(old.count, lacking)), first
-        return len({key for key, mask in zip(keys, old, strict=True) if mask in lacking}), first
+        first = min(map(old.index, changed))
+        if old.count(old[0]) == len(old):
+            fresh = dict.fromkeys(keys, changed[old[0]])
+        else:
+            fresh = {key: changed[mask] for key, mask in zip(keys, old, strict=True) if mask in changed}
+        masks.update(fresh)
+        return len(fresh), first
+
+    def _add_new(self, bit: int, keys: Sequence[int]) -> int:
+        """`add` where the first key is new, and then as a rule all are: one pass, which gives new keys their mask."""
+        masks = self.masks
+        before = len(masks)
+        old = list(map(masks.setdefault, keys, repeat(self._intern(bit))))
+        added = len(masks) - before
+        if added == len(keys):
+            return added
+        fresh = {key: self._intern(mask | bit) for key, mask in zip(keys, old, strict=True) if not mask & bit}
+        masks.update(fresh)
+        return added + len(fresh)
 
     def discard(self, bit: int, keys: Sequence[int]) -> list[int]:
         """Clears `bit` for all keys, and forgets the keys that nobody holds any more.
@@ -64,22 +71,25 @@ class HolderTable:
         """
         masks = self.masks
         old = list(map(masks.get, keys))
-        distinct = set(old)
-        held = {mask for mask in distinct if mask is not None and mask & bit}
-        if not held:
-            return []
-        if len(held) < len(distinct):
-            chosen = [mask in held for mask in old]
-            keys = list(compress(keys, chosen))
-            old = list(compress(old, chosen))
-        kept = {mask: self._intern(mask & ~bit) for mask in held}
-        fresh = dict(zip(keys, map(kept.__getitem__, old), strict=True))  # type: ignore[arg-type]  # no None is left
-        if all(kept.values()):
-            masks.update(fresh)
-        else:
-            masks.update(fresh)
+        kept: dict[int | None, int]
+        kept = {mask: self._intern(mask & ~bit) for mask in set(old) if mask is not None and mask & bit}
+        if kept and old.count(old[0]) == len(old):
+            return self._set_all(keys, kept[old[0]])
+        fresh = {key: kept[mask] for key, mask in zip(keys, old, strict=True) if mask in kept}
+        masks.update(fresh)
+        if not all(kept.values()):
             deque(map(masks.pop, compress(fresh, map(not_, fresh.values()))), maxlen=0)
         return list(fresh)
+
+    def _set_all(self, keys: Sequence[int], mask: int) -> list[int]:
+        """Gives keys that are all known the same mask, or forgets them if it is 0. Returns them, each once."""
+        if mask:
+            fresh = dict.fromkeys(keys, mask)
+            self.masks.update(fresh)
+            return list(fresh)
+        before = len(self.masks)
+        deque(map(self.masks.pop, keys, repeat(0)), maxlen=0)
+        return list(keys) if before - len(self.masks) == len(keys) else list(dict.fromkeys(keys))
 
     def num_bytes(self) -> int:
         """Memory of dict, keys and masks."""

@@ -19,12 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from dynamo.router.boundaries import boundaries
+from dynamo.router.boundaries import FIRST_BLOCKS, boundaries
 from dynamo.router.chain import PrefixChain
 from dynamo.router.holders import HolderTable
 from dynamo.router.index_stats import IndexStats
 from dynamo.router.lane import Lane
-from dynamo.router.lineage import runs_of
 from dynamo.router.predictions import Predictions
 from dynamo.router.reach import TIERS, Reach
 from dynamo.router.walk import Levels, slots_in, walk
@@ -149,29 +148,26 @@ class PrefixIndex:
         if 0 in numbers:
             self._predictions.void(slot)
 
-    def replace(
-        self, slot: int, held: Mapping[str, Sequence[int]], parents: Mapping[int, int | None] | None = None
-    ) -> None:
+    def replace(self, slot: int, held: Mapping[str, Sequence[int]]) -> None:
         """What the worker holds now, whatever was known of it; predictions of it stay.
+
+        Look-ups of prompts that such a worker shares go block by block until it is cleared or has let go of all this, since
+        nothing is known of what follows what. Where that is known, replace with nothing and store run by run.
 
         Args:
             held: by tier, in any order; a tier that is absent is empty.
-            parents: of each key the one before it, None for the first of a sequence; for as many as are known. With all
-                of them look-ups can be faster from the start; otherwise they walk until what is held now was removed.
         """
         worker = self._member(slot)
-        numbers = {tier: _tier_number(tier) for tier in held}
+        for tier in held:
+            _tier_number(tier)  # refuses before anything is changed
         for number in range(len(TIERS)):
             self._end_lane(worker, number)
-        for tier, number in numbers.items():
-            keys = self._admitted(held[tier])
-            if not keys:
-                continue
-            lane = self._lane(slot, TIERS[number])
-            runs, loose = runs_of(keys, parents) if parents is not None else ([], keys)
-            added = sum(lane.stored(run, parent) for run, parent in runs)
-            self._num_entries += added + (lane.stored_loose(loose) if loose else 0)
-            self._note_proof(lane)
+        for tier, keys in held.items():
+            admitted = self._admitted(keys)
+            if admitted:
+                lane = self._lane(slot, tier)
+                self._num_entries += lane.stored_loose(admitted)
+                self._note_proof(lane)
 
     def predict(self, slot: int, keys: Sequence[int], expires_s: float) -> None:
         """Counts blocks as the worker's, in its device tier, until a time.
@@ -187,19 +183,22 @@ class PrefixIndex:
         """slot → how much of the sequence the worker holds. Workers without its first block are absent."""
         if not chain.num_blocks:
             return {}
-        first_key = chain.hashed(min(64, chain.num_blocks))[0]
-        get = self._table.masks.get
-        first = get(first_key, 0) & self._live
+        masks = self._table.masks
+        first = masks.get(chain.hashed(FIRST_BLOCKS)[0], 0) & self._live
         expected: list[tuple[int, int]] = []
         if len(self._predictions):
             workers = self._predictions.workers
-            expected = boundaries(chain, lambda key, _: workers(key, now_s), -1)
+            expected = boundaries(chain, lambda key: workers(key, now_s))
         if not first and not expected:
             return {}
         if self._open_slots and self._open_slots & (self._meaning(first)[-1] | sum(mask for _, mask in expected)):
-            rows = walk(chain, get, self._meaning, expected)
+            rows = walk(chain, masks, self._meaning, expected)
             return {slot: Reach(*row) for slot, row in rows.items()}
-        ends = boundaries(chain, get, self._closed)
+        if self._ended or self._closed != self._live:
+            closed = self._closed
+            ends = boundaries(chain, lambda key: masks.get(key, 0) & closed)
+        else:
+            ends = boundaries(chain, masks.__getitem__, masks.__contains__)
         if self._num_lower or expected:
             return self._over_tiers(ends, expected)
         found: dict[int, Reach] = {}

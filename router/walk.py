@@ -1,6 +1,6 @@
 """How far each worker reaches along a sequence, block by block: exact whatever holes there are."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from dynamo.router.chain import PrefixChain
 
@@ -14,37 +14,37 @@ _STEP_BLOCKS = 64
 
 def walk(
     chain: PrefixChain,
-    get: Callable[[int, int], int],
+    masks: Mapping[int, int],
     levels: Callable[[int], Levels],
     expected: Sequence[tuple[int, int]],
 ) -> dict[int, list[int]]:
     """slot → leading blocks in each tier or a faster one; workers without the first block are absent.
 
     Args:
-        get: holders' mask of a key; its second argument is what to give for an unknown one.
+        masks: holders of a key.
         levels: what a mask means.
         expected: (depth, workers of whom just `depth` leading blocks are predicted), as `boundaries` gives them.
     """
     ends = dict(expected)
     predicted = sum(ends.values())  # no worker is in two of them
-    present = _present(levels(get(chain.hashed(1)[0], 0)), predicted)
+    present = _present(levels(masks.get(chain.hashed(1)[0], 0)), predicted)
     alive = list(present)
     rows = {slot: [0, 0, 0, 0] for slot in slots_in(alive[-1])}
     previous: int | None = None
     start = 0
     while start < chain.num_blocks and alive[-1]:
         end = min(start + _STEP_BLOCKS, chain.num_blocks)
-        masks = [get(key, 0) for key in chain.hashed(end)[start:end]]
-        if masks.count(masks[0]) == len(masks) and masks[0] == previous and not ends:
+        stretch = list(map(masks.get, chain.hashed(end)[start:end]))
+        if stretch[0] == previous and not ends and stretch.count(previous) == len(stretch):
             start = end
             continue
-        for position, mask in enumerate(masks, start):
+        for position, mask in enumerate(stretch, start):
             if position in ends:
                 predicted &= ~ends.pop(position)
             elif mask is previous:
                 continue
             previous = mask
-            present = _present(levels(mask), predicted)
+            present = _present(levels(mask or 0), predicted)
             _drop(alive, present, position, rows)
         start = end
     _drop(alive, (0, 0, 0, 0), chain.num_blocks, rows)

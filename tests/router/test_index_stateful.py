@@ -159,13 +159,12 @@ class IndexMachine(RuleBasedStateMachine):
             self.model.expires[slot] = {}
 
     @precondition(lambda self: self.model.held)
-    @rule(data=st.data(), path=paths, ends=st.lists(ends, min_size=4, max_size=4), how=st.integers(0, 2))
-    def replace(self, data: st.DataObject, path: tuple[int, ...], ends: list[int], how: int) -> None:
+    @rule(data=st.data(), path=paths, ends=st.lists(ends, min_size=4, max_size=4))
+    def replace(self, data: st.DataObject, path: tuple[int, ...], ends: list[int]) -> None:
         slot, chain = self._slot(data), CHAINS[path]
         held = {tier: chain.keys(end) for tier, end in zip(TIERS, ends, strict=True) if end > 3}
         held = {tier: [*keys[len(keys) // 2 :], *keys[: len(keys) // 2]] for tier, keys in held.items()}
-        parents = (None, PARENTS, {key: PARENTS[key] for key in KEYS[::2]})[how]
-        self.index.replace(slot, held, parents)
+        self.index.replace(slot, held)
         self.model.held[slot] = {tier: set(held.get(tier, ())) for tier in TIERS}
 
     @precondition(lambda self: self.model.held)
@@ -212,6 +211,6 @@ class IndexMachine(RuleBasedStateMachine):
 
 TestIndex = IndexMachine.TestCase
 TestIndex.settings = settings(
-    deadline=None, max_examples=60, stateful_step_count=40, suppress_health_check=list(HealthCheck)
+    deadline=None, max_examples=100, stateful_step_count=50, suppress_health_check=list(HealthCheck)
 )
 TestIndex.pytestmark = [pytest.mark.timeout(600)]

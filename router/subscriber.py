@@ -29,7 +29,8 @@ _log = logging.getLogger(__name__)
 FetchSnapshot = Callable[[], Awaitable[SnapshotMessage]]
 """Asks a worker what it holds. May fail with any exception, and is then called again a little later."""
 
-_END_OF_REPLAY: Final = (-1).to_bytes(8, "big", signed=True)
+_END_OF_REPLAY: Final = (1 << 64) - 1  # -1
+_MAX_SEQ: Final = 1 << 62  # more than anybody ever sends, and any number after it still fits the wire
 _TURN_S: Final = 0.002  # of reading, before others have their turn on the event loop
 _BLOCKS_A_TURN: Final = 8192  # of a snapshot, likewise
 _RECEIVE_QUEUE: Final = 2000  # messages; a publisher drops what a slow reader has no room for, and replay brings it
@@ -212,6 +213,9 @@ class Subscriber:
             return
         topic, number, payload = frames
         seq = int.from_bytes(number, "big")
+        if seq >= _MAX_SEQ:
+            self._malformed += 1
+            return
         if topic == LOAD_TOPIC and self._on_load is not None:
             self._take_load(seq, payload, self._on_load)
             return
@@ -318,9 +322,13 @@ class Subscriber:
         if len(frames) not in (3, 4) or len(frames[-2]) != 8:
             self._malformed += 1
             return False
-        if frames[-2] == _END_OF_REPLAY:
+        seq = int.from_bytes(frames[-2], "big")
+        if seq == _END_OF_REPLAY:
             return True
-        self._feed.replayed(need, int.from_bytes(frames[-2], "big"), frames[-1], time.monotonic())
+        if seq >= _MAX_SEQ:
+            self._malformed += 1
+            return False
+        self._feed.replayed(need, seq, frames[-1], time.monotonic())
         return False
 
     async def _watch(self) -> None:

@@ -14,6 +14,7 @@ from dynamo.router.roster import Member
 __all__ = ["RecentWork"]
 
 _MEMORY_S = 120.0
+_LITTLE_S = 0.25  # each worker counts as having been given that much: of nothing, nobody has more than a share
 _MOST_SHARES = 3.0  # fair shares beyond which the price does not rise
 _RESCALE_EXPONENT = 50.0
 
@@ -25,18 +26,18 @@ class RecentWork:
     G. Cormode et al., "Forward Decay", https://doi.org/10.1109/ICDE.2009.65.
     """
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, now_s: float) -> None:
         """
         Args:
             weight: how much the price rises with each fair share; 0: it is 1 everywhere.
         """
         self._weight = weight
         self._total = 0.0
-        self._start_s = 0.0
+        self._start_s = now_s
 
     def add(self, member: Member, seconds: float, now_s: float) -> None:
         """So much computing was booked at a member."""
-        weighted = seconds * math.exp((now_s - self._start_s) / _MEMORY_S)
+        weighted = seconds * self._scale(now_s)
         member.recent += weighted
         self._total += weighted
 
@@ -55,9 +56,14 @@ class RecentWork:
         self._total = sum(member.recent for member in members)
         self._start_s = now_s
 
-    def price(self, num_members: int) -> tuple[float, float, float]:
+    def price(self, num_members: int, now_s: float) -> tuple[float, float, float]:
         """(a, b, most): computing costs `min(a + b * member.recent, most)` for each second."""
-        weight, total = self._weight, self._total
-        if not weight or total <= 0:
+        weight = self._weight
+        if not weight or not num_members:
             return 1.0, 0.0, 1.0
-        return 1.0 - weight, weight * num_members / total, 1.0 + weight * (_MOST_SHARES - 1.0)
+        little = _LITTLE_S * self._scale(now_s)
+        share = weight / (max(0.0, self._total) / num_members + little)
+        return 1.0 - weight + share * little, share, 1.0 + weight * (_MOST_SHARES - 1.0)
+
+    def _scale(self, now_s: float) -> float:
+        return math.exp(min((now_s - self._start_s) / _MEMORY_S, 10 * _RESCALE_EXPONENT))  # floats end at 709

@@ -55,7 +55,7 @@ class RouterConfig:
     queue_weight: float = 0.5
     prefix_weight: float = 1.0
     decode_weight: float = 0.05
-    balance_weight: float = 0.2
+    balance_weight: float = 0.4
     temperature: float = 0.0
     prediction_ttl_s: float = 10.0
     approximate_ttl_s: float = 120.0

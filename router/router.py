@@ -71,7 +71,7 @@ class Router:
         self._sessions = SessionTable(config.session_ttl_s, config.max_sessions)
         self._model = CostModel(config)
         self._choice = Choice(config, self._model, self._sessions)
-        self._recent = RecentWork(config.balance_weight)
+        self._recent = RecentWork(config.balance_weight, clock())
         self._meter = RouterMeter()
         self._listeners: list[Callable[[], None]] = []
         self._num_booked = 0
@@ -268,7 +268,7 @@ class Router:
         looking_s = time.perf_counter()
         lookup = self._lookup.ask(query, now_s) if self.config.mode == "kv" else NO_LOOKUP
         looked_s = time.perf_counter() - looking_s
-        price = self._recent.price(len(self._roster))
+        price = self._recent.price(len(self._roster), now_s)
         member, reason = self._choice.choose(query, members, lookup.reaches, price, now_s, rng)
         return _Draft(members, lookup, member, reason, price, begun_s, looked_s)
 

@@ -89,7 +89,7 @@ def run(requests: Sequence[TracedRequest], options: argparse.Namespace, console:
         notes=[
             "prefix hits: leading blocks found at the worker, of all blocks; predicted: what the router expected of them",
             "uneven: prompt tokens computed by the worker with the most, above the mean; likewise its busy time",
-            "TTFT and time from token to token are simulated; routing was measured, processor time of each decision with its booking",
+            "TTFT and time from token to token are simulated; routing was measured: processor time of each decision",
             "load given: what computing all prompts would take of the workers' time; busy: what was left of it by hits",
         ],
     )

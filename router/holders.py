@@ -12,15 +12,6 @@ _MAX_INTERNED = 1 << 16
 _KEY_BYTES = 48  # an int of 61 to 64 bits: 36 bytes, which the allocator rounds up to its 16-byte steps
 
 
-class _Masks(dict[int, int]):
-    """Unknown keys have the mask 0, for `__getitem__` as a function; `get` stays as it is."""
-
-    __slots__ = ()
-
-    def __missing__(self, key: int) -> int:
-        return 0
-
-
 class HolderTable:
     """Key → bit mask of its holders, never 0. Not thread-safe.
 
@@ -28,13 +19,14 @@ class HolderTable:
     new mask is made once for each of them. Equal masks are one object, so that a mask costs a block nothing.
 
     Attributes:
-        masks: the dict itself, for look-ups; `masks[key]` is 0 for a key that nobody holds. Only this class changes it.
+        masks: the dict itself, for look-ups. Only this class changes it. A plain dict of ints, which the garbage collector
+            does not go through, however large it is.
     """
 
     __slots__ = ("_interned", "masks")
 
     def __init__(self) -> None:
-        self.masks = _Masks()
+        self.masks: dict[int, int] = {}
         self._interned: dict[int, int] = {}
 
     def add(self, bit: int, keys: Sequence[int]) -> tuple[int, int]:
@@ -47,12 +39,12 @@ class HolderTable:
         masks = self.masks
         if keys[0] not in masks:
             return self._add_new(bit, keys), 0
-        old = list(map(masks.__getitem__, keys))
-        changed = {mask: self._intern(mask | bit) for mask in set(old) if not mask & bit}
+        old = list(map(masks.get, keys))
+        changed = {mask: self._intern((mask or 0) | bit) for mask in set(old) if mask is None or not mask & bit}
         if not changed:
             return 0, len(keys)
         first = min(map(old.index, changed))
-        if len(changed) == 1 and old.count(old[0]) == len(old):
+        if old.count(old[0]) == len(old):
             fresh = dict.fromkeys(keys, changed[old[0]])
         else:
             fresh = {key: changed[mask] for key, mask in zip(keys, old, strict=True) if mask in changed}
@@ -78,17 +70,26 @@ class HolderTable:
             those that had it, in the order given; one that comes twice is there once.
         """
         masks = self.masks
-        old = list(map(masks.__getitem__, keys))
-        distinct = set(old)
-        kept = {mask: self._intern(mask & ~bit) for mask in distinct if mask & bit}
-        if len(kept) == len(distinct) == 1:
-            fresh = dict.fromkeys(keys, kept[old[0]])
-        else:
-            fresh = {key: kept[mask] for key, mask in zip(keys, old, strict=True) if mask in kept}
+        old = list(map(masks.get, keys))
+        kept: dict[int | None, int]
+        kept = {mask: self._intern(mask & ~bit) for mask in set(old) if mask is not None and mask & bit}
+        if kept and old.count(old[0]) == len(old):
+            return self._set_all(keys, kept[old[0]])
+        fresh = {key: kept[mask] for key, mask in zip(keys, old, strict=True) if mask in kept}
         masks.update(fresh)
         if not all(kept.values()):
             deque(map(masks.pop, compress(fresh, map(not_, fresh.values()))), maxlen=0)
         return list(fresh)
+
+    def _set_all(self, keys: Sequence[int], mask: int) -> list[int]:
+        """Gives keys that are all known the same mask, or forgets them if it is 0. Returns them, each once."""
+        if mask:
+            fresh = dict.fromkeys(keys, mask)
+            self.masks.update(fresh)
+            return list(fresh)
+        before = len(self.masks)
+        deque(map(self.masks.pop, keys, repeat(0)), maxlen=0)
+        return list(keys) if before - len(self.masks) == len(keys) else list(dict.fromkeys(keys))
 
     def num_bytes(self) -> int:
         """Memory of dict, keys and masks."""

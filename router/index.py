@@ -184,7 +184,7 @@ class PrefixIndex:
         if not chain.num_blocks:
             return {}
         masks = self._table.masks
-        first = masks[chain.hashed(FIRST_BLOCKS)[0]] & self._live
+        first = masks.get(chain.hashed(FIRST_BLOCKS)[0], 0) & self._live
         expected: list[tuple[int, int]] = []
         if len(self._predictions):
             workers = self._predictions.workers
@@ -196,9 +196,9 @@ class PrefixIndex:
             return {slot: Reach(*row) for slot, row in rows.items()}
         if self._ended or self._closed != self._live:
             closed = self._closed
-            ends = boundaries(chain, lambda key: masks[key] & closed)
+            ends = boundaries(chain, lambda key: masks.get(key, 0) & closed)
         else:
-            ends = boundaries(chain, masks.__getitem__)
+            ends = boundaries(chain, masks.__getitem__, masks.__contains__)
         if self._num_lower or expected:
             return self._over_tiers(ends, expected)
         found: dict[int, Reach] = {}

@@ -178,17 +178,18 @@ class Lane:
             rest.reverse()
         self._open()
 
-    def _detach_run(self, keys: Sequence[int]) -> bool:
+    def _detach_run(self, keys: list[int]) -> bool:
         """True if the keys were the end of one run, last to first, with none behind them; they are off it now."""
         run = self._tips.get(keys[0])
-        count = len(keys)
-        if run is None or count >= len(run.keys) or not self._forks.keys().isdisjoint(keys):
+        if run is None or not self._forks.keys().isdisjoint(keys):
             return False
-        if run.keys[-count:] != array("Q", reversed(keys)):
+        ascending = array("Q", keys)
+        ascending.reverse()
+        if run.keys[-len(keys) :] != ascending:
             return False
-        del self._tips[keys[0]], run.keys[-count:]
-        self.recorded -= count
-        self._tips[run.keys[-1]] = run
+        del self._tips[keys[0]], run.keys[-len(keys) :]
+        self.recorded -= len(keys)
+        self._file_rest(run)
         return True
 
     def _pop_tip(self, key: int) -> bool:
@@ -200,13 +201,17 @@ class Lane:
             return False
         run.keys.pop()
         self.recorded -= 1
+        self._file_rest(run)
+        return True
+
+    def _file_rest(self, run: Run) -> None:
+        """Puts a run that became shorter where its last key says; one that is empty no longer follows its parent."""
         if run.keys:
             self._tips[run.keys[-1]] = run
         elif run.parent is not None:
             self._forks[run.parent] -= 1
             if not self._forks[run.parent]:
                 del self._forks[run.parent]
-        return True
 
     def _open(self) -> None:
         if self.is_closed:
@@ -239,10 +244,16 @@ class Lane:
 
     def _keep_held(self, run: Run, seen: set[int], parents: list[int]) -> None:
         """Files those stretches of a run that are held and in no other run; notes their parents."""
+        keys = run.keys.tolist()
+        get, bit = self._table.masks.get, self.bit
+        held = [get(key, 0) & bit for key in keys]
+        if all(held) and seen.isdisjoint(keys) and len(before := set(keys)) == len(keys):
+            seen |= before
+            self._keep(run, parents)
+            return
         previous, stretch = run.parent, None
-        masks, bit = self._table.masks, self.bit
-        for key in run.keys.tolist():
-            if key not in seen and masks.get(key, 0) & bit:
+        for key, is_held in zip(keys, held, strict=True):
+            if is_held and key not in seen:
                 seen.add(key)
                 if stretch is None:
                     stretch = Run(array("Q"), previous)

@@ -2,14 +2,16 @@
 
 import heapq
 from array import array
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from sys import getsizeof
 
 __all__ = ["Prediction", "Predictions"]
 
 _KEY_BYTES = 48 + 8  # the key, which no other table need have, and its place in the prediction
-_PREDICTION_BYTES = 300
+_PREDICTION_BYTES = 500
 
 
 @dataclass(slots=True, order=True)
@@ -30,11 +32,26 @@ class Prediction:
     incarnation: int = field(compare=False)
     keys: "array[int]" = field(compare=False)
 
-    __hash__ = object.__hash__
+
+@dataclass(slots=True, eq=False)
+class _Belief:
+    """All predictions of a block; one object for all blocks that are in the same ones.
+
+    Attributes:
+        predictions: at most one for each worker.
+        workers: bit `1 << slot` of those whose prediction holds, until `until_s` and while no further prediction is voided.
+        until_s: when the first of these expires.
+        num_voided: predictions had been voided so often when `workers` was made.
+    """
+
+    predictions: tuple[Prediction, ...]
+    workers: int = 0
+    until_s: float = float("-inf")
+    num_voided: int = -1
 
 
 class Predictions:
-    """Key → predictions of it, at most one for each worker: the one that expires last. Not thread-safe.
+    """Key → predictions of it, for each worker the one that expires last. Not thread-safe.
 
     Bounded: beyond `max_blocks`, those go first that would expire first. What is believed of a worker is therefore always a
     prefix of any sequence, as every prediction starts with a sequence's first block.
@@ -44,14 +61,24 @@ class Predictions:
         num_evicted: keys that the bound cost, in all.
     """
 
-    __slots__ = ("_by_key", "_heap", "_incarnations", "_max_blocks", "_next_number", "num_blocks", "num_evicted")
+    __slots__ = (
+        "_beliefs",
+        "_heap",
+        "_incarnations",
+        "_max_blocks",
+        "_next_number",
+        "_num_voided",
+        "num_blocks",
+        "num_evicted",
+    )
 
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
-        self._by_key: dict[int, tuple[Prediction, ...]] = {}
+        self._beliefs: dict[int, _Belief] = {}
         self._heap: list[Prediction] = []
         self._incarnations: dict[int, int] = {}
         self._next_number = 0
+        self._num_voided = 0
         self.num_blocks = 0
         self.num_evicted = 0
 
@@ -65,9 +92,9 @@ class Predictions:
             return
         new = Prediction(expires_s, self._next_number, slot, self._incarnations.get(slot, 0), array("Q", keys))
         self._next_number += 1
-        old = list(map(self._by_key.get, keys))
-        changed = {value: self._with(value, new) for value in set(old)}
-        self._by_key.update(zip(keys, map(changed.__getitem__, old), strict=True))
+        old = list(map(self._beliefs.get, keys))
+        changed = {belief: self._with(belief, new) for belief in set(old)}
+        self._change(keys, old, changed)
         heapq.heappush(self._heap, new)
         self.num_blocks += len(keys)
         if self.num_blocks > self._max_blocks:
@@ -76,14 +103,16 @@ class Predictions:
     def void(self, slot: int) -> None:
         """Believes nothing of the worker any more, at once; its traces are forgotten when they expire."""
         self._incarnations[slot] = self._incarnations.get(slot, 0) + 1
+        self._num_voided += 1
 
     def workers(self, key: int, now_s: float) -> int:
         """Bit `1 << slot` of every worker that is believed to hold `key`."""
-        mask = 0
-        for prediction in self._by_key.get(key, ()):
-            if prediction.expires_s > now_s and prediction.incarnation == self._incarnations.get(prediction.slot, 0):
-                mask |= 1 << prediction.slot
-        return mask
+        belief = self._beliefs.get(key)
+        if belief is None:
+            return 0
+        if belief.until_s <= now_s or belief.num_voided != self._num_voided:
+            return self._workers(belief, now_s)
+        return belief.workers
 
     def forget(self, now_s: float, max_keys: int) -> int:
         """Frees the memory of up to `max_keys` keys of what expired. Returns how many it was."""
@@ -91,17 +120,51 @@ class Predictions:
 
     def num_bytes(self) -> int:
         """Memory of keys, dict and predictions."""
-        return getsizeof(self._by_key) + _KEY_BYTES * self.num_blocks + _PREDICTION_BYTES * len(self._heap)
+        return getsizeof(self._beliefs) + _KEY_BYTES * self.num_blocks + _PREDICTION_BYTES * len(self._heap)
 
-    def _with(self, old: tuple[Prediction, ...] | None, new: Prediction) -> tuple[Prediction, ...]:
+    def _workers(self, belief: _Belief, now_s: float) -> int:
+        """`workers` from scratch; remembered while nothing has expired, so that a look-up at an earlier time is right too."""
+        mask, until_s = 0, float("inf")
+        has_expired = False
+        for prediction in belief.predictions:
+            if prediction.incarnation != self._incarnations.get(prediction.slot, 0):
+                continue
+            if prediction.expires_s > now_s:
+                mask |= 1 << prediction.slot
+                until_s = min(until_s, prediction.expires_s)
+            else:
+                has_expired = True
+        if not has_expired:
+            belief.workers, belief.until_s, belief.num_voided = mask, until_s, self._num_voided
+        return mask
+
+    def _with(self, old: _Belief | None, new: Prediction) -> _Belief:
         """`old` with `new`; of two of one worker the later one, unless the worker was another then."""
         others = []
-        for prediction in old or ():
+        for prediction in old.predictions if old is not None else ():
             if prediction.slot != new.slot:
                 others.append(prediction)
             elif prediction.incarnation == new.incarnation and prediction.expires_s > new.expires_s:
-                return old or ()
-        return (*others, new)
+                assert old is not None
+                return old
+        return _Belief((*others, new))
+
+    def _change(
+        self, keys: Sequence[int], old: list[_Belief | None], changed: Mapping[_Belief | None, _Belief | None]
+    ) -> None:
+        """Gives each key what its belief became; None forgets it. As a rule keys of one belief follow one another."""
+        for belief, new in changed.items():
+            if new is belief:
+                continue
+            count, first = old.count(belief), old.index(belief)
+            if old[first : first + count].count(belief) == count:
+                stretch = keys[first : first + count]
+            else:
+                stretch = [key for key, one in zip(keys, old, strict=True) if one is belief]
+            if new is None:
+                deque(map(self._beliefs.pop, stretch, repeat(None)), maxlen=0)
+            else:
+                self._beliefs.update(dict.fromkeys(stretch, new))
 
     def _shorten(self, num_keys: int, until_s: float) -> int:
         """Takes keys off the ends of what expires at `until_s` or before, soonest first."""
@@ -118,22 +181,25 @@ class Predictions:
         return num_keys - left
 
     def _drop(self, prediction: Prediction, keys: list[int]) -> None:
-        by_key = self._by_key
-        for key in keys:
-            rest = tuple(p for p in by_key.get(key, ()) if p is not prediction)
-            if rest:
-                by_key[key] = rest
+        """Forgets one prediction of each of the keys; where another took its place, nothing."""
+        old = list(map(self._beliefs.get, keys))
+        changed: dict[_Belief | None, _Belief | None] = {}
+        for belief in set(old):
+            predictions = belief.predictions if belief is not None else ()
+            rest = tuple(one for one in predictions if one is not prediction)
+            if len(rest) == len(predictions):
+                changed[belief] = belief
             else:
-                by_key.pop(key, None)
+                changed[belief] = _Belief(rest) if rest else None
+        self._change(keys, old, changed)
 
     def check_invariants(self) -> None:
         """Raises AssertionError if dict, heap and counters do not fit together."""
         assert self.num_blocks == sum(len(p.keys) for p in self._heap), "predicted blocks are miscounted"
         assert self.num_blocks <= self._max_blocks, f"{self.num_blocks} predicted blocks exceed {self._max_blocks}"
-        listed: Mapping[int, set[int]] = {p.number: set(p.keys) for p in self._heap}
-        for key, value in self._by_key.items():
-            assert value, f"nobody is predicted to hold {key:#x}, which is kept"
-            assert len({p.slot for p in value}) == len(value), f"{key:#x} is predicted twice for one worker"
-            assert all(key in listed.get(p.number, ()) for p in value), (
-                f"{key:#x} is in a prediction that was forgotten"
-            )
+        listed = {p.number: set(p.keys) for p in self._heap}
+        for key, belief in self._beliefs.items():
+            predictions = belief.predictions
+            assert predictions, f"nobody is predicted to hold {key:#x}, which is kept"
+            assert len({p.slot for p in predictions}) == len(predictions), f"{key:#x} is predicted twice for one worker"
+            assert all(key in listed.get(p.number, ()) for p in predictions), f"{key:#x}: its prediction was forgotten"

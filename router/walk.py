@@ -21,20 +21,20 @@ def walk(
     """slot → leading blocks in each tier or a faster one; workers without the first block are absent.
 
     Args:
-        masks: holders of a key; unknown keys must have the mask 0.
+        masks: holders of a key.
         levels: what a mask means.
         expected: (depth, workers of whom just `depth` leading blocks are predicted), as `boundaries` gives them.
     """
     ends = dict(expected)
     predicted = sum(ends.values())  # no worker is in two of them
-    present = _present(levels(masks[chain.hashed(1)[0]]), predicted)
+    present = _present(levels(masks.get(chain.hashed(1)[0], 0)), predicted)
     alive = list(present)
     rows = {slot: [0, 0, 0, 0] for slot in slots_in(alive[-1])}
     previous: int | None = None
     start = 0
     while start < chain.num_blocks and alive[-1]:
         end = min(start + _STEP_BLOCKS, chain.num_blocks)
-        stretch = list(map(masks.__getitem__, chain.hashed(end)[start:end]))
+        stretch = list(map(masks.get, chain.hashed(end)[start:end]))
         if stretch[0] == previous and not ends and stretch.count(previous) == len(stretch):
             start = end
             continue
@@ -44,7 +44,7 @@ def walk(
             elif mask is previous:
                 continue
             previous = mask
-            present = _present(levels(mask), predicted)
+            present = _present(levels(mask or 0), predicted)
             _drop(alive, present, position, rows)
         start = end
     _drop(alive, (0, 0, 0, 0), chain.num_blocks, rows)

@@ -36,6 +36,7 @@ _COMMANDS = (
     _Command("cache", "trace", trace.SUMMARY, trace.add_arguments, trace.run),
     _Command("router", "soak", soak.SUMMARY, soak.add_arguments, soak.run),
     _Command("server", "router", router.SUMMARY, router.add_arguments, router.run),
+    _Command("router", "router", router.SUMMARY, router.add_arguments, router.run),
     _Command("server", "serve", serve.SUMMARY, serve.add_arguments, serve.run),
     _Command("server", "ttft", ttft.SUMMARY, ttft.add_arguments, ttft.run),
 )

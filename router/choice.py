@@ -30,6 +30,7 @@ class Choice:
         query: RouteQuery,
         members: Sequence[Member],
         reaches: Mapping[int, Reach],
+        price: tuple[float, float, float],
         now_s: float,
         rng: random.Random,
     ) -> tuple[Member, str]:
@@ -38,6 +39,7 @@ class Choice:
         Args:
             members: at least one; all may take the request.
             reaches: by slot; empty where prefixes do not count.
+            price: of computing, as of `RecentWork.price`.
         """
         if len(members) == 1:
             return members[0], "only" if query.pin is None else "pin"
@@ -47,7 +49,7 @@ class Choice:
             return bound, "session"
         costs: list[float] = []
         if bound is not None or config.mode in ("kv", "least-loaded"):
-            costs = self._model.costs(members, reaches, query.num_tokens, now_s)
+            costs = self._model.costs(members, reaches, query.num_tokens, price, now_s)
         if bound is not None and costs[members.index(bound)] <= min(costs) + config.session_slack_s:
             return bound, "session"
         if config.mode == "random":

@@ -28,6 +28,8 @@ class RouterConfig:
         prefix_weight: of the seconds that a prefix found at a worker saves, 0 to 1; 0 ignores prefixes.
         decode_weight: of the blocks that running requests hold at a worker, each as costly as so much of a block to be
             computed. Higher values even out decoding, and break up prefixes.
+        balance_weight: how much dearer computing is at a worker that was given twice its share of it in the last two minutes;
+            0: not at all. Keeps a common prefix from drawing all requests to one worker while there is little to do.
         temperature: 0: the lowest cost wins, ties at random; above: drawn at random with weights exp(-cost / (range *
             temperature)), where range is the highest cost less the lowest.
         prediction_ttl_s: how long the prompt of a routed request counts as present at its worker before the worker says so,
@@ -53,6 +55,7 @@ class RouterConfig:
     queue_weight: float = 0.5
     prefix_weight: float = 1.0
     decode_weight: float = 0.05
+    balance_weight: float = 0.4
     temperature: float = 0.0
     prediction_ttl_s: float = 10.0
     approximate_ttl_s: float = 120.0
@@ -85,14 +88,16 @@ class RouterConfig:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise RouterConfigError(f"{name} must be a finite number above 0, not {value}")
-        if self.prefix_weight > 1:
-            raise RouterConfigError(f"prefix_weight must be from 0 to 1, not {self.prefix_weight}")
+        for name in ("prefix_weight", "balance_weight"):
+            if getattr(self, name) > 1:
+                raise RouterConfigError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
 
 
 _NOT_NEGATIVE = (
     "queue_weight",
     "prefix_weight",
     "decode_weight",
+    "balance_weight",
     "temperature",
     "prediction_ttl_s",
     "session_slack_s",

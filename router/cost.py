@@ -1,10 +1,11 @@
 """What a request is expected to cost at a worker, in seconds.
 
-    cost = queue_weight · queue + load + compute + decode_weight · decode
+    cost = queue_weight · queue + load + price · compute + decode_weight · decode
 
     queue    until the worker has computed the prompts ahead, or something that runs there ends and makes room
     load     to get back what lies on host, disk or remote, tier by tier, and never more than computing it
-    compute  the rest of the prompt at the worker's speed
+    compute  the rest of the prompt at the worker's speed; the price is about 1, and higher at workers that were given much to
+             compute lately (`balance`)
     decode   computing as many tokens as running requests hold on the device: a stand-in for how much slower their decoding
              makes this request, and this request theirs
 
@@ -40,18 +41,31 @@ class CostModel:
         return self._queue_weight * load.queue_s + self._decode_weight * decode_s
 
     def costs(
-        self, members: Sequence[Member], reaches: Mapping[int, Reach], num_tokens: int, now_s: float
+        self,
+        members: Sequence[Member],
+        reaches: Mapping[int, Reach],
+        num_tokens: int,
+        price: tuple[float, float, float],
+        now_s: float,
     ) -> list[float]:
         """Cost at each member.
 
         This is the router's innermost loop: everything that does not depend on the request was added up when it changed.
+
+        Args:
+            reaches: by slot.
+            price: of computing, as of `RecentWork.price`.
         """
         queue_weight = self._queue_weight
+        least_price, slope, most_price = price
         find = reaches.get if reaches else None
         costs: list[float] = []
         append = costs.append
         for member in members:
-            cost_s = member.base_s + num_tokens * member.token_s
+            asked = least_price + slope * member.recent
+            if asked > most_price:
+                asked = most_price
+            cost_s = member.base_s + num_tokens * member.token_s * asked
             oldest_s = member.oldest_s
             if oldest_s:
                 done_s = now_s - member.anchor_s
@@ -59,36 +73,43 @@ class CostModel:
             if find is not None:
                 reach = find(member.slot)
                 if reach is not None:
-                    cost_s -= self._saved_s(member.load, reach, num_tokens)
+                    load_s, cached_tokens = _loading(member.load, reach, num_tokens)
+                    cost_s -= self._saved_s(cached_tokens * member.token_s * asked, load_s)
             append(cost_s)
         return costs
 
     def candidate(
-        self, member: Member, reach: Reach | None, num_tokens: int, now_s: float, refused: str | None = None
+        self,
+        member: Member,
+        reach: Reach | None,
+        num_tokens: int,
+        price: tuple[float, float, float],
+        now_s: float,
+        refused: str | None = None,
     ) -> CandidateCost:
         """Cost at one member, part by part."""
         load = member.load
+        asked = min(price[0] + price[1] * member.recent, price[2])
         done_s = min(now_s - load.anchor_s, load.oldest_s)
-        load_s, cached_tokens = 0.0, 0
-        if reach is not None:
-            load_s, cached_tokens = _loading(load, reach, num_tokens)
-        full_s = num_tokens * load.token_s
-        saved_s = self._prefix_weight * (cached_tokens * load.token_s - load_s)
+        load_s, cached_tokens = (0.0, 0) if reach is None else _loading(load, reach, num_tokens)
+        compute_s = (num_tokens - cached_tokens) * load.token_s
+        saved_s = self._saved_s(cached_tokens * load.token_s * asked, load_s)
         return CandidateCost(
             worker_id=member.worker_id,
             reach=reach or NO_REACH,
             cached_tokens=cached_tokens,
-            cost_s=member.base_s - self._queue_weight * done_s + full_s - saved_s,
+            cost_s=member.base_s - self._queue_weight * done_s + num_tokens * load.token_s * asked - saved_s,
             queue_s=max(0.0, load.queue_s - done_s),
             load_s=load_s,
-            compute_s=(num_tokens - cached_tokens) * load.token_s,
+            compute_s=compute_s,
+            balance_s=(asked - 1.0) * compute_s,
             decode_s=self._decode_weight * load.held_blocks * load.block_size * load.token_s,
             refused=refused,
         )
 
-    def _saved_s(self, load: WorkerLoad, reach: Reach, num_tokens: int) -> float:
-        load_s, cached_tokens = _loading(load, reach, num_tokens)
-        return self._prefix_weight * (cached_tokens * load.token_s - load_s)
+    def _saved_s(self, computing_s: float, load_s: float) -> float:
+        """What not computing a prefix is worth. Nothing, at worst: a cheap worker may compute for less than loading takes."""
+        return self._prefix_weight * (computing_s - load_s) if computing_s > load_s else 0.0
 
 
 def _loading(load: WorkerLoad, reach: Reach, num_tokens: int) -> tuple[float, int]:

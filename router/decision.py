@@ -53,6 +53,7 @@ class CandidateCost:
         queue_s: until the requests ahead let it begin.
         load_s: to get blocks back from slower tiers.
         compute_s: to compute the rest of the prompt.
+        balance_s: what is added to that, or taken off, since the worker was given more than its share lately, or less.
         decode_s: what running requests slow it down, times the weight.
         refused: why it may not take the request; None if it may.
     """
@@ -64,6 +65,7 @@ class CandidateCost:
     queue_s: float
     load_s: float
     compute_s: float
+    balance_s: float
     decode_s: float
     refused: str | None = None
 

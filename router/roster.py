@@ -24,6 +24,7 @@ class Member:
         is_busy: above the busy thresholds.
         is_draining: takes no new requests.
         aside_until_s: takes none before, while there are others.
+        recent: computing that it was given lately; kept by RecentWork.
         turn: number of its last turn in round-robin.
         num_chosen: requests sent there.
     """
@@ -37,6 +38,7 @@ class Member:
         "load",
         "num_chosen",
         "oldest_s",
+        "recent",
         "slot",
         "token_s",
         "turn",
@@ -47,7 +49,7 @@ class Member:
         self.worker_id = load.card.worker_id
         self.slot = slot
         self.load = load
-        self.base_s = self.oldest_s = self.anchor_s = 0.0
+        self.base_s = self.oldest_s = self.anchor_s = self.recent = 0.0
         self.token_s = load.token_s
         self.is_busy = False
         self.is_draining = False

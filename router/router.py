@@ -15,6 +15,7 @@ from functools import partial
 
 from dynamo.kvcache.hashing import HASH_VERSION
 from dynamo.router.affinity import SessionTable
+from dynamo.router.balance import RecentWork
 from dynamo.router.booking import Booking
 from dynamo.router.choice import Choice
 from dynamo.router.config import RouterConfig
@@ -70,6 +71,7 @@ class Router:
         self._sessions = SessionTable(config.session_ttl_s, config.max_sessions)
         self._model = CostModel(config)
         self._choice = Choice(config, self._model, self._sessions)
+        self._recent = RecentWork(config.balance_weight, clock())
         self._meter = RouterMeter()
         self._listeners: list[Callable[[], None]] = []
         self._num_booked = 0
@@ -116,6 +118,7 @@ class Router:
         member = self._roster.remove(worker_id, self._clock())
         if member is None:
             return False
+        self._recent.forget(member)
         self.index.leave(member.slot)
         self._regroup()
         return True
@@ -226,6 +229,7 @@ class Router:
         for member in self._roster:
             member.load.assume(self._priors)
             self._refresh(member, now_s)
+        self._recent.rescale(list(self._roster), now_s)
         self._sessions.expire(now_s)
         self.index.sweep(now_s, _SWEEP_ENTRIES)
         self._tell()
@@ -264,13 +268,15 @@ class Router:
         looking_s = time.perf_counter()
         lookup = self._lookup.ask(query, now_s) if self.config.mode == "kv" else NO_LOOKUP
         looked_s = time.perf_counter() - looking_s
-        member, reason = self._choice.choose(query, members, lookup.reaches, now_s, rng)
-        return _Draft(members, lookup, member, reason, begun_s, looked_s)
+        price = self._recent.price(len(self._roster), now_s)
+        member, reason = self._choice.choose(query, members, lookup.reaches, price, now_s, rng)
+        return _Draft(members, lookup, member, reason, price, begun_s, looked_s)
 
     def _candidate(
         self, draft: "_Draft", member: Member, query: RouteQuery, now_s: float, refused: str | None = None
     ) -> CandidateCost:
-        return self._model.candidate(member, draft.lookup.reaches.get(member.slot), query.num_tokens, now_s, refused)
+        reach = draft.lookup.reaches.get(member.slot)
+        return self._model.candidate(member, reach, query.num_tokens, draft.price, now_s, refused)
 
     def _predict(self, draft: "_Draft", chosen: CandidateCost, now_s: float) -> None:
         """Counts the prompt as present where it goes, so that what follows it closely goes there too."""
@@ -304,6 +310,7 @@ class Router:
             output_blocks=expected_blocks,
         )
         load.add(key, entry)
+        self._recent.add(member, chosen.compute_s, now_s)
         member.turn = self._num_booked
         member.num_chosen += 1
         if query.session is not None and self.config.affinity != "off":
@@ -381,6 +388,7 @@ class _Draft:
     lookup: Lookup
     member: Member
     reason: str
+    price: tuple[float, float, float]
     begun_s: float
     looked_s: float
 

@@ -29,7 +29,8 @@ _log = logging.getLogger(__name__)
 FetchSnapshot = Callable[[], Awaitable[SnapshotMessage]]
 """Asks a worker what it holds. May fail with any exception, and is then called again a little later."""
 
-_END_OF_REPLAY: Final = (-1).to_bytes(8, "big", signed=True)
+_END_OF_REPLAY: Final = (1 << 64) - 1  # -1
+_MAX_SEQ: Final = 1 << 62  # more than anybody ever sends, and any number after it still fits the wire
 _TURN_S: Final = 0.002  # of reading, before others have their turn on the event loop
 _BLOCKS_A_TURN: Final = 8192  # of a snapshot, likewise
 _RECEIVE_QUEUE: Final = 2000  # messages; a publisher drops what a slow reader has no room for, and replay brings it
@@ -108,6 +109,7 @@ class Subscriber:
         self._replay_timeout_s = replay_timeout_s
         self._owns_context = context is None
         self._context = zmq.Context() if context is None else context
+        self._stream: zmq.Socket[bytes] | None = None
         self._readers: list[_Reader] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._ready = asyncio.Event()
@@ -126,7 +128,7 @@ class Subscriber:
         """Opens the sockets and begins. Does not wait for the worker."""
         if self._is_stopped or self._readers:
             raise RuntimeError(f"the subscriber of {self._name} was started before; make another one")
-        stream = self._context.socket(zmq.SUB)
+        stream = self._stream = self._context.socket(zmq.SUB)
         stream.setsockopt(zmq.LINGER, 0)
         stream.setsockopt(zmq.RCVHWM, _RECEIVE_QUEUE)
         stream.setsockopt(zmq.MAXMSGSIZE, MAX_BATCH_BYTES)
@@ -167,6 +169,10 @@ class Subscriber:
         self._is_stopped = True
         for task in self._tasks:
             task.cancel()
+        if self._stream is not None and not self._stream.closed:
+            # Before the monitor's reader is closed: to tell a monitor without one of a broken connection, the I/O thread that
+            # all subscribers share would wait for ever.
+            self._stream.disable_monitor()
         for reader in self._readers:
             reader.close()
         self._readers = []
@@ -207,6 +213,9 @@ class Subscriber:
             return
         topic, number, payload = frames
         seq = int.from_bytes(number, "big")
+        if seq >= _MAX_SEQ:
+            self._malformed += 1
+            return
         if topic == LOAD_TOPIC and self._on_load is not None:
             self._take_load(seq, payload, self._on_load)
             return
@@ -313,9 +322,13 @@ class Subscriber:
         if len(frames) not in (3, 4) or len(frames[-2]) != 8:
             self._malformed += 1
             return False
-        if frames[-2] == _END_OF_REPLAY:
+        seq = int.from_bytes(frames[-2], "big")
+        if seq == _END_OF_REPLAY:
             return True
-        self._feed.replayed(need, int.from_bytes(frames[-2], "big"), frames[-1], time.monotonic())
+        if seq >= _MAX_SEQ:
+            self._malformed += 1
+            return False
+        self._feed.replayed(need, seq, frames[-1], time.monotonic())
         return False
 
     async def _watch(self) -> None:

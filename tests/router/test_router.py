@@ -161,6 +161,48 @@ def test_load_spreads_what_shares_nothing(make_fleet):
     assert set(counts.values()) == {10}
 
 
+def test_an_idle_fleet_shares_the_work_of_a_common_prefix(make_fleet):
+    def chosen(**settings) -> Counter:
+        fleet = make_fleet(4, **settings)
+        counts = Counter()
+        for n in range(100):
+            decision, booking = fleet.route([*range(160), *range(1000 * n, 1000 * n + 400)])
+            booking.first_token()
+            booking.free()
+            counts[decision.worker_id] += 1
+        return counts
+
+    assert max(chosen().values()) <= 1.2 * 25
+    assert max(chosen(balance_weight=0.0).values()) == 100
+
+
+def test_a_conversation_stays_although_its_worker_did_more_than_its_share(make_fleet):
+    fleet = make_fleet(4)
+    workers = set()
+    for turn in range(1, 30):
+        decision, booking = fleet.route(range(64 * turn))
+        booking.first_token()
+        booking.free()
+        fleet.clock.now_s += 15
+        fleet.hold(decision.worker_id, range(64 * turn))
+        workers.add(decision.worker_id)
+    assert len(workers) == 1
+
+
+def test_what_was_done_long_ago_is_forgotten(make_fleet):
+    fleet = make_fleet(2)
+    for hour in range(50):
+        fleet.route([hour] * 5000, pin="w0")[1].free()
+        fleet.clock.now_s += 3600
+        fleet.route([hour], pin="w1")[1].free()
+        costs = fleet.router.explain(fleet.query([hour, hour] * 100)).candidates
+        assert costs[0].worker_id == "w0"
+        fleet.router.check_invariants()
+    fleet.clock.now_s += 1e9
+    assert fleet.router.explain(fleet.query([1])).worker_id in {"w0", "w1"}
+    assert fleet.route([1])[0].worker_id in {"w0", "w1"}
+
+
 def test_short_prompts_count_as_load_too(make_fleet):
     fleet = make_fleet(4)
     counts = Counter(fleet.route([n])[0].worker_id for n in range(40))
@@ -168,7 +210,7 @@ def test_short_prompts_count_as_load_too(make_fleet):
 
 
 def test_ties_are_spread(make_fleet):
-    fleet = make_fleet(8)
+    fleet = make_fleet(8, balance_weight=0.0)
     counts = Counter()
     for n in range(400):
         decision, booking = fleet.route([n])
@@ -647,7 +689,9 @@ def test_explain_names_all_workers_the_cheapest_first_and_why_others_may_not(mak
     }
     cheap, dear = decision.candidates[:2]
     assert cheap.cost_s < dear.cost_s
-    assert dear.cost_s == pytest.approx(dear.queue_s / 2 + dear.load_s + dear.compute_s + dear.decode_s)
+    assert dear.cost_s == pytest.approx(
+        dear.queue_s / 2 + dear.load_s + dear.compute_s + dear.balance_s + dear.decode_s
+    )
 
 
 def test_predicted_and_actual_cached_tokens_are_compared(make_fleet):

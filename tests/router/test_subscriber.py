@@ -26,6 +26,7 @@ from dynamo.kvcache.event_wire import (
     EventBatch,
     SnapshotMessage,
     decode_snapshot,
+    encode_batch,
     encode_snapshot,
 )
 from dynamo.kvcache.events import EventLog, Snapshot
@@ -574,9 +575,16 @@ def test_a_stranger_on_the_wire_cannot_crash_the_subscriber() -> None:
             feed = Feed(index, 0, name="w", can_replay=False, can_snapshot=False)
             async with Subscriber(feed, name="w", endpoint=endpoint) as subscriber:
                 await until(lambda: stream.poll(0))
-                for frames in ([b"kv"], [b"kv", b"123", b"x"], [b"kv", bytes(8), b"rubbish"], [b"kv"] * 50):
+                last = encode_batch([], epoch=1, log_number=1)
+                for frames in (
+                    [b"kv"],
+                    [b"kv", b"123", b"x"],
+                    [b"kv", bytes(8), b"rubbish"],
+                    [b"kv"] * 50,
+                    [b"kv", b"\xff" * 8, last],
+                ):
                     stream.send_multipart(frames)
-                await until(lambda: subscriber.stats().malformed_messages == 3)
+                await until(lambda: subscriber.stats().malformed_messages == 4)
                 assert subscriber.stats().feed.malformed == 1
                 with socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2]))) as other:
                     other.sendall(b"GET / HTTP/1.1\r\n\r\n")

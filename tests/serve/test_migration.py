@@ -395,6 +395,48 @@ def test_busy_workers_are_waited_for_by_priority_and_carry_ons_go_first(run: Any
     run(work())
 
 
+def test_a_request_that_has_begun_goes_before_all_that_have_not(run: Any, worker: Any, house: Any) -> None:
+    async def work() -> None:
+        full, failing = worker("full", hold=True), worker("failing", [(2, lost("failing"))])
+        front = house()
+        front.workers.join(full, max_running=1)
+        pinned = replace(ask(max_tokens=2), routing=RoutingHints(worker="full"))
+        async with asyncio.TaskGroup() as group:
+            for number in range(4):  # busy from here on
+                group.create_task(front.collect(replace(pinned, request_id=f"p{number}")))
+            await until(lambda: len(full.requests) == 4)
+            front.workers.join(failing, max_running=1)
+            begun = front.engine.generate(replace(ask(max_tokens=4), request_id="begun"))
+            await anext(begun)
+            front.workers.router.drain("failing")
+            urgent = replace(ask(max_tokens=2, routing=RoutingHints(priority=100)), request_id="urgent")
+            group.create_task(front.collect(urgent))
+            await until(lambda: len(front.room) == 1)
+            group.create_task(finish(begun))
+            await until(lambda: len(front.room) == 2)
+            full.proceed.set()
+        assert [one.request_id for one in full.requests[4:]] == ["begun#2", "urgent#1"]
+
+    run(work())
+
+
+async def finish(gains: AsyncGenerator[list[OutputDelta], None]) -> None:
+    async with aclosing(gains):
+        async for _ in gains:
+            pass
+
+
+def test_what_the_cache_had_is_what_the_first_worker_to_deliver_said(run: Any, worker: Any, house: Any) -> None:
+    async def work() -> None:
+        cached = {"a": 1, "b": 2, "c": 3, "d": 4}
+        failures = {"a": [(0, lost("a"))], "b": [(4, lost("b"))], "c": [(4, lost("c"))], "d": []}
+        links = [worker(name, failures[name], cached=cached[name]) for name in "abcd"]
+        front = house(*links, mode="round-robin")
+        assert told(await front.collect(ask()))[4] == {2}
+
+    run(work())
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():  # noqa: ASYNC110  # there is no event for everything

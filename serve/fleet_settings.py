@@ -117,6 +117,13 @@ class RouterSettings:
         metavar="NUMBER",
         flag="--router-decode-weight",
     )
+    balance_weight: float = option(
+        _DEFAULTS.balance_weight,
+        "how much a worker that computed more than its share lately is spared, 0 to 1",
+        number(float, 0, 1),
+        metavar="NUMBER",
+        flag="--router-balance-weight",
+    )
     prediction_ttl: float = option(
         _DEFAULTS.prediction_ttl_s,
         "seconds that a routed prompt counts as present before its worker says so",
@@ -200,6 +207,7 @@ def router_config(settings: RouterSettings, front_id: str) -> RouterConfig:
         queue_weight=settings.queue_weight,
         prefix_weight=settings.prefix_weight,
         decode_weight=settings.decode_weight,
+        balance_weight=settings.balance_weight,
         prediction_ttl_s=settings.prediction_ttl,
         approximate_ttl_s=settings.approximate_ttl,
         affinity=settings.affinity,

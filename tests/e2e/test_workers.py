@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 MOCKER = ("--engine", "mocker", "--mocker-step-time", "0.02")
 SMALL = ("--device-cache", "16MiB", "--host-cache", "8MiB", "--disk-cache", "off")
 NUM_STREAMS = 32
-NUM_TOKENS = 24
+NUM_TOKENS = 40
 
 
 def bodies(salt: str, num: int = NUM_STREAMS, max_tokens: int = NUM_TOKENS) -> list[dict[str, Any]]:
@@ -93,8 +93,8 @@ def test_no_client_notices_that_a_worker_is_killed(
     killed = kill_at(client.server.url, streams, registration, eventually, token)
     assert [stream.answer for stream in killed] == expected
     metrics = client.metrics()
-    phase = "ongoing" if token else "new"
-    assert metrics[f'dynamo_migration_succeeded_total{{phase="{phase}"}}'] > 0
+    if token < NUM_TOKENS - 1:  # else its streams may have ended before the signal was there
+        assert sum(value for name, value in metrics.items() if name.startswith("dynamo_migration_succeeded_total")) > 0
     assert sum(value for name, value in metrics.items() if name.startswith("dynamo_migration_exhausted_total")) == 0
     assert client.server.stop() == 0
     assert "Traceback" not in client.server.log

@@ -36,6 +36,7 @@ OPTIONS = {
         "--router-queue-weight",
         "--router-prefix-weight",
         "--router-decode-weight",
+        "--router-balance-weight",
         "--router-prediction-ttl",
         "--router-approximate-ttl",
         "--router-affinity",

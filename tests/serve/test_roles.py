@@ -88,6 +88,7 @@ def test_every_router_setting_reaches_the_router() -> None:
         queue_weight=2.0,
         prefix_weight=0.5,
         decode_weight=3.0,
+        balance_weight=0.25,
         prediction_ttl=1.0,
         approximate_ttl=2.0,
         affinity="hard",

@@ -1,5 +1,5 @@
-import itertools
 import random
+from itertools import pairwise
 
 import numpy as np
 from hypothesis import given, settings
@@ -21,7 +21,7 @@ def test_runs_hold_every_block_once_after_its_parent(seed: int, count: int) -> N
     assert sorted(slot for run in runs for slot in run) == sorted(slots)
     seen: set[int] = set()
     for run in runs:
-        assert all(parents[slot] == before for before, slot in itertools.pairwise(run))
+        assert all(parents[slot] == before for before, slot in pairwise(run))
         assert parents[run[0]] in (NO_PARENT, *seen)
         seen.update(run)
     # as few as there can be: each block has at most one follower in its run

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dynamo.kvcache import KVCacheError
-from dynamo.perf import blocks, crash, disk, doctor, index, kernels, router, serve, store, trace, ttft
+from dynamo.perf import blocks, crash, disk, doctor, index, kernels, router, serve, soak, store, trace, ttft
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.report import Report, print_report, write_report
 
@@ -34,7 +34,8 @@ _COMMANDS = (
     _Command("cache", "index", index.SUMMARY, index.add_arguments, index.run),
     _Command("cache", "kernels", kernels.SUMMARY, kernels.add_arguments, kernels.run),
     _Command("cache", "trace", trace.SUMMARY, trace.add_arguments, trace.run),
-    _Command("server", "router", router.SUMMARY, router.add_arguments, router.run),
+    _Command("router", "router", router.SUMMARY, router.add_arguments, router.run),
+    _Command("router", "soak", soak.SUMMARY, soak.add_arguments, soak.run),
     _Command("server", "serve", serve.SUMMARY, serve.add_arguments, serve.run),
     _Command("server", "ttft", ttft.SUMMARY, ttft.add_arguments, ttft.run),
 )

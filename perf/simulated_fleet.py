@@ -118,7 +118,7 @@ def fleet_trace(requests: Sequence[TracedRequest], *, duration_s: float) -> Flee
     return FleetTrace(arrivals, len(numbers), sum(len(one.keys) for one in arrivals), block_tokens)
 
 
-_Step = Callable[[], None]
+_Step = Callable[[], object]
 
 
 @dataclass(slots=True)

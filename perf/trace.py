@@ -4,6 +4,8 @@ Reads Mooncake's trace format and the key log that a server records, plain or gz
 holds together with all blocks before it; the hit rate is of all blocks of all requests. Requests are replayed one after the
 other, each ending before the next begins, through the pool and the policies that a cache runs. Policies learn as they go: they
 know nothing of the trace beforehand. Only "Belady, knows the future" does: see `trace_belady` for what it bounds.
+
+With `--workers` it is not policies that are compared, but ways to choose among several workers: see `trace_workers`.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from dynamo.kvcache.hit_density import HitDensity
 from dynamo.kvcache.retention import Retention
 from dynamo.kvcache.reuse import ReuseTracker
 from dynamo.kvcache.s3_fifo import S3Fifo
-from dynamo.perf import trace_plot
+from dynamo.perf import trace_plot, trace_workers
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.machine import machine_record
 from dynamo.perf.report import Report, Result
@@ -107,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--disk-gb-per-s", type=float, default=3, help="speed of reading and of writing the disk, 1e9 bytes"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw hit rates and writes as a PNG")
+    trace_workers.add_arguments(parser.add_argument_group("several workers"))
 
 
 def _size(text: str) -> int:
@@ -135,6 +138,11 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         )
     if options.plot is not None and not options.plot.parent.is_dir():
         raise BenchmarkError(f"--plot {options.plot}: there is no folder {options.plot.parent}; make it")
+    if "workers" in options:
+        trace_workers.check(options)
+        if options.plot is not None:
+            raise BenchmarkError("--plot draws policies, and --workers compares none: leave one of them out")
+        return trace_workers.run(read_trace(options.file), options, console)
     begun, begun_cpu = time.perf_counter(), time.process_time()
     chains = prepare(read_trace(options.file))
     if not chains.num_references:

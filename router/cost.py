@@ -47,26 +47,19 @@ class CostModel:
         This is the router's innermost loop: everything that does not depend on the request was added up when it changed.
         """
         queue_weight = self._queue_weight
+        find = reaches.get if reaches else None
         costs: list[float] = []
         append = costs.append
-        if not reaches:
-            for member in members:
-                load = member.load
-                done_s = now_s - load.anchor_s
-                if done_s > load.oldest_s:
-                    done_s = load.oldest_s
-                append(member.base_s - queue_weight * done_s + num_tokens * load.token_s)
-            return costs
-        find = reaches.get
         for member in members:
-            load = member.load
-            done_s = now_s - load.anchor_s
-            if done_s > load.oldest_s:
-                done_s = load.oldest_s
-            cost_s = member.base_s - queue_weight * done_s + num_tokens * load.token_s
-            reach = find(member.slot)
-            if reach is not None:
-                cost_s -= self._saved_s(load, reach, num_tokens)
+            cost_s = member.base_s + num_tokens * member.token_s
+            oldest_s = member.oldest_s
+            if oldest_s:
+                done_s = now_s - member.anchor_s
+                cost_s -= queue_weight * (done_s if done_s < oldest_s else oldest_s)
+            if find is not None:
+                reach = find(member.slot)
+                if reach is not None:
+                    cost_s -= self._saved_s(member.load, reach, num_tokens)
             append(cost_s)
         return costs
 

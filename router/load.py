@@ -1,11 +1,14 @@
 """What each worker has to do: requests that were sent to it from here and from other fronts, and what it reports."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynamo.router.workers import LoadEvent, LoadReport, WorkerCard
 
-__all__ = ["Entry", "PriorSpeeds", "WorkerLoad", "mark_stride"]
+__all__ = ["Entry", "LoadKey", "PriorSpeeds", "WorkerLoad", "mark_stride"]
+
+LoadKey = tuple[int | str, str]
+"""Whose request, and its id: this front's have a number of the router's own in front, others their front's name."""
 
 _MARK_TOKENS = 256
 _MAX_FOREIGN = 65_536
@@ -115,9 +118,9 @@ class WorkerLoad:
         self.last_report: LoadReport | None = None
         self.num_requests = self.prefill_tokens = self.held_blocks = 0
         self.queue_s = self.anchor_s = self.oldest_s = 0.0
-        self._entries: dict[Hashable, Entry] = {}
+        self._entries: dict[LoadKey, Entry] = {}
         self._num_foreign = 0
-        self._prefilling: dict[Hashable, None] = {}  # the oldest request first
+        self._prefilling: dict[LoadKey, None] = {}  # the oldest request first
         self._booked_tokens = self._own_blocks = 0
         self._marks: dict[int, int] = {}  # requests that hold it
         self._stride = mark_stride(card.block_size)
@@ -128,7 +131,7 @@ class WorkerLoad:
         self.block_load_s = (0.0, 0.0, 0.0)
         self.assume(priors)
 
-    def __contains__(self, key: Hashable) -> bool:
+    def __contains__(self, key: LoadKey) -> bool:
         return key in self._entries
 
     @property
@@ -170,7 +173,7 @@ class WorkerLoad:
         )
         self.block_load_s = (host, disk, remote)
 
-    def add(self, key: Hashable, entry: Entry) -> None:
+    def add(self, key: LoadKey, entry: Entry) -> None:
         """Books a request. One that is booked under the same key is released first."""
         if key in self._entries:
             self.free(key, entry.added_s)
@@ -187,7 +190,7 @@ class WorkerLoad:
             self._prefilling[key] = None
             self._booked_tokens += entry.prefill_tokens
 
-    def first_token(self, key: Hashable, now_s: float) -> bool:
+    def first_token(self, key: LoadKey, now_s: float) -> bool:
         """The request's prompt is computed. Returns whether that is news."""
         entry = self._entries.get(key)
         if entry is None:
@@ -195,7 +198,7 @@ class WorkerLoad:
         entry.heard_s = now_s
         return self._end_prefill(key, entry, now_s)
 
-    def output_blocks(self, key: Hashable, num_blocks: int, now_s: float) -> bool:
+    def output_blocks(self, key: LoadKey, num_blocks: int, now_s: float) -> bool:
         """The request's output fills so many blocks. Returns whether they are more than were counted."""
         entry = self._entries.get(key)
         if entry is None:
@@ -209,7 +212,7 @@ class WorkerLoad:
         self._own_blocks += more
         return True
 
-    def free(self, key: Hashable, now_s: float) -> bool:
+    def free(self, key: LoadKey, now_s: float) -> bool:
         """The request ended. Returns whether it was booked."""
         entry = self._entries.pop(key, None)
         if entry is None:
@@ -285,9 +288,15 @@ class WorkerLoad:
         if self._service_s:
             self.queue_s = max(self.queue_s, self._service_s * self._overflow())
 
-    def expired(self, heard_before_s: float) -> list[Hashable]:
-        """Keys of requests of which nothing was heard since."""
-        return [key for key, entry in self._entries.items() if entry.heard_s < heard_before_s]
+    def expire(self, heard_before_s: float, now_s: float) -> tuple[list[str], int]:
+        """Releases requests of which nothing was heard since: ids of this front's, and how many of others."""
+        late = [key for key, entry in self._entries.items() if entry.heard_s < heard_before_s]
+        own: list[str] = []
+        for key in late:
+            if not self._entries[key].is_foreign:
+                own.append(key[1])
+            self.free(key, now_s)
+        return own, len(late) - len(own)
 
     def check_invariants(self) -> None:
         """Counts everything anew.
@@ -306,7 +315,7 @@ class WorkerLoad:
         assert self._num_foreign == sum(entry.is_foreign for entry in entries.values())
         assert all(entry.own_blocks >= entry.output_blocks >= 0 for entry in entries.values())
 
-    def _end_prefill(self, key: Hashable, entry: Entry, now_s: float) -> bool:
+    def _end_prefill(self, key: LoadKey, entry: Entry, now_s: float) -> bool:
         if key not in self._prefilling:
             return False
         if next(iter(self._prefilling)) == key:
@@ -320,7 +329,7 @@ class WorkerLoad:
             key
             for key, entry in self._entries.items()
             if entry.is_foreign
-            and (front_id is None or (isinstance(key, tuple) and key[0] == front_id))
+            and (front_id is None or key[0] == front_id)
             and (heard_before_s is None or entry.heard_s < heard_before_s)
         ]
         for key in gone:

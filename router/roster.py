@@ -16,21 +16,39 @@ class Member:
     Attributes:
         slot: in the index.
         load: its books.
-        base_s: what a request without a prompt would cost there, as of the last refresh, without what was computed since.
-        is_busy: above the busy thresholds, as of the last refresh.
+        base_s: what a request without a prompt would cost there, without what was computed since; this and what follows is as
+            of the last refresh, and copied from `load` for the sake of the innermost loop.
+        token_s: seconds to compute a prompt token.
+        oldest_s: how long computing the oldest prompt takes; 0 if there is none to compute.
+        anchor_s: when that began.
+        is_busy: above the busy thresholds.
         is_draining: takes no new requests.
         aside_until_s: takes none before, while there are others.
         turn: number of its last turn in round-robin.
         num_chosen: requests sent there.
     """
 
-    __slots__ = ("aside_until_s", "base_s", "is_busy", "is_draining", "load", "num_chosen", "slot", "turn", "worker_id")
+    __slots__ = (
+        "anchor_s",
+        "aside_until_s",
+        "base_s",
+        "is_busy",
+        "is_draining",
+        "load",
+        "num_chosen",
+        "oldest_s",
+        "slot",
+        "token_s",
+        "turn",
+        "worker_id",
+    )
 
     def __init__(self, slot: int, load: WorkerLoad, turn: int) -> None:
         self.worker_id = load.card.worker_id
         self.slot = slot
         self.load = load
-        self.base_s = 0.0
+        self.base_s = self.oldest_s = self.anchor_s = 0.0
+        self.token_s = load.token_s
         self.is_busy = False
         self.is_draining = False
         self.aside_until_s = 0.0
@@ -95,6 +113,7 @@ class Roster:
         running, capacity = load.card.max_running, load.capacity_blocks
         was_busy = member.is_busy
         member.base_s = base_s
+        member.token_s, member.oldest_s, member.anchor_s = load.token_s, load.oldest_s, load.anchor_s
         member.is_busy = bool(
             (config.busy_requests and running and load.num_requests >= config.busy_requests * running)
             or (config.busy_queue_s and load.queue_s - done_s > config.busy_queue_s)

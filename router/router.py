@@ -354,18 +354,22 @@ class Router:
 
     def _expire(self, now_s: float) -> None:
         for member in self._roster:
-            keys = member.load.expired(now_s - self.config.booking_expiry_s)
-            for key in keys:
-                member.load.free(key, now_s)
-            self._meter.num_expired += len(keys)
-            if keys:
+            own, num_foreign = member.load.expire(now_s - self.config.booking_expiry_s, now_s)
+            self._meter.num_expired += len(own) + num_foreign
+            if own:
                 logger.warning(
-                    "released %d bookings at worker %s of which nothing was heard for %.0f s, such as %r: whoever routed them "
-                    "did not free them",
-                    len(keys),
+                    "released %d bookings at worker %s, of which nothing was heard for %.0f s: whoever routed request %r and "
+                    "the others did not free them",
+                    len(own),
                     member.worker_id,
                     self.config.booking_expiry_s,
-                    keys[0],
+                    own[0],
+                )
+            if num_foreign:
+                logger.info(
+                    "released %d requests of other fronts at worker %s: their end was lost",
+                    num_foreign,
+                    member.worker_id,
                 )
 
 

@@ -56,6 +56,6 @@ class Fleet:
         return next(worker for worker in self.router.stats().workers if worker.worker_id == worker_id)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_fleet():
     return Fleet

@@ -42,6 +42,7 @@ _LINGER_MS: Final = 200
 # Of one batch, unless a single event has more: a few milliseconds of a router's time, between which it serves others.
 _MAX_EVENTS: Final = 512
 _MAX_HASHES: Final = 8192
+_TELL_AGAIN_S: Final = 10.0
 _MAX_LOAD_QUEUE: Final = 4096
 _SEND_QUEUE: Final = 10_000  # messages that a slow subscriber may be behind before it misses some
 
@@ -108,16 +109,19 @@ class EventPublisher:
         self._published = -1  # number of the log's last event that was dealt with
         self._load: deque[bytes] = deque()
         self._events = self._overruns = self._replays = self._dropped_load = 0
+        self._told_s = float("-inf")
         self._closing = threading.Event()
         self._is_poked = False
         self._context = zmq.Context()
+        self._stream = self._context.socket(zmq.XPUB)
+        self._replay = self._context.socket(zmq.ROUTER)
         try:
-            self._stream = self._bound(zmq.XPUB, endpoint, _SEND_QUEUE)
             self._stream.setsockopt(zmq.XPUB_VERBOSE, 1)
+            _bind(self._stream, endpoint, _SEND_QUEUE)
             # As vLLM sizes it: a whole replay fits, while acknowledgements of an earlier one are on their way.
-            self._replay = self._bound(zmq.ROUTER, replay_endpoint, 2 * (ring_batches + 1))
+            _bind(self._replay, replay_endpoint, 2 * (ring_batches + 1))
         except zmq.ZMQError:
-            self._context.destroy(linger=0)
+            self._close_sockets()
             raise
         self._endpoint = self._stream.getsockopt_string(zmq.LAST_ENDPOINT)
         self._replay_endpoint = self._replay.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -208,13 +212,6 @@ class EventPublisher:
 
     # --- the publisher thread
 
-    def _bound(self, kind: int, endpoint: str, queue: int) -> zmq.Socket[bytes]:
-        bound = self._context.socket(kind)
-        bound.setsockopt(zmq.LINGER, _LINGER_MS)
-        bound.setsockopt(zmq.SNDHWM, queue)
-        bound.bind(endpoint)
-        return bound
-
     def _publish_all(self) -> None:
         try:
             self._loop()
@@ -223,7 +220,13 @@ class EventPublisher:
                 "the publisher of KV events failed; routers will take this worker's cache for empty or unchanged"
             )
         finally:
-            self._context.destroy()
+            self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        """Waits for what was sent last to leave, `_LINGER_MS` at most."""
+        self._stream.close()
+        self._replay.close()
+        self._context.term()
 
     def _loop(self) -> None:
         poller = zmq.Poller()
@@ -278,7 +281,9 @@ class EventPublisher:
     def _mark_overrun(self, up_to: int) -> None:
         """An empty batch that goes further than the one before: events up to there can be had from a snapshot alone."""
         self._overruns += 1
-        _log.warning("KV events %d to %d were not published; routers fetch a snapshot", self._published + 1, up_to)
+        if time.monotonic() - self._told_s > _TELL_AGAIN_S:
+            self._told_s = time.monotonic()
+            _log.warning("KV events %d to %d were not published; routers fetch a snapshot", self._published + 1, up_to)
         self._publish((), up_to)
 
     def _publish(self, events: Sequence[Event], log_number: int) -> None:
@@ -310,6 +315,12 @@ class EventPublisher:
             self._replay.send_multipart((reader, b"", KV_TOPIC, seq.to_bytes(8, "big"), payload))
         self._replay.send_multipart((reader, b"", b"", END_OF_REPLAY, b""))
         self._replays += 1
+
+
+def _bind(socket: zmq.Socket[bytes], endpoint: str, queue: int) -> None:
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.setsockopt(zmq.SNDHWM, queue)
+    socket.bind(endpoint)
 
 
 def _num_hashes(event: Event) -> int:

@@ -18,14 +18,13 @@ The owner takes `need` after every call, does it, and reports back; `need` stays
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol, cast
+from typing import Final, cast
 
 import xxhash
 
 from dynamo.kvcache.event_wire import (
-    AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     EventWireError,
@@ -33,29 +32,26 @@ from dynamo.kvcache.event_wire import (
     UnknownEvent,
     WireEvent,
     decode_batch,
-    tier_of,
 )
+from dynamo.router.feed_stats import FeedStats
 from dynamo.router.foreign import ForeignKeys
+from dynamo.router.pending import PendingBatches, PositionedBatch
+from dynamo.router.slot_writer import BlockIndex, SlotWriter
 
 __all__ = ["BlockIndex", "Feed", "FeedStats", "Need", "NeedReplay", "NeedSnapshot"]
 
 _log = logging.getLogger(__name__)
 _REMEMBERED_BATCHES: Final = 4096
 _REPLAY_ATTEMPTS: Final = 2
+_COUNTED: Final = (
+    *("batches", "events", "gaps", "replays", "snapshots", "losses"),
+    *("restarts", "duplicates", "stale", "malformed", "overflows"),
+)
 
 
-class BlockIndex(Protocol):
-    """What a feed writes to; see `router.index.PrefixIndex`."""
-
-    def stored(self, slot: int, tier: str, keys: Sequence[int], parent: int | None) -> object: ...
-    def removed(self, slot: int, tier: str, keys: Sequence[int]) -> int: ...
-    def cleared(self, slot: int, tier: str | None = None) -> None: ...
-    def replace(self, slot: int, held: Mapping[str, Sequence[int]]) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class NeedReplay:
-    """All batches from number `from_seq` on, as far as the publisher still has them."""
+    """All batches from number `from_seq` on, as far as the publisher still has them. Each question is an object of its own."""
 
     from_seq: int
 
@@ -66,64 +62,6 @@ class NeedSnapshot:
 
 
 Need = NeedReplay | NeedSnapshot
-
-
-@dataclass(frozen=True, slots=True)
-class FeedStats:
-    """How the stream goes, since the feed was made.
-
-    Attributes:
-        batches: applied, heartbeats included.
-        events: applied.
-        gaps: times that something was missing.
-        replays: asked for and ended.
-        snapshots: applied.
-        losses: gaps that nothing could fill, so that the worker's blocks were all forgotten.
-        restarts: of the worker, as seen in its stream.
-        duplicates: batches that came again, or too late to matter.
-        stale: batches and snapshots of an incarnation that is over.
-        malformed: messages that could not be read.
-        overflows: batches dropped since too many were waiting.
-        unknown_removals: blocks removed that the index did not have.
-        unknown_events: of a kind, or for a tier, unknown here.
-        num_pending: batches waiting now.
-        last_heard_s: when the last readable batch came, on the owner's clock; None before the first.
-        is_in_sync: nothing is missing.
-    """
-
-    batches: int
-    events: int
-    gaps: int
-    replays: int
-    snapshots: int
-    losses: int
-    restarts: int
-    duplicates: int
-    stale: int
-    malformed: int
-    overflows: int
-    unknown_removals: int
-    unknown_events: int
-    num_pending: int
-    last_heard_s: float | None
-    is_in_sync: bool
-
-
-class _Batch(NamedTuple):
-    seq: int
-    first: int  # position of its first event; last + 1 if it has none
-    last: int
-    events: Sequence[WireEvent]
-    ts: float
-    digest: int
-    num_hashes: int
-
-
-class _Loading(NamedTuple):
-    """A snapshot on its way into the index."""
-
-    log_number: int
-    runs: Iterator[tuple[str, Sequence[int], int | None]]
 
 
 class Feed:
@@ -142,15 +80,13 @@ class Feed:
 
     _position: int | None  # last one applied, or covered by a snapshot
     _next_seq: int | None  # of the batch that comes next, if the stream has no gap
-    _pending: dict[int, _Batch]  # behind the gap, by number
-    _num_pending_hashes: int
     _digests: dict[int, int]  # of another engine's batches, as applied
     _last_ts: float
     _need: Need | None
     _is_starting: bool  # the first replay is under way
     _is_unproven: bool  # whether the publisher is still the one whose batches were applied
     _asked_from: int
-    _loading: "_Loading | None"
+    _loading: int | None  # log number of a snapshot that is not yet in as a whole
     _attempts_left: int
 
     def __init__(
@@ -171,24 +107,14 @@ class Feed:
             raise ValueError(
                 "engines that need a translation of their hashes have no snapshots: set can_snapshot=False"
             )
-        self._index = index
-        self._slot = slot
+        self._writer = SlotWriter(index, slot, tiers, foreign)
         self._name = name
-        self._tiers = frozenset(tiers)
         self._epoch = epoch
-        self._foreign = foreign
+        self._is_foreign = foreign is not None
         self._can_replay = can_replay
         self._can_snapshot = can_snapshot
-        self._max_pending_batches = max_pending_batches
-        self._max_pending_hashes = max_pending_hashes
-        self._counts = dict.fromkeys(
-            (
-                name
-                for name in FeedStats.__dataclass_fields__
-                if name not in ("num_pending", "last_heard_s", "is_in_sync")
-            ),
-            0,
-        )
+        self._pending = PendingBatches(max_pending_batches, max_pending_hashes)  # behind the gap
+        self._counts = dict.fromkeys(_COUNTED, 0)
         self._last_heard_s: float | None = None
         self._told: set[str] = set()
         self._begin()
@@ -215,35 +141,37 @@ class Feed:
             return
         self._admit(batch)
 
-    def replayed(self, seq: int, payload: bytes | memoryview, now_s: float) -> None:
-        """A batch came as an answer to `NeedReplay`; in order, though some may be missing."""
-        batch = self._read(seq, payload, now_s)
+    def replayed(self, asked: NeedReplay, seq: int, payload: bytes | memoryview, now_s: float) -> None:
+        """A batch came as an answer; in order, though some may be missing.
+
+        Args:
+            asked: the `need` that it answers. If something else is needed by now, it is passed over: it may come from a
+                publisher that is no more.
+        """
+        batch = self._read(seq, payload, now_s) if asked is self._need else None
         if batch is None:
             return
-        if self._position is None and isinstance(self._need, NeedReplay):
+        if self._position is None and asked is self._need:
             self._start_at(batch)  # as far back as the publisher goes
         self._admit(batch)
 
-    def replay_ended(self, *, is_complete: bool) -> None:
+    def replay_ended(self, asked: NeedReplay, *, is_complete: bool) -> None:
         """No more answers will come. `is_complete` if the publisher said so, rather than time ran out."""
-        if not isinstance(self._need, NeedReplay):
+        if asked is not self._need:
             return
-        self._counts["replays"] += 1
         if (self._next_seq or 0) > self._asked_from:
             self._attempts_left = _REPLAY_ATTEMPTS  # it brought something, so asking again may bring the rest
         else:
             self._attempts_left = 0 if is_complete else self._attempts_left - 1
         is_over = is_complete or self._attempts_left <= 0
-        if self._is_unproven and is_over:
+        if not is_over and (self._is_unproven or self._is_starting):
+            self._ask_replay()
+        elif self._is_unproven:
             self._lose_everything()
-            return
-        if self._is_starting:
-            if not is_over:
-                self._ask_replay()
-                return
+        else:
             self._is_starting = False
-        self._need = None
-        self._settle()
+            self._need = None
+            self._settle()
 
     def snapshot_arrived(self, message: SnapshotMessage, max_blocks: int = 1 << 62) -> None:
         """The worker's blocks, all of them. Passed over if it is older than what is known already.
@@ -259,11 +187,9 @@ class Feed:
             return
         if message.epoch > self._epoch:
             self._restart(message.epoch)
-        held = {tier: keys for tier, keys in message.held.items() if tier in self._tiers}
-        # Blocks of unknown order go in at once. Until all are in, nothing is applied on top, and less is claimed than is true.
-        self._index.replace(self._slot, {tier: keys for tier, keys in held.items() if tier not in message.starts})
-        self._position = None
-        self._loading = _Loading(message.log_number, _runs(held, message.starts))
+        self._writer.replace(message)
+        self._position = None  # until all of it is in, nothing is applied on top
+        self._loading = message.log_number
         self.load_some(max_blocks)
 
     @property
@@ -273,17 +199,10 @@ class Feed:
 
     def load_some(self, max_blocks: int) -> None:
         """Goes on with a large snapshot, so that the owner can do other things between two pieces of it."""
-        loading = self._loading
-        if loading is None:
+        if self._loading is None or self._writer.load(max_blocks):
             return
-        for tier, keys, parent in loading.runs:
-            self._index.stored(self._slot, tier, keys, parent)
-            max_blocks -= len(keys)
-            if max_blocks <= 0:
-                return
         self._counts["snapshots"] += 1
-        self._position = loading.log_number
-        self._loading = None
+        self._position, self._loading = self._loading, None
         self._attempts_left = _REPLAY_ATTEMPTS
         self._need = None
         self._settle()
@@ -293,9 +212,11 @@ class Feed:
 
         A worker of ours says so by its epoch. Of another engine the batch applied last is asked for again, and compared.
         """
-        if self._foreign is None or self._position is None:
+        if not self._is_foreign:
             return
-        if self._can_replay:
+        if self._position is None:
+            self._begin()  # what waits may be of an engine that is no more
+        elif self._can_replay:
             self._attempts_left = _REPLAY_ATTEMPTS
             self._ask_replay()
         else:
@@ -304,16 +225,21 @@ class Feed:
     def stats(self) -> FeedStats:
         """Counters so far."""
         return FeedStats(
-            **self._counts, num_pending=len(self._pending), last_heard_s=self._last_heard_s, is_in_sync=self.is_in_sync
+            **self._counts,
+            unknown_removals=self._writer.unknown_removals,
+            unknown_events=self._writer.unknown_events,
+            num_pending=len(self._pending),
+            last_heard_s=self._last_heard_s,
+            is_in_sync=self.is_in_sync,
         )
 
     # --- reading
 
-    def _read(self, seq: int, payload: bytes | memoryview, now_s: float) -> _Batch | None:
+    def _read(self, seq: int, payload: bytes | memoryview, now_s: float) -> PositionedBatch | None:
         """The batch, if it can be read and is of the current incarnation. Notices a new one."""
         try:
             batch = decode_batch(payload)
-            if self._foreign is None and (batch.epoch is None or batch.log_number is None):
+            if not self._is_foreign and (batch.epoch is None or batch.log_number is None):
                 raise EventWireError("a batch has no epoch or log number, so it is not of a worker of ours")
         except EventWireError as error:
             self._counts["malformed"] += 1
@@ -321,8 +247,8 @@ class Feed:
             return None
         self._last_heard_s = now_s
         num_hashes = sum(len(e.block_hashes) for e in batch.events if isinstance(e, BlockStored | BlockRemoved))
-        if self._foreign is not None:
-            read = _Batch(seq, seq, seq, batch.events, batch.ts, xxhash.xxh3_64_intdigest(payload), num_hashes)
+        if self._is_foreign:
+            read = PositionedBatch(seq, seq, seq, batch.events, batch.ts, xxhash.xxh3_64_intdigest(payload), num_hashes)
             if self._shows_restart(read):
                 self._restart(self._epoch)
             return read
@@ -332,9 +258,9 @@ class Feed:
             return None
         if epoch > self._epoch:
             self._restart(epoch)
-        return _Batch(seq, last - len(batch.events) + 1, last, batch.events, batch.ts, 0, num_hashes)
+        return PositionedBatch(seq, last - len(batch.events) + 1, last, batch.events, batch.ts, 0, num_hashes)
 
-    def _shows_restart(self, batch: _Batch) -> bool:
+    def _shows_restart(self, batch: PositionedBatch) -> bool:
         """Whether another publisher than before must have sent that batch (of another engine)."""
         if self._position is None or batch.seq > self._position:
             return False
@@ -351,8 +277,7 @@ class Feed:
         """Nothing is known of the worker."""
         self._position = None
         self._next_seq = None
-        self._pending = {}
-        self._num_pending_hashes = 0
+        self._pending.clear()
         self._digests = {}
         self._last_ts = float("-inf")
         self._need = None
@@ -364,44 +289,33 @@ class Feed:
         if self._can_snapshot:
             self._need = NeedSnapshot()
         elif self._can_replay:
-            self._need = NeedReplay(0)
+            self._ask_replay()
 
     def _restart(self, epoch: int) -> None:
-        if self._foreign is not None or self._epoch > 0:
+        if self._is_foreign or self._epoch > 0:
             self._counts["restarts"] += 1
             _log.warning("%s started anew; its blocks of before are forgotten", self._name)
         self._forget()
         self._epoch = epoch
 
     def _forget(self) -> None:
-        self._index.cleared(self._slot)
-        if self._foreign is not None:
-            self._foreign.forget()
+        self._writer.forget()
         self._begin()
 
-    def _follows(self, batch: _Batch) -> bool:
+    def _follows(self, batch: PositionedBatch) -> bool:
         if self._position is None or (self._next_seq is not None and batch.seq < self._next_seq):
             return False
         return batch.first <= self._position + 1
 
-    def _admit(self, batch: _Batch) -> None:
+    def _admit(self, batch: PositionedBatch) -> None:
         was_in_sync, num_losses = self._need is None, self._counts["losses"]
         if batch.seq in self._pending or (self._next_seq is not None and batch.seq < self._next_seq):
             self._counts["duplicates"] += 1
         else:
-            self._pending[batch.seq] = batch
-            self._num_pending_hashes += batch.num_hashes
-            while len(self._pending) > self._max_pending_batches or self._num_pending_hashes > self._max_pending_hashes:
-                self._take_pending(min(self._pending))
-                self._counts["overflows"] += 1
+            self._counts["overflows"] += self._pending.add(batch)
         self._settle()
         if was_in_sync and (self._need is not None or self._counts["losses"] > num_losses):
             self._counts["gaps"] += 1
-
-    def _take_pending(self, seq: int) -> _Batch:
-        batch = self._pending.pop(seq)
-        self._num_pending_hashes -= batch.num_hashes
-        return batch
 
     def _settle(self) -> None:
         """Applies what can be applied, and decides what is needed for the rest."""
@@ -410,7 +324,7 @@ class Feed:
         if self._position is None:
             if self._need is not None or not self._pending:
                 return
-            self._start_at(self._pending[min(self._pending)])
+            self._start_at(self._pending.first)
         while (behind := self._drain()) is not None:
             if self._is_starting or self._ask(behind):
                 return
@@ -419,16 +333,17 @@ class Feed:
             self._need = None
             self._attempts_left = _REPLAY_ATTEMPTS
 
-    def _drain(self) -> _Batch | None:
+    def _drain(self) -> PositionedBatch | None:
         """Applies waiting batches up to a gap. Returns the batch behind the gap."""
-        for seq in sorted(self._pending):
-            batch = self._pending[seq]
+        if self._pending and not self._follows(behind := self._pending.first):
+            return behind
+        for batch in self._pending.in_order():
             if not self._follows(batch):
                 return batch
-            self._apply(self._take_pending(seq))
+            self._apply(self._pending.take(batch.seq))
         return None
 
-    def _ask(self, behind: _Batch) -> bool:
+    def _ask(self, behind: PositionedBatch) -> bool:
         """Says what would fill the gap before a batch; False if nothing can."""
         # Where no number is missing and events are all the same, the publisher itself no longer had them.
         can_be_replayed = self._can_replay and self._next_seq is not None and behind.seq > self._next_seq
@@ -445,17 +360,16 @@ class Feed:
         """Of another engine from one batch earlier, which proves by its digest that it is the same publisher."""
         from_seq = self._next_seq or 0
         self._asked_from = from_seq
-        if self._foreign is not None and self._position is not None:
+        if self._is_foreign and self._position is not None:
             from_seq -= 1
             self._is_unproven = True
+        self._counts["replays"] += 1
         self._need = NeedReplay(from_seq)
 
-    def _lose(self, behind: _Batch) -> None:
+    def _lose(self, behind: PositionedBatch) -> None:
         """Nothing fills the gap, and any block may be gone: claims none of them, and goes on behind the gap."""
         self._count_loss()
-        self._index.cleared(self._slot)
-        if self._foreign is not None:
-            self._foreign.cleared()
+        self._writer.clear()
         self._start_at(behind)
         self._attempts_left = _REPLAY_ATTEMPTS
         self._need = None
@@ -473,13 +387,13 @@ class Feed:
             "Give the engine a replay endpoint, or a larger replay buffer",
         )
 
-    def _start_at(self, batch: _Batch) -> None:
+    def _start_at(self, batch: PositionedBatch) -> None:
         self._position = batch.first - 1
         self._next_seq = batch.seq
 
     # --- applying
 
-    def _apply(self, batch: _Batch) -> None:
+    def _apply(self, batch: PositionedBatch) -> None:
         assert self._position is not None
         num_known = self._position + 1 - batch.first  # events of it that are in already, as a snapshot may have some
         for event in batch.events[num_known:] if num_known > 0 else batch.events:
@@ -487,7 +401,7 @@ class Feed:
         self._position = max(self._position, batch.last)
         self._next_seq = batch.seq + 1
         self._counts["batches"] += 1
-        if self._foreign is not None:
+        if self._is_foreign:
             self._last_ts = batch.ts
             self._digests[batch.seq] = batch.digest
             if len(self._digests) > _REMEMBERED_BATCHES:
@@ -495,40 +409,11 @@ class Feed:
 
     def _apply_event(self, event: WireEvent) -> None:
         self._counts["events"] += 1
-        match event:
-            case BlockStored() if (tier := tier_of(event)) in self._tiers:
-                if self._foreign is None:
-                    keys = cast("Sequence[int]", event.block_hashes)
-                    self._index.stored(self._slot, tier, keys, cast("int | None", event.parent_block_hash))
-                    return
-                for run in self._foreign.stored(event):
-                    self._index.stored(self._slot, tier, run.keys, run.parent)
-            case BlockRemoved() if (tier := tier_of(event)) in self._tiers:
-                if self._foreign is None:
-                    keys = cast("Sequence[int]", event.block_hashes)
-                else:
-                    keys = self._foreign.removed(event)
-                self._counts["unknown_removals"] += self._index.removed(self._slot, tier, keys)
-            case AllBlocksCleared() if event.tier is None or event.tier in self._tiers:
-                self._index.cleared(self._slot, event.tier)
-                if self._foreign is not None:
-                    self._foreign.cleared(event.tier)
-            case _:
-                self._counts["unknown_events"] += 1
-                kind = event.type if isinstance(event, UnknownEvent) else event.tier
-                self._tell_once("unknown", "an event of kind or tier %r is unknown to this release", str(kind)[:40])
+        if not self._writer.apply(event):
+            kind = event.type if isinstance(event, UnknownEvent) else event.tier
+            self._tell_once("unknown", "an event of kind or tier %r is unknown to this release", str(kind)[:40])
 
     def _tell_once(self, what: str, message: str, *values: object) -> None:
         if what not in self._told:
             self._told.add(what)
             _log.error(f"%s: {message} (told once; see the metrics for how often)", self._name, *values)
-
-
-def _runs(
-    held: Mapping[str, Sequence[int]], starts: Mapping[str, Sequence[tuple[int, int | None]]]
-) -> Iterator[tuple[str, Sequence[int], int | None]]:
-    """(tier, keys, parent) of a snapshot's runs."""
-    for tier, keys in held.items():
-        ends = [position for position, _ in starts.get(tier, ())][1:]
-        for (start, parent), end in zip(starts.get(tier, ()), [*ends, len(keys)], strict=False):
-            yield tier, keys[start:end], parent

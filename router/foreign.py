@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from struct import iter_unpack
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -194,7 +195,9 @@ class ForeignKeys:
                 f"should have {size}; give the worker's real block size, or its cache will not be found",
             )
             return None
-        extras = [_extras_of(event, position) for position in range(num_blocks)]
+        extras = (
+            [_extras_of(event, position) for position in range(num_blocks)] if event.extra_keys else [[]] * num_blocks
+        )
         if event.parent_block_hash is None:
             seed, parent = self._root(_take_salt(extras[0]), _lora_of(event)), None
         else:
@@ -219,18 +222,21 @@ class ForeignKeys:
 
     def _keys(self, event: BlockStored, extras: Sequence[list[Any]], seed: int) -> list[int]:
         """Keys of the event's blocks, the first one seeded with `seed`. A hash that is known keeps its key."""
-        packed = memoryview(array("I", event.token_ids)).cast("B")
-        num_bytes = 4 * self._block_size
+        digest = xxhash.xxh3_64_intdigest
+        names = [names for names in (*self._held.values(), self._retired) if names]
+        blocks = iter_unpack(f"{4 * self._block_size}s", array("I", event.token_ids))
         keys = []
-        for position, block_hash in enumerate(event.block_hashes):
-            key = self._known(block_hash)
-            if key is None:
-                key = xxhash.xxh3_64_intdigest(packed[num_bytes * position : num_bytes * (position + 1)], seed)
-                if extras[position]:
+        for block_hash, (block,), extra in zip(event.block_hashes, blocks, extras, strict=True):
+            for known in names:
+                if block_hash in known:
+                    seed = known[block_hash]
+                    break
+            else:
+                seed = digest(block, seed)
+                if extra:
                     # More than text, such as images: a key that no text alone can have.
-                    key = xxhash.xxh3_64_intdigest(msgspec.msgpack.encode(extras[position]), key)
-            keys.append(key)
-            seed = key
+                    seed = digest(msgspec.msgpack.encode(extra), seed)
+            keys.append(seed)
         return keys
 
     def _root(self, salt: str, lora: str) -> int:

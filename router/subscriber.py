@@ -29,7 +29,8 @@ _log = logging.getLogger(__name__)
 FetchSnapshot = Callable[[], Awaitable[SnapshotMessage]]
 """Asks a worker what it holds. May fail with any exception, and is then called again a little later."""
 
-_END_OF_REPLAY: Final = (-1).to_bytes(8, "big", signed=True)
+_END_OF_REPLAY: Final = (1 << 64) - 1  # -1
+_MAX_SEQ: Final = 1 << 62  # more than anybody ever sends, and any number after it still fits the wire
 _TURN_S: Final = 0.002  # of reading, before others have their turn on the event loop
 _BLOCKS_A_TURN: Final = 8192  # of a snapshot, likewise
 _RECEIVE_QUEUE: Final = 2000  # messages; a publisher drops what a slow reader has no room for, and replay brings it
@@ -207,6 +208,9 @@ class Subscriber:
             return
         topic, number, payload = frames
         seq = int.from_bytes(number, "big")
+        if seq >= _MAX_SEQ:
+            self._malformed += 1
+            return
         if topic == LOAD_TOPIC and self._on_load is not None:
             self._take_load(seq, payload, self._on_load)
             return
@@ -247,8 +251,8 @@ class Subscriber:
                 await self._needed.wait()
                 self._needed.clear()
                 match self._feed.need:
-                    case NeedReplay(from_seq):
-                        await self._fill_by_replay(from_seq)
+                    case NeedReplay() as need:
+                        await self._fill_by_replay(need)
                     case NeedSnapshot():
                         await self._fill_by_snapshot()
                     case None:
@@ -284,7 +288,7 @@ class Subscriber:
             await asyncio.sleep(0)
             self._feed.load_some(_BLOCKS_A_TURN)
 
-    async def _fill_by_replay(self, from_seq: int) -> None:
+    async def _fill_by_replay(self, need: NeedReplay) -> None:
         """Asks for past batches, on a socket of its own, so that late answers to an earlier question cannot mix in."""
         if self._replay_endpoint is None:
             raise RuntimeError(f"the feed of {self._name} wants a replay, and there is no endpoint for it")
@@ -297,24 +301,29 @@ class Subscriber:
         reader = _Reader(dealer, answers.put_nowait)
         try:
             dealer.connect(self._replay_endpoint)
-            dealer.send_multipart((b"", from_seq.to_bytes(8, "big")))
+            dealer.send_multipart((b"", need.from_seq.to_bytes(8, "big")))
             reader.look()  # sending may have taken the signal that something has come
-            while not is_complete:
-                is_complete = self._take_answer(await asyncio.wait_for(answers.get(), self._replay_timeout_s))
+            while not is_complete and self._feed.need is need:
+                frames = await asyncio.wait_for(answers.get(), self._replay_timeout_s)
+                is_complete = self._take_answer(need, frames)
         except TimeoutError:
-            _log.warning("the replay of %s from batch %d on did not end", self._name, from_seq)
+            _log.warning("the replay of %s from batch %d on did not end", self._name, need.from_seq)
         finally:
             reader.close()
-        self._feed.replay_ended(is_complete=is_complete)
+        self._feed.replay_ended(need, is_complete=is_complete)
 
-    def _take_answer(self, frames: _Frames) -> bool:
+    def _take_answer(self, need: NeedReplay, frames: _Frames) -> bool:
         """Whether that was the last one. Releases of vLLM differ in whether the topic is among the frames."""
         if len(frames) not in (3, 4) or len(frames[-2]) != 8:
             self._malformed += 1
             return False
-        if frames[-2] == _END_OF_REPLAY:
+        seq = int.from_bytes(frames[-2], "big")
+        if seq == _END_OF_REPLAY:
             return True
-        self._feed.replayed(int.from_bytes(frames[-2], "big"), frames[-1], time.monotonic())
+        if seq >= _MAX_SEQ:
+            self._malformed += 1
+            return False
+        self._feed.replayed(need, seq, frames[-1], time.monotonic())
         return False
 
     async def _watch(self) -> None:

@@ -211,3 +211,20 @@ def test_host_traffic_is_counted(make_cache, content):
     content.run(cache, list(range(16)))
     assert cache.stats().tier("host").read.blocks == 3
     assert cache.stats().tier("host").read.bytes == 3 * cache.spec.layout.block_bytes
+
+
+def test_a_snapshot_says_what_follows_what(make_cache, content):
+    cache = make_cache(device_blocks=8, host="1MiB")
+    first, second = list(range(20)), [*range(8), *range(50, 62)]
+    for tokens in (first, second, list(range(200, 216))):
+        content.run(cache, tokens)
+    assert cache.flush()
+    parents = {}
+    for tokens in (first, second, list(range(200, 216))):
+        keys = cache.block_keys(tokens)
+        parents |= dict(zip(keys, [None, *keys], strict=False))
+    snapshot = cache.snapshot()
+    assert {tier: len(keys) for tier, keys in snapshot.keys.items()} == {"device": 8, "host": 12}
+    for tier, keys in snapshot.keys.items():
+        starts = dict(snapshot.starts[tier])
+        assert [starts.get(i, keys[i - 1]) for i in range(len(keys))] == [parents[key] for key in keys]

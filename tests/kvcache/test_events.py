@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 from dynamo.kvcache.events import EventLog, Stored
 from dynamo.kvcache.hashing import BlockKey
 
@@ -37,3 +39,24 @@ def test_blocks_of_several_chains_are_told_chain_by_chain():
     ]
     log.stored_runs("disk", [], [])
     assert len(log.read(after=-1)) == 3
+
+
+def test_waiting_ends_with_the_next_event():
+    log = EventLog()
+    log.stored("device", [KEY], None)
+    assert log.wait(after=-1, timeout_s=0)
+    assert not log.wait(after=0, timeout_s=0)
+    with ThreadPoolExecutor(1) as threads:
+        waited = threads.submit(log.wait, 0, 60.0)
+        while not waited.done():
+            log.cleared("host")
+        assert waited.result(timeout=60)
+
+
+def test_who_waits_can_be_woken_without_an_event():
+    log = EventLog()
+    with ThreadPoolExecutor(1) as threads:
+        waited = threads.submit(log.wait, -1, 60.0)
+        while not waited.done():
+            log.wake()
+        assert not waited.result(timeout=60)

@@ -102,25 +102,19 @@ class PrefixIndex:
         self._predictions.void(slot)
         self._free_if_swept(slot)
 
-    def stored(self, slot: int, tier: str, keys: Sequence[int], parent: int | None) -> int:
+    def stored(self, slot: int, tier: str, keys: Sequence[int], parent: int | None) -> None:
         """Blocks can be had from a tier of the worker. What is known already stays as it is.
 
         Args:
             keys: blocks that follow one another.
             parent: the block before the first; None only where the first block starts its sequence. A parent that the worker
                 is not known to hold makes a hole, and no error.
-
-        Returns:
-            how many were not known.
         """
-        keys = self._admitted(keys)
-        if not keys:
-            return 0
         lane = self._lane(slot, tier)
-        added = lane.stored(keys, parent)
-        self._num_entries += added
-        self._note_proof(lane)
-        return added
+        keys = self._admitted(keys)
+        if keys:
+            self._num_entries += lane.stored(keys, parent)
+            self._note_proof(lane)
 
     def removed(self, slot: int, tier: str, keys: Sequence[int]) -> int:
         """Blocks can no longer be had from a tier of the worker.

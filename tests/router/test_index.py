@@ -110,10 +110,12 @@ def test_what_is_stored_behind_an_unknown_parent_counts_once_the_gap_is_filled()
 def test_events_that_say_nothing_new_change_nothing():
     index = PrefixIndex()
     slot = index.join()
-    assert index.stored(slot, "device", KEYS[:5], None) == 5
-    assert index.stored(slot, "device", KEYS[:5], None) == 0
-    assert index.stored(slot, "device", KEYS[2:7], KEYS[1]) == 2
-    assert index.stored(slot, "device", [], None) == 0
+    index.stored(slot, "device", KEYS[:5], None)
+    index.stored(slot, "device", KEYS[:5], None)
+    assert index.stats().num_entries == 5
+    index.stored(slot, "device", KEYS[2:7], KEYS[1])
+    index.stored(slot, "device", [], None)
+    assert index.stats().num_entries == 7
     assert index.removed(slot, "device", KEYS[7:9]) == 2
     assert index.removed(slot, "host", KEYS[:3]) == 3
     assert index.match(CHAIN) == {slot: everywhere(7)}
@@ -138,6 +140,31 @@ def test_eviction_from_the_tail_never_opens_a_lane():
         index.check_invariants()
         assert index.stats().num_open_lanes == 0
     assert index.match(CHAIN) == {slot: everywhere(5)}
+
+
+def test_the_end_of_a_run_that_another_follows_cannot_go_without_a_hole():
+    index = PrefixIndex()
+    slot = index.join()
+    side = PrefixChain(1, memoryview(array("I", [*range(10), 7, 8])).cast("B"), 1)
+    index.stored(slot, "device", KEYS[:11], None)
+    index.stored(slot, "device", side.keys(12)[10:], KEYS[9])
+    index.removed(slot, "device", [KEYS[10]])
+    assert index.stats().num_open_lanes == 0
+    index.removed(slot, "device", [KEYS[9]])
+    assert index.stats().num_open_lanes == 1
+    assert index.match(side) == index.match(CHAIN) == {slot: everywhere(9)}
+
+
+def test_one_batch_may_take_the_ends_of_several_runs():
+    index = PrefixIndex()
+    slot = index.join()
+    side = PrefixChain(1, memoryview(array("I", [*range(10), *range(100)])).cast("B"), 1)
+    index.stored(slot, "device", KEYS[:50], None)
+    index.stored(slot, "device", side.keys(50)[10:], KEYS[9])
+    index.removed(slot, "device", [KEYS[49], side.keys(50)[49], KEYS[48], side.keys(50)[48]])
+    index.check_invariants()
+    assert index.stats().num_open_lanes == 0
+    assert index.match(side) == index.match(CHAIN) == {slot: everywhere(48)}
 
 
 def test_a_lane_with_a_hole_closes_again_when_the_hole_is_gone():

@@ -27,7 +27,16 @@ OPTIONS = {
         "--load-patience",
     ],
     "engine": ["--engine", "--max-batch-tokens", "--max-running", "--max-waiting", "--threads"],
-    "server": ["--host", "--port", "--api-key", "--admin", "--key-log", "--drain-timeout", "--log-level"],
+    "server": [
+        "--host",
+        "--port",
+        "--api-key",
+        "--admin",
+        "--key-log",
+        "--stream-interval",
+        "--drain-timeout",
+        "--log-level",
+    ],
     "mocker": ["--mocker-prefill-rate", "--mocker-step-time", "--mocker-token-time", "--speedup"],
     "fleet": ["--workers", "--discovery", "--worker-id", "--external", "--kv-events"],
     "router": [

@@ -107,9 +107,12 @@ class GenerationMetrics:
         self._any_token = False
         metrics.num_active += 1
 
-    def observe(self, batch: Batch) -> None:
-        """Counts what arrived; tokens that came together share the time since the last."""
-        now = time.perf_counter()
+    def observe(self, batch: Batch, now: float) -> None:
+        """Counts what arrived; tokens that came together share the time since the last.
+
+        Args:
+            now: `time.perf_counter()` when it came.
+        """
         for index, delta in batch:
             num_tokens = len(delta.token_ids)
             if not num_tokens:

@@ -111,15 +111,18 @@ class Reply:
         self._outputs = [ChoiceOutput() for _ in range(len(plan.prompts) * plan.num_choices)]
         self._metrics = GenerationMetrics(metrics, len(self._outputs), exchange.started_s)
 
-    async def respond(self, receive: Receive, send: Send, interruption: Interruption) -> None:
-        """Generates and answers; aborts the generation when the client leaves.
+    async def respond(self, receive: Receive, outlet: Outlet, interruption: Interruption) -> None:
+        """Generates and answers; aborts the generation when the client leaves. Closes `outlet`.
 
         Raises:
             ClientDisconnectedError: the client left.
             Exception: a failure before the first byte; later ones are told in the stream.
         """
-        outlet = Outlet(send)
-        work = self._whole(send) if self._plan.open_stream is None else self._streamed(outlet, self._plan.open_stream)
+        work = (
+            self._whole(outlet.send)
+            if self._plan.open_stream is None
+            else self._streamed(outlet, self._plan.open_stream)
+        )
         try:
             await run_interruptible(work, receive, interruption)
         except ClientDisconnectedError:
@@ -177,7 +180,7 @@ class Reply:
             try:
                 self._count(batch)
                 if body := stream.render(batch):
-                    outlet.begin({"type": "http.response.body", "body": body, "more_body": True})
+                    outlet.write(body)
             except Exception as error:  # noqa: BLE001  # the engine's task must not see it; the request's own raises it
                 failure = error
             return True

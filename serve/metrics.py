@@ -113,10 +113,11 @@ class GenerationMetrics:
         Args:
             now: `time.perf_counter()` when it came.
         """
+        counts: dict[int, int] = {}
         for index, delta in batch:
-            num_tokens = len(delta.token_ids)
-            if not num_tokens:
-                continue
+            if delta.token_ids:
+                counts[index] = counts.get(index, 0) + len(delta.token_ids)
+        for index, num_tokens in counts.items():
             last, self._last_s[index] = self._last_s[index], now
             if last is not None:
                 self._metrics.inter_token.observe((now - last) / num_tokens, num_tokens)

@@ -38,6 +38,7 @@ from dynamo.serve.openai import (
     SamplingFields,
 )
 from dynamo.serve.openapi import openapi_document
+from dynamo.serve.outlet import Outlet, WriteRound
 from dynamo.serve.reply import Reply, ReplyPlan
 from dynamo.serve.routing_hints import no_such_worker, read_fields, routing_hints
 from dynamo.serve.served_model import ServedModel
@@ -108,6 +109,7 @@ class Frontend:
         for collector in (self._metrics, EngineCollector(engine), *collectors):
             self._registry.register(collector)
         self._interruption = Interruption()
+        self._write_round = WriteRound()
         self._arriving = Interruption()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -220,7 +222,7 @@ class Frontend:
             fields = self._routing_fields(request, exchange)
             plan = await plan_request(request, self._served)
             reply = Reply(plan, fields, self._engine, self._metrics, exchange, self._stream_interval_s)
-            await reply.respond(receive, send, self._interruption)
+            await reply.respond(receive, Outlet(send, self._write_round), self._interruption)
         finally:
             self._num_generating -= 1
             if self._num_generating == 0:

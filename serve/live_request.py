@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from dynamo.kvcache.hashing import pack_tokens
-from dynamo.serve.engine.request import GenerationRequest, Journey, OutputDelta
+from dynamo.serve.engine.request import DeltaSink, GenerationRequest, Journey, OutputDelta
 from dynamo.serve.errors import ServeError
 from dynamo.serve.plane.link import WorkerLink
 
@@ -68,8 +68,12 @@ class LiveRequest:
         prompt = self.request.prompt_token_ids
         return pack_tokens([*prompt, *self.output_token_ids] if self.output_token_ids else prompt)
 
-    def next_attempt(self) -> GenerationRequest:
-        """What the next worker is asked to do. Its id is a new one: the last worker may still hold on to the old."""
+    def next_attempt(self, sink: DeltaSink | None = None) -> GenerationRequest:
+        """What the next worker is asked to do. Its id is a new one: the last worker may still hold on to the old.
+
+        Args:
+            sink: what is offered this attempt's deltas on the spot.
+        """
         self.num_attempts += 1
         self.journey.num_attempts = self.num_attempts
         return replace(
@@ -77,20 +81,25 @@ class LiveRequest:
             request_id=f"{self.request.request_id}#{self.num_attempts}",
             output_token_ids=list(self.output_token_ids),
             journey=None,
+            sink=sink,
         )
 
     def take(self, deltas: Sequence[OutputDelta]) -> None:
-        """Notes what a worker delivered, and makes the deltas say of the cache what the request's first worker said."""
+        """Notes what a worker delivered, and corrects it."""
         for delta in deltas:
             self.output_token_ids += delta.token_ids
         last = deltas[-1]
-        if self.is_cached_known:
-            for delta in deltas:
-                delta.num_cached_tokens = self.num_cached_tokens
-        else:
+        self.correct(deltas)
+        if not self.is_cached_known:
             self.num_cached_tokens = last.num_cached_tokens
         if last.finish_reason is not None:
             self.is_over = True
+
+    def correct(self, deltas: Sequence[OutputDelta]) -> None:
+        """Makes deltas say of the cache what the request's first worker said. Changes nothing when done again."""
+        if self.is_cached_known:
+            for delta in deltas:
+                delta.num_cached_tokens = self.num_cached_tokens
 
     def lose(self, worker_id: str, link: WorkerLink, error: ServeError, now_s: float) -> None:
         """Notes that a worker was lost under it."""

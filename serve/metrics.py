@@ -107,13 +107,17 @@ class GenerationMetrics:
         self._any_token = False
         metrics.num_active += 1
 
-    def observe(self, batch: Batch) -> None:
-        """Counts what arrived; tokens that came together share the time since the last."""
-        now = time.perf_counter()
+    def observe(self, batch: Batch, now: float) -> None:
+        """Counts what arrived; tokens that came together share the time since the last.
+
+        Args:
+            now: `time.perf_counter()` when it came.
+        """
+        counts: dict[int, int] = {}
         for index, delta in batch:
-            num_tokens = len(delta.token_ids)
-            if not num_tokens:
-                continue
+            if delta.token_ids:
+                counts[index] = counts.get(index, 0) + len(delta.token_ids)
+        for index, num_tokens in counts.items():
             last, self._last_s[index] = self._last_s[index], now
             if last is not None:
                 self._metrics.inter_token.observe((now - last) / num_tokens, num_tokens)

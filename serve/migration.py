@@ -162,7 +162,8 @@ class RoutedEngine:
         while not live.is_over:
             attempt = _Attempt(live, await self._place(live), self._block_size)
             try:
-                async with aclosing(attempt.placement.link.generate(live.next_attempt())) as gains:
+                sink = None if request.sink is None else attempt.offer
+                async with aclosing(attempt.placement.link.generate(live.next_attempt(sink))) as gains:
                     async for deltas in gains:
                         attempt.take(deltas)
                         if live.lost_at_s is not None:
@@ -244,6 +245,18 @@ class _Attempt:
     def num_tokens(self) -> int:
         """Tokens that came from this worker."""
         return len(self.live.output_token_ids) - self.num_taken_over
+
+    def offer(self, deltas: list[OutputDelta]) -> bool:
+        """Offers deltas to the sink of the client's request, as a `DeltaSink` itself."""
+        live = self.live
+        sink = live.request.sink
+        if sink is None or live.lost_at_s is not None:
+            return False
+        live.correct(deltas)
+        if not sink(deltas):
+            return False
+        self.take(deltas)
+        return True
 
     def take(self, deltas: Sequence[OutputDelta]) -> None:
         """Notes deltas that arrived together. Once for every step of every stream, so most of the time next to nothing."""

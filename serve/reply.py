@@ -11,10 +11,12 @@ import msgspec
 from starlette.types import Receive, Send
 
 from dynamo.serve.engine.request import (
+    DeltaSink,
     Engine,
     FinishReason,
     GenerationRequest,
     Journey,
+    OutputDelta,
     SamplingParams,
     TokenLogprob,
 )
@@ -24,6 +26,7 @@ from dynamo.serve.interruption import ClientDisconnectedError, Interruption, run
 from dynamo.serve.merging import Batch, generate_all
 from dynamo.serve.metrics import GenerationMetrics, ServerMetrics
 from dynamo.serve.openai import DynamoFields, PromptTokensDetails, RouteTiming, Usage
+from dynamo.serve.outlet import Outlet
 from dynamo.serve.parameters import with_seed
 from dynamo.serve.routing_hints import routing_hints
 from dynamo.serve.stream import DONE, SSE_HEADERS, ChunkStream, error_event
@@ -108,14 +111,18 @@ class Reply:
         self._outputs = [ChoiceOutput() for _ in range(len(plan.prompts) * plan.num_choices)]
         self._metrics = GenerationMetrics(metrics, len(self._outputs), exchange.started_s)
 
-    async def respond(self, receive: Receive, send: Send, interruption: Interruption) -> None:
-        """Generates and answers; aborts the generation when the client leaves.
+    async def respond(self, receive: Receive, outlet: Outlet, interruption: Interruption) -> None:
+        """Generates and answers; aborts the generation when the client leaves. Closes `outlet`.
 
         Raises:
             ClientDisconnectedError: the client left.
             Exception: a failure before the first byte; later ones are told in the stream.
         """
-        work = self._whole(send) if self._plan.open_stream is None else self._streamed(send, self._plan.open_stream)
+        work = (
+            self._whole(outlet.send)
+            if self._plan.open_stream is None
+            else self._streamed(outlet, self._plan.open_stream)
+        )
         try:
             await run_interruptible(work, receive, interruption)
         except ClientDisconnectedError:
@@ -128,20 +135,21 @@ class Reply:
                 logger.exception("request %s failed in its stream", self._exchange.request_id)
                 refusal = unforeseen()
             self._exchange.stream_error = refusal.code or refusal.type
-            await self._end_stream(send, error_event(refusal))
+            await self._end_stream(outlet, error_event(refusal))
         finally:
+            await outlet.close()
             self._metrics.finish(self._usage())
 
-    async def _end_stream(self, send: Send, event: bytes) -> None:
+    async def _end_stream(self, outlet: Outlet, event: bytes) -> None:
         try:
             async with asyncio.timeout(_LAST_EVENT_TIMEOUT_S):
-                await send({"type": "http.response.body", "body": event, "more_body": False})
+                await outlet.send({"type": "http.response.body", "body": event, "more_body": False})
         except TimeoutError:
             # It has long stopped reading, so it learns of the end from the connection's.
             raise ClientDisconnectedError("the client does not read") from None
 
     async def _whole(self, send: Send) -> None:
-        async def collect(batch: Batch) -> None:
+        def collect(batch: Batch) -> None:
             self._count(batch)
             for index, delta in batch:
                 output = self._outputs[index]
@@ -149,28 +157,52 @@ class Reply:
                 output.logprobs += delta.logprobs or ()
                 output.token_ids += delta.token_ids
 
-        await generate_all(self._engine, self._requests(), collect)
+        async def take(batch: Batch) -> None:
+            collect(batch)
+
+        def take_at_once(deltas: list[OutputDelta]) -> bool:
+            collect([(0, delta) for delta in deltas])
+            return True
+
+        await generate_all(self._engine, self._requests(take_at_once), take)
         body = self._plan.render_body(self._id, self._created, self._outputs, self._usage(), self._timing())
         await send_body(send, self._exchange, 200, body, self._worker_headers(0))
 
-    async def _streamed(self, send: Send, open_stream: Callable[[str, int], ChunkStream]) -> None:
+    async def _streamed(self, outlet: Outlet, open_stream: Callable[[str, int], ChunkStream]) -> None:
         stream = open_stream(self._id, self._created)
+        failure: Exception | None = None
+
+        def write_at_once(deltas: list[OutputDelta]) -> bool:
+            nonlocal failure
+            if failure is not None or not outlet.is_free:
+                return False
+            batch = [(0, delta) for delta in deltas]
+            try:
+                self._count(batch)
+                if body := stream.render(batch):
+                    outlet.write(body)
+            except Exception as error:  # noqa: BLE001  # the engine's task must not see it; the request's own raises it
+                failure = error
+            return True
 
         async def write(batch: Batch) -> None:
+            if failure is not None:
+                raise failure
             self._count(batch)
             body = stream.render(batch)
             if not self._exchange.response_started:
                 # Until here a failure still gets a status of its own, such as 429.
-                await self._exchange.start(send, 200, (*SSE_HEADERS, *self._worker_headers(batch[0][0])))
+                await self._exchange.start(outlet.send, 200, (*SSE_HEADERS, *self._worker_headers(batch[0][0])))
             if body:
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await outlet.send({"type": "http.response.body", "body": body, "more_body": True})
 
-        await generate_all(self._engine, self._requests(), write)
+        await generate_all(self._engine, self._requests(write_at_once), write)
         usage, timing = self._usage() if self._plan.include_usage else None, self._timing()
         last = DONE if usage is None and timing is None else stream.last_chunk(usage, timing) + DONE
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        await outlet.send({"type": "http.response.body", "body": last, "more_body": False})
 
-    def _requests(self) -> list[GenerationRequest]:
+    def _requests(self, sink: DeltaSink) -> list[GenerationRequest]:
+        """The sequences to generate; one that is alone may have its deltas written where they arrive."""
         plan = self._plan
         return [
             GenerationRequest(
@@ -181,17 +213,19 @@ class Reply:
                 hold_s=self._hold_s,
                 routing=self._routing,
                 journey=self._outputs[prompt_index * plan.num_choices + choice].journey,
+                sink=sink if len(self._outputs) == 1 else None,
             )
             for prompt_index, prompt in enumerate(plan.prompts)
             for choice in range(plan.num_choices)
         ]
 
     def _count(self, batch: Batch) -> None:
-        self._metrics.observe(batch)
+        now = time.perf_counter()
+        self._metrics.observe(batch, now)
         for index, delta in batch:
             output = self._outputs[index]
             if output.first_token_s is None and delta.token_ids:
-                output.first_token_s = time.perf_counter()
+                output.first_token_s = now
             output.num_tokens += len(delta.token_ids)
             output.num_cached_tokens = delta.num_cached_tokens
             if delta.finish_reason is not None:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 
-from dynamo.serve.engine.request import OutputDelta
+from dynamo.serve.engine.request import DeltaSink, OutputDelta
 from dynamo.serve.errors import ServeError
 
 __all__ = ["MAX_QUEUED_DELTAS", "MAX_STEPS_AHEAD", "Outbox", "OutputStream"]
@@ -21,16 +21,19 @@ class OutputStream:
 
     Args:
         hold_s: see `GenerationRequest`.
+        sink: see `DeltaSink`. Waking the consumer's task costs several times as much as calling it.
     """
 
-    __slots__ = ("_deltas", "_error", "_hold_s", "_is_held", "_is_over", "_taken_at_s", "_waiter")
+    __slots__ = ("_deltas", "_error", "_hold_s", "_holding", "_is_over", "_loop", "_sink", "_taken_at_s", "_waiter")
 
-    def __init__(self, hold_s: float = 0.0) -> None:
+    def __init__(self, hold_s: float = 0.0, sink: DeltaSink | None = None) -> None:
         self._deltas: list[OutputDelta] = []
         self._error: ServeError | None = None
         self._hold_s = hold_s
-        self._is_held = False
+        self._holding: asyncio.TimerHandle | None = None
         self._is_over = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sink = sink
         self._taken_at_s: float | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -41,18 +44,22 @@ class OutputStream:
             self._is_over = True
         if len(deltas) < MAX_QUEUED_DELTAS:
             deltas.append(delta)
-            if self._is_over or not self._is_held:
-                self._wake()
+        else:
+            last = deltas[-1]
+            last.text += delta.text
+            last.token_ids += delta.token_ids
+            if delta.logprobs is not None:
+                last.logprobs = (last.logprobs or []) + delta.logprobs
+            last.finish_reason = delta.finish_reason
+            last.stop_reason = delta.stop_reason
+        if self._waiter is None:
             return
-        last = deltas[-1]
-        last.text += delta.text
-        last.token_ids += delta.token_ids
-        if delta.logprobs is not None:
-            last.logprobs = (last.logprobs or []) + delta.logprobs
-        last.finish_reason = delta.finish_reason
-        last.stop_reason = delta.stop_reason
         if self._is_over:
             self._wake()
+        elif self._holding is None:
+            is_first = self._taken_at_s is None
+            if not self._must_hold():
+                self._hand_over(is_first)
 
     def fail(self, error: ServeError) -> None:
         """Makes `next` raise `error` once all deltas are taken."""
@@ -66,41 +73,56 @@ class OutputStream:
         Raises:
             ServeError: the request failed.
         """
-        while not self._deltas:
-            if self._error is not None:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        if not self._deltas or self._must_hold():
+            if self._deltas or self._error is None:
+                await self._wait(self._loop)
+            if not self._deltas and self._error is not None:
                 raise self._error
-            await self._wait()
-        if self._hold_s:
-            await self._hold()
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    async def _hold(self) -> None:
-        """Waits until enough time has passed since deltas were taken last, or until there will be no more."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        if self._taken_at_s is None or self._is_over or now - self._taken_at_s >= self._hold_s:
-            self._taken_at_s = now
-            return
-        self._taken_at_s += self._hold_s
-        self._is_held = True
-        timer = loop.call_at(self._taken_at_s, self._wake)
-        try:
-            await self._wait()
-        finally:
-            timer.cancel()
-            self._is_held = False
+    def _must_hold(self) -> bool:
+        """Whether too little time has passed since deltas were taken last; then a timer hands them over."""
+        if self._is_over:
+            return False
+        assert self._loop is not None, "only a consumer in `next` is handed anything"
+        now_s, taken_at_s = self._loop.time(), self._taken_at_s
+        if taken_at_s is None or now_s - taken_at_s >= self._hold_s:
+            self._taken_at_s = now_s
+            return False
+        self._taken_at_s = taken_at_s + self._hold_s
+        self._holding = self._loop.call_at(self._taken_at_s, self._release)
+        return True
 
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+    def _release(self) -> None:
+        self._holding = None
+        self._hand_over(is_first=False)
+
+    def _hand_over(self, is_first: bool) -> None:
+        waiter, sink = self._waiter, self._sink
+        # A waiter that is done belongs to a consumer that was cancelled.
+        if not is_first and sink is not None and waiter is not None and not waiter.done() and sink(self._deltas):
+            self._deltas = []
+        else:
+            self._wake()
+
+    async def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._waiter = loop.create_future()
         try:
             await self._waiter
         finally:
             self._waiter = None
+            if self._holding is not None:
+                self._holding.cancel()
+                self._holding = None
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        # From here on it is the consumer's turn, until it waits again.
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
 
 class Outbox:

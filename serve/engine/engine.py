@@ -160,7 +160,7 @@ class InferenceEngine:
         self._check_tokens(request)
         generation = Generation(
             request,
-            OutputStream(request.hold_s),
+            OutputStream(request.hold_s, request.sink),
             self._tokenizer,
             eos_token_ids=self._eos_token_ids,
             max_model_len=self._max_model_len,

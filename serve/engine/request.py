@@ -1,12 +1,13 @@
 """What a front asks of an engine and what comes back: plain records, no tensors."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from dynamo.kvcache.hashing import BlockKey
 
 __all__ = [
+    "DeltaSink",
     "Engine",
     "EngineStats",
     "FinishReason",
@@ -132,6 +133,7 @@ class GenerationRequest:
             none of them is handed out again. None of them may have ended the request.
         routing: for a front that has workers; it goes no further than that.
         journey: where such a front notes what it did; None: nobody wants to know.
+        sink: is offered deltas on the spot while whoever iterates over `Engine.generate` waits, see `DeltaSink`.
     """
 
     request_id: str
@@ -142,6 +144,7 @@ class GenerationRequest:
     output_token_ids: list[int] = field(default_factory=list)
     routing: RoutingHints = RoutingHints()  # frozen, so one for all
     journey: Journey | None = None
+    sink: "DeltaSink | None" = None
 
 
 @dataclass(slots=True)
@@ -162,6 +165,14 @@ class OutputDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
+
+
+DeltaSink: TypeAlias = Callable[[list[OutputDelta]], bool]
+"""Takes deltas where they arrive, so that no task has to wake for them; False: they go the usual way, by the generator.
+
+An engine may call it, and need not, for any deltas but the first and the last of a request, and only while its consumer waits
+for the generator: everything that came before has been dealt with then. It must neither raise nor wait.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

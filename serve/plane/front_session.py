@@ -20,7 +20,7 @@ import msgspec
 from starlette.types import Receive, Send
 
 from dynamo.router.workers import LoadEvent, LoadKind
-from dynamo.serve.engine.request import Engine, GenerationRequest
+from dynamo.serve.engine.request import Engine, GenerationRequest, OutputDelta
 from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestFailedError, ServeError
 from dynamo.serve.plane.frames import FrameError, FrameParser, frame
 from dynamo.serve.plane.messages import (
@@ -214,7 +214,8 @@ class FrontSession:
                 if submit.number in self._requests:
                     raise ValueError(f"request number {submit.number} is used twice")
                 # Two fronts may give their requests the same ids.
-                request = request_of(submit, f"{submit.request_id}/{self._number}.{submit.number}")
+                request_id = f"{submit.request_id}/{self._number}.{submit.number}"
+                request = request_of(submit, request_id, partial(self._offer, submit.number))
                 if self._worker.is_draining:
                     self._put(encode(Failed(submit.number, "draining", "the worker is about to leave")))
                 else:
@@ -237,13 +238,10 @@ class FrontSession:
             is_first = True
             async with aclosing(self._worker.engine.generate(request)) as steps:
                 async for deltas in steps:
-                    self._gains += [gain_of(number, delta) for delta in deltas]
-                    self._has_unsent.set()
+                    self._take_in(number, deltas)
                     if is_first:
                         is_first = False
                         self._tell("first-token", submit, request)
-                    if len(self._gains) >= _MAX_GAINS_AHEAD:
-                        self._has_room.clear()
                     if not self._has_room.is_set():
                         await self._has_room.wait()
             if is_first or deltas[-1].finish_reason is None:
@@ -255,6 +253,20 @@ class FrontSession:
             self._fail(number, "failed", f"the worker made an error: {error!r}")
         finally:
             self._tell("freed", submit, request)
+
+    def _offer(self, number: int, deltas: list[OutputDelta]) -> bool:
+        """A request's `DeltaSink`."""
+        if not self._has_room.is_set():
+            return False
+        self._take_in(number, deltas)
+        return True
+
+    def _take_in(self, number: int, deltas: list[OutputDelta]) -> None:
+        gains = self._gains
+        gains += [gain_of(number, delta) for delta in deltas]
+        if len(gains) >= _MAX_GAINS_AHEAD:
+            self._has_room.clear()
+        self._has_unsent.set()
 
     def _forget(self, number: int, task: asyncio.Task[None]) -> None:
         del self._requests[number]

@@ -15,7 +15,14 @@ from msgspec import Struct
 
 from dynamo.kvcache.hashing import pack_tokens
 from dynamo.router.workers import LoadReport
-from dynamo.serve.engine.request import FinishReason, GenerationRequest, OutputDelta, SamplingParams, TokenLogprob
+from dynamo.serve.engine.request import (
+    DeltaSink,
+    FinishReason,
+    GenerationRequest,
+    OutputDelta,
+    SamplingParams,
+    TokenLogprob,
+)
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -171,7 +178,7 @@ def submit_of(number: int, request: GenerationRequest) -> Submit:
     )
 
 
-def request_of(submit: Submit, request_id: str) -> GenerationRequest:
+def request_of(submit: Submit, request_id: str, sink: DeltaSink | None = None) -> GenerationRequest:
     """The request for the worker's engine, where it has an id of its own.
 
     Raises:
@@ -183,6 +190,7 @@ def request_of(submit: Submit, request_id: str) -> GenerationRequest:
         sampling=submit.sampling,
         cache_salt=submit.cache_salt,
         output_token_ids=_unpack_tokens(submit.output),
+        sink=sink,
     )
 
 

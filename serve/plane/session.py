@@ -215,7 +215,7 @@ class WorkerSession:
         except (ValueError, OverflowError, FrameError) as error:
             raise RequestFailedError(f"request {request.request_id} cannot be sent to a worker: {error}") from error
         self._next_number += 1
-        self._streams[number] = OutputStream(request.hold_s)
+        self._streams[number] = OutputStream(request.hold_s, request.sink)
         self._idle.clear()
         self._send(payload)
         return number

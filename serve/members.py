@@ -245,7 +245,7 @@ class RegisteredMember:
     def _on_load(self, payload: bytes) -> None:
         try:
             event = _load_decoder.decode(payload)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self._complain(f"worker {self.worker_id} sends load events that cannot be read: {error}")
             return
         self._around.router.foreign_load(self.worker_id, event)

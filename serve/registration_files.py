@@ -34,6 +34,8 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 _decoder = msgspec.json.Decoder(Entry)
+# What msgspec raises on bytes that it cannot read; the last ones for text that is no UTF-8, and for nesting without end.
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def read_entry(path: Path) -> Entry | None:
@@ -45,7 +47,7 @@ def read_entry(path: Path) -> Entry | None:
             if not stat.S_ISREG(found.st_mode) or not is_trusted or found.st_size > _MAX_FILE_BYTES:
                 return None
             return _decoder.decode(os.read(fd, _MAX_FILE_BYTES))
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *_UNREADABLE):
         return None
 
 

@@ -227,6 +227,8 @@ def test_what_is_no_registration_is_passed_over(tmp_path: Path, run: Any) -> Non
         write(folder / "others.json", content.replace('"good"', '"others"')).chmod(0o666)
         write(folder / "large.json", content.replace('"good"', '"large"') + 70_000 * " ")
         write(folder / "noise.json", "\x00\xff")
+        write(folder / "bytes.json", content.replace('"good"', '"bytes"').replace('"m"', '"\xff"'))
+        write(folder / "deep.json", '{"deep":' + 20_000 * "[" + 20_000 * "]" + "}")
         write(folder / "text.txt", content)
         (folder / "folder.json").mkdir()
         os.mkfifo(folder / "pipe.json")

@@ -411,7 +411,17 @@ def test_a_silent_worker_is_lost(plane: Any, run: Any) -> None:
     run(test())
 
 
-@pytest.mark.parametrize("said", [b"\xc1", encode(Hello(1, "", "", 1)), WELCOME], ids=["noise", "a Hello", "twice"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"\xc1",
+        encode(Hello(1, "", "", 1)),
+        WELCOME,
+        b"\x94\x02\x00\xa6failed\xa1\xff",
+        b"\x93\x01\x90" + 50_000 * b"\x91",
+    ],
+    ids=["noise", "a Hello", "twice", "no text", "too deep"],
+)
 def test_a_worker_that_says_what_it_must_not_is_lost_aloud(
     plane: Any, run: Any, caplog: pytest.LogCaptureFixture, said: bytes
 ) -> None:
@@ -429,6 +439,7 @@ def test_a_worker_that_says_what_it_must_not_is_lost_aloud(
     ("data", "reason"),
     [
         (frame(b"\xc1"), "cannot be read"),
+        (frame(b"\x92\x03" + 50_000 * b"\x91" + b"\xc0"), "cannot be read"),
         (b"\xff\xff\xff\xff", "longer than"),
         (2 * frame(encode(Submit(0, "r", bytes(4), b"", SamplingParams(max_tokens=9), ""))), "used twice"),
         (frame(encode(Submit(0, "r", bytes(5), b"", SamplingParams(max_tokens=9), ""))), "cannot be read"),

@@ -187,7 +187,10 @@ class _FolderEntry:
         await asyncio.to_thread(self._remove)
 
     def begin(self) -> None:
-        other = read_entry(self._path)
+        try:
+            other = read_entry(self._path)
+        except OSError as error:
+            raise ConfigError(f"{self._path} cannot be read: {error.strerror or error}") from error
         if other is not None and other.machine == self._machine:
             pid, started = other.registration.pid, other.started
             if pid != self._registration.pid and started is not None and is_running(pid, started):

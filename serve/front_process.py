@@ -40,7 +40,16 @@ from dynamo.serve.external import ExternalWorker
 from dynamo.serve.fleet import Fleet
 from dynamo.serve.fleet_settings import router_config
 from dynamo.serve.frontend import Frontend
-from dynamo.serve.http_server import bind, check_openness, end_requests, listen, serving, set_up_logging, stop_signals
+from dynamo.serve.http_server import (
+    bind,
+    check_openness,
+    end_requests,
+    listen,
+    serving,
+    set_up_logging,
+    stop_signals,
+    use_all_descriptors,
+)
 from dynamo.serve.members import ExternalServer
 from dynamo.serve.migration import RoutedEngine
 from dynamo.serve.model_place import find_model
@@ -67,6 +76,7 @@ def run_front(loaded: LoadedConfig) -> int:
     """
     config = loaded.config
     set_up_logging(config.server.log_level)
+    use_all_descriptors()
     if (conflict := describe_conflict()) is not None:
         logger.warning(conflict)
     check_openness(config.server)

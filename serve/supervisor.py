@@ -32,6 +32,7 @@ _FLUSH_TIMEOUT_S = 20.0
 _KILL_TIMEOUT_S = 10.0
 _MAX_LINE_BYTES = 1 << 16
 _EXIT_USAGE = 2
+_EXIT_NOT_STARTED = 126  # as shells say it
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,11 @@ class Supervisor(Collector):
         worker_id = kept.command.worker_id
         try:
             while not self._stopping.is_set():
-                code = await self._run(kept)
+                try:
+                    code = await self._run(kept)
+                except OSError as error:  # no memory or descriptors for a process now; its next start may find some
+                    kept.last_lines.append(f"it cannot be started: {error}")
+                    code = _EXIT_NOT_STARTED
                 if self._stopping.is_set():
                     return
                 pause_s = self._bury(kept, code)

@@ -1,12 +1,14 @@
 import asyncio
 import json
+import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -278,6 +280,37 @@ def test_a_front_that_stood_still_does_not_take_its_workers_for_gone(
             assert len(watch.changes) == 1
 
     run(test())
+
+
+def test_a_front_that_cannot_look_does_not_take_its_workers_for_gone(
+    tmp_path: Path, run: Any, child: "subprocess.Popen[bytes]", caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def test() -> None:
+        discovery = FolderDiscovery(tmp_path / "fleet", silence_s=0.6)
+        async with watching(discovery) as watch:
+            await watch.until({"child"})
+            with no_free_descriptors():
+                await asyncio.sleep(1.5)
+                assert len(watch.changes) == 1
+            await _until(lambda: "can be read again" in caplog.text)
+            child.send_signal(signal.SIGSTOP)
+            await watch.until(set())
+
+    run(test())
+    assert caplog.text.count("cannot be read") == 1
+
+
+@contextmanager
+def no_free_descriptors() -> Iterator[None]:
+    """As where a process has more clients than it may have open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def stand_still(seconds: float) -> None:

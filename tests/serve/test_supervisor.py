@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -52,10 +53,15 @@ class Output:
         return [int(line.rpartition(" ")[2]) for line in self.text.splitlines() if " | pid " in line]
 
 
-def supervised(commands: list[WorkerCommand], body: Callable[[Supervisor, Output], Awaitable[None]]) -> None:
+def supervised(
+    commands: list[WorkerCommand],
+    body: Callable[[Supervisor, Output], Awaitable[None]],
+    *,
+    backoff_s: float = 0.01,
+) -> None:
     async def run() -> None:
         output = Output()
-        supervisor = Supervisor(commands, write=output.write, backoff_s=0.01)
+        supervisor = Supervisor(commands, write=output.write, backoff_s=backoff_s)
         await supervisor.start()
         try:
             async with asyncio.timeout(_TIMEOUT_S):
@@ -149,6 +155,24 @@ mark.touch()
         assert "a ended 5 times in a row, last with exit code 2: broken now; giving it up" in caplog.text
 
     supervised([command("a", code), command("b", WAITS)], body)
+
+
+def test_a_worker_that_cannot_be_started_now_is_tried_again(caplog: Any) -> None:
+    async def body(supervisor: Supervisor, output: Output) -> None:
+        await output.has(lambda text: len(output.pids()) == 1)
+        supervisor.mark_ready("a")
+        supervisor.establish()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # as where clients have taken all descriptors
+        try:
+            os.kill(output.pids()[0], signal.SIGKILL)
+            while "restarting it in" not in caplog.text or "exit code 126" not in caplog.text:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await output.has(lambda text: len(output.pids()) == 2)
+
+    supervised([command("a", WAITS)], body, backoff_s=0.1)
 
 
 def test_stop_ends_all_even_those_that_do_not_listen() -> None:

@@ -64,7 +64,7 @@ class Member(Protocol):
         ...
 
     async def run(self) -> NoReturn:
-        """Keeps it in the router whenever it can be reached, until cancelled."""
+        """Keeps it in the router whenever it can be reached, until cancelled. Again after it has failed."""
         ...
 
     def leave(self) -> None:
@@ -141,6 +141,7 @@ class RegisteredMember:
 
     async def run(self) -> NoReturn:
         """See `Member.run`."""
+        await self._clear()
         pause_s = _FIRST_PAUSE_S
         while True:
             try:

@@ -118,6 +118,13 @@ class Fleet:
         """What the workers that take requests say of themselves."""
         return [member.card for member in self._members.values() if member.is_ready and member.card is not None]
 
+    def ready_processes(self) -> dict[str, int]:
+        """Process ids, where they run, of the registered workers that take requests."""
+        members = self._members.items()
+        return {
+            name: member.pid for name, member in members if isinstance(member, RegisteredMember) and member.is_ready
+        }
+
     def link(self, worker_id: str) -> WorkerLink | None:
         """The way to a worker, another object for each session with it; None if it is not there now."""
         member = self._members.get(worker_id)

@@ -120,6 +120,11 @@ class RegisteredMember:
         return self._registration.worker_id
 
     @property
+    def pid(self) -> int:
+        """The worker's process, where it runs."""
+        return self._registration.pid
+
+    @property
     def card(self) -> WorkerCard | None:
         return self._registration.card
 

@@ -96,10 +96,16 @@ class Supervisor(Collector):
             for worker_id, kept in self._workers.items()
         ]
 
-    def mark_ready(self, worker_id: str) -> None:
-        """A worker takes requests. Unknown names belong to others and are passed over."""
-        if (kept := self._workers.get(worker_id)) is not None and kept.ready_since_s is None:
+    def mark_ready(self, worker_id: str, pid: int) -> None:
+        """A worker takes requests. Other names, and other processes of the same name, are another server's."""
+        kept = self._workers.get(worker_id)
+        if kept is not None and kept.ready_since_s is None and kept.process is not None and kept.process.pid == pid:
             kept.ready_since_s = time.monotonic()
+
+    @property
+    def are_all_ready(self) -> bool:
+        """Whether each worker takes requests, as far as was told."""
+        return all(kept.ready_since_s is not None for kept in self._workers.values())
 
     def establish(self) -> None:
         """The server as a whole is ready: from now on a worker that cannot be kept is given up and the others go on."""

@@ -215,6 +215,26 @@ def test_a_registration_that_was_removed_is_written_anew(
     assert "a.json was removed or replaced by somebody; it is written anew" in caplog.text
 
 
+def test_a_registration_that_cannot_be_written_is_told_once_and_written_when_it_can(
+    tmp_path: Path, run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "fleet"
+
+    async def test() -> None:
+        registered = await FolderDiscovery(folder, silence_s=0.15).register(registration("a"))
+        folder.rename(tmp_path / "gone")
+        await _until(lambda: "cannot be kept up" in caplog.text)
+        await asyncio.sleep(0.3)
+        folder.mkdir(mode=0o700)
+        await _until(lambda: "is kept up again" in caplog.text)
+        assert (folder / "a.json").exists()
+        await registered.close()
+
+    run(test())
+    assert len(caplog.records) == 3
+
+
 def test_what_is_no_registration_is_passed_over(tmp_path: Path, run: Any) -> None:
     async def test() -> None:
         folder = tmp_path / "fleet"

@@ -100,7 +100,6 @@ def test_endless_lines_are_cut_instead_of_kept() -> None:
 def test_a_worker_that_dies_is_started_again_and_counted() -> None:
     async def body(supervisor: Supervisor, output: Output) -> None:
         await output.has(lambda text: len(output.pids()) == 2)
-        supervisor.mark_ready("a")
         supervisor.establish()
         first, other = output.pids()
         os.kill(first, signal.SIGKILL)
@@ -144,8 +143,6 @@ mark.touch()
 
     async def body(supervisor: Supervisor, output: Output) -> None:
         await output.has(lambda text: len(output.pids()) == 2)
-        for worker_id in ("a", "b"):
-            supervisor.mark_ready(worker_id)
         supervisor.establish()
         (broken,) = [int(line.split()[-1]) for line in output.text.splitlines() if line.startswith("a | pid")]
         os.kill(broken, signal.SIGKILL)
@@ -157,10 +154,23 @@ mark.touch()
     supervised([command("a", code), command("b", WAITS)], body)
 
 
+def test_only_its_own_processes_make_a_worker_ready() -> None:
+    """Another server on the same folder has workers of the same names."""
+
+    async def body(supervisor: Supervisor, output: Output) -> None:
+        await output.has(lambda text: len(output.pids()) == 1)
+        supervisor.mark_ready("a", os.getpid())
+        supervisor.mark_ready("b", output.pids()[0])
+        assert not supervisor.are_all_ready
+        supervisor.mark_ready("a", output.pids()[0])
+        assert supervisor.are_all_ready
+
+    supervised([command("a", WAITS)], body)
+
+
 def test_a_worker_that_cannot_be_started_now_is_tried_again(caplog: Any) -> None:
     async def body(supervisor: Supervisor, output: Output) -> None:
         await output.has(lambda text: len(output.pids()) == 1)
-        supervisor.mark_ready("a")
         supervisor.establish()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # as where clients have taken all descriptors

@@ -187,7 +187,10 @@ class _FolderEntry:
         await asyncio.to_thread(self._remove)
 
     def begin(self) -> None:
-        other = read_entry(self._path)
+        try:
+            other = read_entry(self._path)
+        except OSError as error:
+            raise ConfigError(f"{self._path} cannot be read: {error.strerror or error}") from error
         if other is not None and other.machine == self._machine:
             pid, started = other.registration.pid, other.started
             if pid != self._registration.pid and started is not None and is_running(pid, started):
@@ -199,19 +202,26 @@ class _FolderEntry:
 
     async def beat(self, period_s: float) -> None:
         """Touches the file for ever."""
+        trouble = ""
         while True:
             await asyncio.sleep(period_s)
             try:
-                await asyncio.to_thread(self._touch)
+                await asyncio.to_thread(self._touch, not trouble)
             except OSError as error:  # a full or vanished disk: fronts will miss this worker until it is well again
-                logger.error("the registration %s cannot be kept up: %s", self._path, error)
+                if trouble != (trouble := str(error)):
+                    logger.error("the registration %s cannot be kept up: %s", self._path, error)
+            else:
+                if trouble:
+                    logger.info("the registration %s is kept up again", self._path)
+                trouble = ""
 
-    def _touch(self) -> None:
+    def _touch(self, is_loud: bool) -> None:
         if self._is_ours():
             os.utime(self._path, follow_symlinks=False)
-        else:
+            return
+        if is_loud:
             logger.warning("the registration %s was removed or replaced by somebody; it is written anew", self._path)
-            write_entry(self._path, self._registration)
+        write_entry(self._path, self._registration)
 
     def _is_ours(self) -> bool:
         entry = read_entry(self._path)

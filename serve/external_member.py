@@ -61,6 +61,7 @@ class ExternalMember:
 
     async def run(self) -> NoReturn:
         """See `Member.run`."""
+        await self._clear()
         pause_s = _FIRST_PAUSE_S
         while True:
             try:

@@ -26,6 +26,7 @@ __all__ = ["Fleet", "MemberStats"]
 logger = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.5
+_FIRST_RETRY_S, _LONGEST_RETRY_S = 1.0, 60.0
 _GAUGES: Final = ("num_running", "num_waiting")
 _COUNTERS: Final = tuple(field.name for field in fields(EngineStats) if field.name not in _GAUGES)
 _MAX_REMEMBERED: Final = 1024  # incarnations whose counters are kept apart
@@ -90,7 +91,7 @@ class Fleet:
 
     async def start(self) -> None:
         """Begins to look for workers; does not wait for any. Once only."""
-        self._around = Surroundings(self._router, self._model, self._times, zmq.Context(), self._changed.set)
+        self._around = Surroundings(self._router, self._model, self._times, _zmq_context(), self._changed.set)
         for server in self._external:
             self._add(ExternalMember(server, self._around))
         self._ticking = asyncio.create_task(self._tick())
@@ -116,6 +117,13 @@ class Fleet:
     def ready_cards(self) -> list[WorkerCard]:
         """What the workers that take requests say of themselves."""
         return [member.card for member in self._members.values() if member.is_ready and member.card is not None]
+
+    def ready_processes(self) -> dict[str, int]:
+        """Process ids, where they run, of the registered workers that take requests."""
+        members = self._members.items()
+        return {
+            name: member.pid for name, member in members if isinstance(member, RegisteredMember) and member.is_ready
+        }
 
     def link(self, worker_id: str) -> WorkerLink | None:
         """The way to a worker, another object for each session with it; None if it is not there now."""
@@ -197,11 +205,19 @@ class Fleet:
         self._running[member.worker_id] = asyncio.create_task(self._run(member), name=f"worker-{member.worker_id}")
 
     async def _run(self, member: Member) -> None:
-        try:
-            await member.run()
-        except Exception:  # root of the worker's task: the others go on
-            logger.exception("worker %s is given up after an error of this front", member.worker_id)
-            member.leave()
+        pause_s = _FIRST_RETRY_S
+        while True:
+            try:
+                await member.run()
+            except Exception:  # root of the worker's task: the others go on, and it may go better next time
+                member.leave()
+                logger.exception(
+                    "worker %s is out after an error of this front, which tries again in %g s",
+                    member.worker_id,
+                    pause_s,
+                )
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_RETRY_S)
 
     def _remove(self, worker_id: str) -> None:
         """Takes a registered worker out at once; the requests it has go on for as long as they may."""
@@ -242,6 +258,13 @@ class Fleet:
                 self._counters[key] = counters
         while len(self._counters) > max(_MAX_REMEMBERED, len(self._members)):
             self._forgotten.update(self._counters.pop(next(iter(self._counters))))
+
+
+def _zmq_context() -> "zmq.Context[zmq.Socket[bytes]]":
+    context = zmq.Context()
+    # A stream takes three sockets, so that the usual limit of 1023 would be that of some 340 workers.
+    context.set(zmq.MAX_SOCKETS, context.get(zmq.SOCKET_LIMIT))
+    return context
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -10,6 +10,7 @@ A front alone has its banner at once, and is ready, as /health tells, with its f
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
@@ -40,14 +41,23 @@ from dynamo.serve.external import ExternalWorker
 from dynamo.serve.fleet import Fleet
 from dynamo.serve.fleet_settings import router_config
 from dynamo.serve.frontend import Frontend
-from dynamo.serve.http_server import bind, check_openness, end_requests, listen, serving, set_up_logging, stop_signals
+from dynamo.serve.http_server import (
+    bind,
+    check_openness,
+    end_requests,
+    listen,
+    serving,
+    set_up_logging,
+    stop_signals,
+    use_all_descriptors,
+)
 from dynamo.serve.members import ExternalServer
 from dynamo.serve.migration import RoutedEngine
 from dynamo.serve.model_place import find_model
 from dynamo.serve.router_metrics import RouterCollector
 from dynamo.serve.served_model import MOCK_MAX_MODEL_LEN, ServedModel
 from dynamo.serve.supervisor import Supervisor
-from dynamo.serve.worker_commands import worker_commands, worker_name
+from dynamo.serve.worker_commands import worker_commands
 
 __all__ = ["read_model", "run_front"]
 
@@ -67,6 +77,7 @@ def run_front(loaded: LoadedConfig) -> int:
     """
     config = loaded.config
     set_up_logging(config.server.log_level)
+    use_all_descriptors()
     if (conflict := describe_conflict()) is not None:
         logger.warning(conflict)
     check_openness(config.server)
@@ -108,10 +119,15 @@ def read_model(config: Config) -> tuple[str, TextModel]:
 def _private_folder() -> Iterator[Path]:
     """A folder of this process's own, gone at the end of the block with all that is in it."""
     folder = Path(tempfile.mkdtemp(prefix="dynamo-"))  # 0700
+    # Whoever tidies up folders for temporary files passes over locked ones: workers that are restarted after weeks still read
+    # their settings here (https://systemd.io/TEMPORARY_DIRECTORIES/).
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 class _Front:
@@ -212,7 +228,7 @@ class _Front:
             await self._fleet.wait_ready(_FIRST_LOOK_S)
             return True
         told = asyncio.create_task(signals.get())
-        ready = asyncio.create_task(self._workers_ready())
+        ready = asyncio.create_task(self._workers_ready(self._supervisor))
         try:
             await self._unless_failed(asyncio.wait((told, ready), return_when=asyncio.FIRST_COMPLETED))
             if not ready.done():
@@ -224,10 +240,8 @@ class _Front:
                 task.cancel()
             await asyncio.gather(told, ready, return_exceptions=True)
 
-    async def _workers_ready(self) -> None:
-        count = self._config.fleet.workers or 0
-        own = {worker_name(number) for number in range(count)}
-        while not own <= {card.worker_id for card in self._fleet.ready_cards()}:  # noqa: ASYNC110  # nobody tells
+    async def _workers_ready(self, supervisor: Supervisor) -> None:
+        while not supervisor.are_all_ready:  # noqa: ASYNC110  # nobody tells
             await asyncio.sleep(_LOOK_S)
 
     async def _unless_failed(self, waiting: Coroutine[Any, Any, object]) -> None:
@@ -267,8 +281,8 @@ class _Front:
                 # A worker that takes less is not asked for more, so that the longest counts. Some do not say.
                 self._served.max_model_len = min(own, max(card.max_model_len or own for card in cards))
             if self._supervisor is not None:
-                for card in cards:
-                    self._supervisor.mark_ready(card.worker_id)
+                for worker_id, pid in self._fleet.ready_processes().items():
+                    self._supervisor.mark_ready(worker_id, pid)
             await asyncio.sleep(_LOOK_S)
 
     async def _stop_workers(self, supervisor: Supervisor, signals: asyncio.Queue[int]) -> None:

@@ -6,6 +6,7 @@ import errno
 import gc
 import ipaddress
 import logging
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -30,6 +31,7 @@ __all__ = [
     "serving",
     "set_up_logging",
     "stop_signals",
+    "use_all_descriptors",
 ]
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,18 @@ _KEEP_ALIVE_S = 75
 _CLOSE_TIMEOUT_S = 5
 _ABORT_TIMEOUT_S = 5.0
 _COLLECT_AFTER = 20_000  # more objects than there were, instead of Python's 700: a single engine step makes hundreds
+
+
+def use_all_descriptors() -> None:
+    """Lets this process have as many open files as it may, since every client takes one and the usual soft limit is 1024.
+
+    The soft limit exists for programs that use select(2), which this one does not
+    (https://0pointer.net/blog/file-descriptor-limits.html).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # kernels differ in what they take for "unlimited"
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def set_up_logging(level: str) -> None:

@@ -26,7 +26,16 @@ from dynamo.serve.cache_report import report_cache
 from dynamo.serve.config import Config, ServerSettings
 from dynamo.serve.conflicts import describe_conflict
 from dynamo.serve.frontend import Frontend
-from dynamo.serve.http_server import bind, check_openness, end_requests, listen, serving, set_up_logging, stop_signals
+from dynamo.serve.http_server import (
+    bind,
+    check_openness,
+    end_requests,
+    listen,
+    serving,
+    set_up_logging,
+    stop_signals,
+    use_all_descriptors,
+)
 from dynamo.serve.key_log import KeyLog, check_key_log
 
 if TYPE_CHECKING:
@@ -45,6 +54,7 @@ def run_server(config: Config) -> int:
         ModelLoadError: the model folder cannot be loaded.
     """
     set_up_logging(config.server.log_level)
+    use_all_descriptors()
     if (conflict := describe_conflict()) is not None:
         logger.warning(conflict)
     check_openness(config.server)

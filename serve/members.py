@@ -64,7 +64,7 @@ class Member(Protocol):
         ...
 
     async def run(self) -> NoReturn:
-        """Keeps it in the router whenever it can be reached, until cancelled."""
+        """Keeps it in the router whenever it can be reached, until cancelled. Again after it has failed."""
         ...
 
     def leave(self) -> None:
@@ -120,6 +120,11 @@ class RegisteredMember:
         return self._registration.worker_id
 
     @property
+    def pid(self) -> int:
+        """The worker's process, where it runs."""
+        return self._registration.pid
+
+    @property
     def card(self) -> WorkerCard | None:
         return self._registration.card
 
@@ -141,6 +146,7 @@ class RegisteredMember:
 
     async def run(self) -> NoReturn:
         """See `Member.run`."""
+        await self._clear()
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
@@ -245,7 +251,7 @@ class RegisteredMember:
     def _on_load(self, payload: bytes) -> None:
         try:
             event = _load_decoder.decode(payload)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self._complain(f"worker {self.worker_id} sends load events that cannot be read: {error}")
             return
         self._around.router.foreign_load(self.worker_id, event)

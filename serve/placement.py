@@ -68,8 +68,9 @@ class Placer:
         """
         begun_s = time.perf_counter()
         deadline_s = begun_s + self._no_worker_timeout_s
+        tokens = live.tokens()  # once: those that wait for a worker ask again whenever anything has changed
         while True:
-            query = query_of(live, self._barred(live))
+            query = query_of(live, tokens, self._barred(live))
             try:
                 decision, booking = await self._room.route(query, priority=_priority(live))
             except NoWorkersError as error:
@@ -97,7 +98,7 @@ class Placer:
             NoWorkerError: no worker may serve it.
         """
         try:
-            return self._router.explain(query_of(live, self._barred(live)))
+            return self._router.explain(query_of(live, live.tokens(), self._barred(live)))
         except PinnedWorkerError as error:
             raise self._pin_refusal(error) from error
         except AllBusyError as error:
@@ -141,17 +142,18 @@ class Placer:
             changed.set_result(None)
 
 
-def query_of(live: LiveRequest, barred: frozenset[str]) -> RouteQuery:
+def query_of(live: LiveRequest, tokens: memoryview, barred: frozenset[str]) -> RouteQuery:
     """What the router is asked of a request's next attempt.
 
     Args:
+        tokens: those of `live`.
         barred: workers that may not have it, beside those the client excludes.
     """
     request, sampling = live.request, live.request.sampling
     # Most replies end long before their limit: only where nothing else can end one is its length known.
     is_length_known = sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids
     return RouteQuery(
-        tokens=live.tokens(),
+        tokens=tokens,
         request_id=request.request_id,
         salt=request.cache_salt,
         expected_output_tokens=sampling.max_tokens - len(live.output_token_ids) if is_length_known else None,

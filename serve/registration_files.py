@@ -1,5 +1,6 @@
 """Registrations as files: how they are written, read again with due distrust, and what has changed since the last look."""
 
+import errno
 import logging
 import os
 import stat
@@ -34,10 +35,16 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 _decoder = msgspec.json.Decoder(Entry)
+# What msgspec raises on bytes that it cannot read; the last ones for text that is no UTF-8, and for nesting without end.
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def read_entry(path: Path) -> Entry | None:
-    """A worker's entry; None where the file is not there, not whole, not this user's, or something else altogether."""
+    """A worker's entry; None where the file is not there, not whole, not this user's, or something else altogether.
+
+    Raises:
+        OSError: this process, or the machine, cannot read any file now; nothing is known of the entry.
+    """
     try:
         with _opened(path) as fd:
             found = os.fstat(fd)
@@ -45,8 +52,16 @@ def read_entry(path: Path) -> Entry | None:
             if not stat.S_ISREG(found.st_mode) or not is_trusted or found.st_size > _MAX_FILE_BYTES:
                 return None
             return _decoder.decode(os.read(fd, _MAX_FILE_BYTES))
-    except (OSError, msgspec.DecodeError):
+    except OSError as error:
+        if error.errno in _BLIND:
+            raise
         return None
+    except _UNREADABLE:
+        return None
+
+
+# Too many open files, most of them clients', or no memory; disks and network folders that do not answer.
+_BLIND: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 
 
 @contextmanager
@@ -103,7 +118,6 @@ class FolderView:
         self._silence_s = silence_s
         self._poll_s = poll_s
         self._machine = machine_id()
-        self._last: dict[str, _Found] = {}
         self._is_readable = True
         self._known: dict[str, _Known] = {}
         self._looked_s: float | None = None
@@ -114,35 +128,50 @@ class FolderView:
         entries = (known.entry for known in self._known.values())
         return {entry.registration.pid for entry in entries if entry.machine == self._machine}
 
-    def read(self) -> dict[str, _Found]:
-        """Entries by worker. May run on another thread, one call at a time."""
-        found: dict[str, _Found] = {}
+    def read(self) -> dict[str, _Found] | None:
+        """Entries by worker; None if nothing can be seen. May run on another thread, one call at a time."""
         try:
-            names = sorted(name for name in os.listdir(self._folder) if name.endswith(FILE_SUFFIX))
+            found = self._read()
         except OSError as error:
             if self._is_readable:
-                logger.error("the discovery folder %s cannot be read: %s", self._folder, error)
+                logger.error(
+                    "the discovery folder %s cannot be read: %s; until it can, workers are taken to be there as before",
+                    self._folder,
+                    error,
+                )
             self._is_readable = False
-            return self._last  # as if nothing had changed, which in the end is silence
+            return None
+        if not self._is_readable:
+            logger.info("the discovery folder %s can be read again", self._folder)
         self._is_readable = True
+        return found
+
+    def _read(self) -> dict[str, _Found]:
+        found: dict[str, _Found] = {}
+        names = sorted(name for name in os.listdir(self._folder) if name.endswith(FILE_SUFFIX))
         for name in names[:_MAX_WORKERS]:
             path = self._folder / name
             entry = read_entry(path)
             if entry is None or name != f"{entry.registration.worker_id}{FILE_SUFFIX}" or self._has_ended(entry):
                 continue
-            with suppress(OSError):
+            with suppress(FileNotFoundError):
                 changed = path.lstat()
                 found[entry.registration.worker_id] = _Found(entry, changed.st_mtime_ns, time.time() - changed.st_mtime)
-        self._last = found
         return found
 
-    def update(self, found: dict[str, _Found], now_s: float) -> Iterator[Joined | Left]:
-        """What has changed with what was read now."""
-        if self._looked_s is not None and now_s - self._looked_s > 2 * self._poll_s:
-            # This process stood still, and could not see that others did not.
+    def update(self, found: dict[str, _Found] | None, now_s: float) -> Iterator[Joined | Left]:
+        """What has changed with what was read now.
+
+        A watcher that sees nothing (None) says nothing: whose process ended is known from the sessions with it.
+        """
+        stood_still = self._looked_s is not None and now_s - self._looked_s > 2 * self._poll_s
+        if self._looked_s is not None and (stood_still or found is None):
+            # This process could not see that others went on.
             for known in self._known.values():
                 known.changed_s += now_s - self._looked_s
         self._looked_s = now_s
+        if found is None:
+            return
         for worker_id in [*self._known]:
             if worker_id not in found:
                 yield from self._drop(worker_id, "its registration is gone, or its process has ended")

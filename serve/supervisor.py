@@ -32,6 +32,7 @@ _FLUSH_TIMEOUT_S = 20.0
 _KILL_TIMEOUT_S = 10.0
 _MAX_LINE_BYTES = 1 << 16
 _EXIT_USAGE = 2
+_EXIT_NOT_STARTED = 126  # as shells say it
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +96,16 @@ class Supervisor(Collector):
             for worker_id, kept in self._workers.items()
         ]
 
-    def mark_ready(self, worker_id: str) -> None:
-        """A worker takes requests. Unknown names belong to others and are passed over."""
-        if (kept := self._workers.get(worker_id)) is not None and kept.ready_since_s is None:
+    def mark_ready(self, worker_id: str, pid: int) -> None:
+        """A worker takes requests. Other names, and other processes of the same name, are another server's."""
+        kept = self._workers.get(worker_id)
+        if kept is not None and kept.ready_since_s is None and kept.process is not None and kept.process.pid == pid:
             kept.ready_since_s = time.monotonic()
+
+    @property
+    def are_all_ready(self) -> bool:
+        """Whether each worker takes requests, as far as was told."""
+        return all(kept.ready_since_s is not None for kept in self._workers.values())
 
     def establish(self) -> None:
         """The server as a whole is ready: from now on a worker that cannot be kept is given up and the others go on."""
@@ -148,7 +155,11 @@ class Supervisor(Collector):
         worker_id = kept.command.worker_id
         try:
             while not self._stopping.is_set():
-                code = await self._run(kept)
+                try:
+                    code = await self._run(kept)
+                except OSError as error:  # no memory or descriptors for a process now; its next start may find some
+                    kept.last_lines.append(f"it cannot be started: {error}")
+                    code = _EXIT_NOT_STARTED
                 if self._stopping.is_set():
                     return
                 pause_s = self._bury(kept, code)

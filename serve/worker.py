@@ -24,7 +24,7 @@ from dynamo.kvcache.event_publisher import EventPublisher
 from dynamo.serve.config import Config
 from dynamo.serve.discovery import Discovery, FolderDiscovery, Registration
 from dynamo.serve.errors import EngineDeadError
-from dynamo.serve.http_server import Drain, drain, serving, set_up_logging, stop_signals
+from dynamo.serve.http_server import Drain, drain, serving, set_up_logging, stop_signals, use_all_descriptors
 from dynamo.serve.key_log import check_key_log
 from dynamo.serve.lifecycle import load_assembly, running
 from dynamo.serve.lifeline import hold_on
@@ -53,6 +53,7 @@ def run_worker(config: Config) -> int:
         ModelLoadError: the model folder cannot be loaded.
     """
     set_up_logging(config.server.log_level)
+    use_all_descriptors()
     hold_on(config.server.drain_timeout + _FLUSH_TIMEOUT_S)
     assert config.fleet.discovery is not None, "checked with the command line"
     discovery = FolderDiscovery(config.fleet.discovery)

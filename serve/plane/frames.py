@@ -32,6 +32,7 @@ class FrameParser:
     def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self._max_frame_bytes = max_frame_bytes
         self._rest = bytearray()
+        self._wanted = 0  # bytes of it that let another frame be read
 
     @property
     def is_between_frames(self) -> bool:
@@ -47,9 +48,12 @@ class FrameParser:
         rest = self._rest
         if rest:
             rest += data
+            if len(rest) < self._wanted:
+                return  # a long frame comes in many pieces, and is not copied with each of them
             data, self._rest = bytes(rest), bytearray()
         view = memoryview(data)
         start, end = 0, len(view)
+        self._wanted = 4
         while end - start >= 4:
             (length,) = _LENGTH.unpack_from(view, start)
             if length > self._max_frame_bytes:
@@ -58,6 +62,7 @@ class FrameParser:
                     "the peer speaks another protocol or is damaged"
                 )
             if end - start - 4 < length:
+                self._wanted = 4 + length
                 break
             yield view[start + 4 : start + 4 + length]
             start += 4 + length

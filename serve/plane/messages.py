@@ -136,6 +136,9 @@ class Report(Struct, array_like=True, tag=3, frozen=True, gc=False):
 UpMessage = Hello | Submit | Abort | Ping
 DownMessage = Welcome | Step | Failed | Report
 
+# What msgspec raises besides its own error: for text that is no UTF-8, and for nesting without end.
+_UNREADABLE: Final = (UnicodeDecodeError, RecursionError)
+
 _encoder = msgspec.msgpack.Encoder()
 _up_decoder: msgspec.msgpack.Decoder[UpMessage] = msgspec.msgpack.Decoder(UpMessage)
 _down_decoder: msgspec.msgpack.Decoder[DownMessage] = msgspec.msgpack.Decoder(DownMessage)
@@ -151,7 +154,10 @@ def decode_up(payload: bytes | memoryview) -> UpMessage:
     Raises:
         msgspec.DecodeError: it is none of these messages.
     """
-    return _up_decoder.decode(payload)
+    try:
+        return _up_decoder.decode(payload)
+    except _UNREADABLE as error:
+        raise msgspec.DecodeError(str(error)) from None
 
 
 def decode_down(payload: bytes | memoryview) -> DownMessage:
@@ -160,7 +166,10 @@ def decode_down(payload: bytes | memoryview) -> DownMessage:
     Raises:
         msgspec.DecodeError: it is none of these messages.
     """
-    return _down_decoder.decode(payload)
+    try:
+        return _down_decoder.decode(payload)
+    except _UNREADABLE as error:
+        raise msgspec.DecodeError(str(error)) from None
 
 
 def submit_of(number: int, request: GenerationRequest) -> Submit:

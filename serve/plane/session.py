@@ -53,7 +53,7 @@ SILENCE_S: Final = 3.0
 
 _PING_S: Final = 1.0
 _CONNECT_TIMEOUT_S: Final = 5.0
-_MAX_UNSENT_BYTES: Final = 64 << 20
+_MAX_PIECE_BYTES: Final = 1 << 20  # of what is sent, so that a worker that reads slowly is seen to read
 _MAX_REFUSAL_BYTES: Final = 4096
 
 
@@ -105,7 +105,6 @@ class WorkerSession:
         self._on_lost = on_lost
         self._silence_s = silence_s
         self._unsent: deque[bytes] = deque()
-        self._unsent_bytes = 0
         self._has_unsent = asyncio.Event()
         self._streams: dict[int, OutputStream] = {}
         self._next_number = 0
@@ -119,7 +118,7 @@ class WorkerSession:
         self._idle.set()
         loop = asyncio.get_running_loop()
         self._now = loop.time
-        self._heard_s = loop.time()
+        self._heard_s = self._taken_s = loop.time()
 
     @classmethod
     async def connect(
@@ -231,21 +230,25 @@ class WorkerSession:
             self._send(frame(payload))
 
     def _send(self, data: bytes) -> None:
+        # However much: when a worker is lost, its requests with their long prompts come to the others in one moment.
+        if not self._unsent:
+            self._taken_s = self._now()
         self._unsent.append(data)
-        self._unsent_bytes += len(data)
         self._has_unsent.set()
-        if self._unsent_bytes > _MAX_UNSENT_BYTES:
-            self._lose(f"it does not read: {self._unsent_bytes} bytes wait to be sent")
 
     async def _body(self) -> AsyncIterator[bytes]:
         """What is sent, until the session is closed; aiohttp takes a piece when it has written the one before."""
         while True:
             await self._has_unsent.wait()
             self._has_unsent.clear()
-            data = b"".join(self._unsent)
-            self._unsent.clear()
-            self._unsent_bytes = 0
-            yield data
+            while self._unsent:
+                pieces, num_bytes = [], 0
+                while self._unsent and num_bytes < _MAX_PIECE_BYTES:
+                    pieces.append(self._unsent.popleft())
+                    num_bytes += len(pieces[-1])
+                self._taken_s = self._now()
+                yield b"".join(pieces)
+                self._taken_s = self._now()
 
     async def _open(self, front_id: str) -> None:
         # aiohttp sends the headers together with the first piece of the body: without a Hello both sides would wait.
@@ -326,9 +329,13 @@ class WorkerSession:
         now = self._now()
         period_s = min(_PING_S, self._silence_s / 4)
         if now - due_s > period_s:
-            self._heard_s = now  # this process itself stood still: what the worker said meanwhile is still to be read
+            # This process itself stood still: what the worker said meanwhile is still to be read.
+            self._heard_s = self._taken_s = now
         if now - self._heard_s > self._silence_s:
             self._lose(f"nothing was heard of it for {now - self._heard_s:.1f} s")
+            return
+        if self._unsent and now - self._taken_s > self._silence_s:
+            self._lose(f"it has read nothing for {now - self._taken_s:.1f} s")
             return
         self._say(encode(Ping()))
         loop = asyncio.get_running_loop()

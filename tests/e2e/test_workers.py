@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -351,7 +352,11 @@ def test_nothing_is_left_of_a_server_that_was_stopped(start: Any, tmp_path: Path
     client = start("--workers", "2", *SMALL, *MOCKER, environment={"TMPDIR": str(temporary)})
     children = children_of(client.server.process.pid)
     assert len(children) == 2
-    assert list(temporary.iterdir()) != []
+    (private,) = temporary.glob("dynamo-*")
+    locked = os.open(private, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):  # so that it is not tidied up while the server runs
+        fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(locked)
     started = time.monotonic()
     assert client.server.stop() == 0
     assert time.monotonic() - started < 20
@@ -413,3 +418,15 @@ def demo_without_weights(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(find_model("demo")[0], folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
+
+
+def test_a_second_server_does_not_take_anothers_workers_for_its_own(start: Any, discovery: Path) -> None:
+    client = fleet(start, discovery, "--workers", "1", *MOCKER)
+    command = (sys.executable, "-P", "-m", "dynamo.serve", "--workers", "1", "--discovery", str(discovery), *MOCKER)
+    second = subprocess.run(
+        [*command, "--port", "0"], capture_output=True, text=True, timeout=60, cwd=discovery, check=False
+    )
+    assert second.returncode == 2
+    assert "listening" not in second.stdout
+    assert "a worker of that name runs already" in second.stderr
+    assert client.server.stop() == 0

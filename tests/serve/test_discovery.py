@@ -1,12 +1,14 @@
 import asyncio
 import json
+import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,26 @@ def test_a_registration_that_was_removed_is_written_anew(
     assert "a.json was removed or replaced by somebody; it is written anew" in caplog.text
 
 
+def test_a_registration_that_cannot_be_written_is_told_once_and_written_when_it_can(
+    tmp_path: Path, run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "fleet"
+
+    async def test() -> None:
+        registered = await FolderDiscovery(folder, silence_s=0.15).register(registration("a"))
+        folder.rename(tmp_path / "gone")
+        await _until(lambda: "cannot be kept up" in caplog.text)
+        await asyncio.sleep(0.3)
+        folder.mkdir(mode=0o700)
+        await _until(lambda: "is kept up again" in caplog.text)
+        assert (folder / "a.json").exists()
+        await registered.close()
+
+    run(test())
+    assert len(caplog.records) == 3
+
+
 def test_what_is_no_registration_is_passed_over(tmp_path: Path, run: Any) -> None:
     async def test() -> None:
         folder = tmp_path / "fleet"
@@ -227,6 +249,8 @@ def test_what_is_no_registration_is_passed_over(tmp_path: Path, run: Any) -> Non
         write(folder / "others.json", content.replace('"good"', '"others"')).chmod(0o666)
         write(folder / "large.json", content.replace('"good"', '"large"') + 70_000 * " ")
         write(folder / "noise.json", "\x00\xff")
+        write(folder / "bytes.json", content.replace('"good"', '"bytes"').replace('"m"', '"\xff"'))
+        write(folder / "deep.json", '{"deep":' + 20_000 * "[" + 20_000 * "]" + "}")
         write(folder / "text.txt", content)
         (folder / "folder.json").mkdir()
         os.mkfifo(folder / "pipe.json")
@@ -276,6 +300,37 @@ def test_a_front_that_stood_still_does_not_take_its_workers_for_gone(
             assert len(watch.changes) == 1
 
     run(test())
+
+
+def test_a_front_that_cannot_look_does_not_take_its_workers_for_gone(
+    tmp_path: Path, run: Any, child: "subprocess.Popen[bytes]", caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def test() -> None:
+        discovery = FolderDiscovery(tmp_path / "fleet", silence_s=0.6)
+        async with watching(discovery) as watch:
+            await watch.until({"child"})
+            with no_free_descriptors():
+                await asyncio.sleep(1.5)
+                assert len(watch.changes) == 1
+            await _until(lambda: "can be read again" in caplog.text)
+            child.send_signal(signal.SIGSTOP)
+            await watch.until(set())
+
+    run(test())
+    assert caplog.text.count("cannot be read") == 1
+
+
+@contextmanager
+def no_free_descriptors() -> Iterator[None]:
+    """As where a process has more clients than it may have open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def stand_still(seconds: float) -> None:

@@ -25,6 +25,7 @@ from dynamo.serve.engine.request import GenerationRequest, OutputDelta, Sampling
 from dynamo.serve.errors import WorkerLostError
 from dynamo.serve.external import ExternalModel
 from dynamo.serve.fleet import Fleet
+from dynamo.serve.http_server import use_all_descriptors
 from dynamo.serve.members import ExternalServer
 from dynamo.serve.plane.front_session import SessionTimes
 from dynamo.serve.plane.worker_app import WorkerApp
@@ -271,6 +272,30 @@ def test_a_worker_of_another_model_is_refused(
     run(test())
 
 
+def test_an_error_of_the_front_costs_a_worker_a_moment_and_not_its_place(
+    plane: Any, scripted: Any, run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Router):
+        num_failures = 1
+
+        def join(self, card: WorkerCard) -> int:
+            if self.num_failures:
+                self.num_failures -= 1
+                raise OSError("no descriptors left")
+            return super().join(card)
+
+    async def test() -> None:
+        discovery, router = MemoryDiscovery(), Failing(RouterConfig())
+        worker = LocalWorker("w", scripted(), plane.folder)
+        async with worker.serving(plane) as registration, running(discovery, router) as fleet:
+            await discovery.register(registration)
+            assert await fleet.wait_ready(10)
+            assert len(await collect(fleet.link("w"), request())) == len(worker.engine.reply)
+
+    run(test())
+    assert "worker w is out after an error of this front" in caplog.text
+
+
 def test_fronts_hear_of_each_others_requests_from_the_workers(plane: Any, scripted: Any, run: Any) -> None:
     async def test() -> None:
         discovery, mine, theirs = MemoryDiscovery(), make_router("front-a"), make_router("front-b")
@@ -327,10 +352,9 @@ def test_totals_go_on_when_workers_come_and_go(plane: Any, scripted: Any, run: A
 class FakeServer:
     """A server of another make, which works when a test wants it to."""
 
-    worker_id = "outside"
-
-    def __init__(self) -> None:
-        self.is_well = False
+    def __init__(self, worker_id: str = "outside", *, is_well: bool = False) -> None:
+        self.worker_id = worker_id
+        self.is_well = is_well
         self.is_closed = False
 
     async def connect(self) -> ExternalModel:
@@ -363,6 +387,21 @@ def test_an_external_server_is_a_member_while_it_is_well(plane: Any, run: Any) -
                 await plane.until(lambda: router.worker_ids == ())
                 assert fleet.link("outside") is None
         assert server.is_closed
+
+    run(test())
+
+
+def test_more_workers_than_zmq_has_sockets_by_default(plane: Any, run: Any) -> None:
+    use_all_descriptors()
+
+    async def test() -> None:
+        servers = [
+            ExternalServer(link=FakeServer(f"w{number}", is_well=True), events=f"ipc://{plane.folder}/{number}")
+            for number in range(400)
+        ]
+        router, times = make_router(), FleetTimes(health_s=60)
+        async with running(None, router, external=servers, times=times) as fleet:
+            assert await fleet.wait_ready(20, len(servers))
 
     run(test())
 

@@ -1,6 +1,7 @@
 """Requests over workers that fail: a real router, and links that do what a script says."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -26,6 +27,7 @@ from dynamo.serve.errors import (
     WorkerDrainingError,
     WorkerLostError,
 )
+from dynamo.serve.live_request import LiveRequest
 
 EOS = 257
 
@@ -308,6 +310,32 @@ def test_without_workers_a_request_waits_a_while_for_one(run: Any, worker: Any, 
         front = house(wait_s=0.05)
         with pytest.raises(NoWorkerError):
             await front.collect(ask())
+
+    run(work())
+
+
+def test_waiting_for_a_worker_costs_little_however_often_something_changes(
+    run: Any, worker: Any, house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client may exclude all workers, again and again, with long prompts."""
+    counted = Counter[str]()
+    tokens = LiveRequest.tokens
+
+    def counting(live: LiveRequest) -> memoryview:
+        counted[live.request.request_id] += 1
+        return tokens(live)
+
+    monkeypatch.setattr(LiveRequest, "tokens", counting)
+
+    async def work() -> None:
+        front = house(worker("a"), wait_s=5.0)
+        excluded = replace(ask(routing=RoutingHints(exclude=frozenset({"a"}))), request_id="excluded")
+        waiting = asyncio.create_task(front.collect(excluded))
+        for _ in range(20):
+            await front.collect(ask())
+        front.workers.join(worker("b"))
+        await waiting
+        assert counted["excluded"] == 1
 
     run(work())
 

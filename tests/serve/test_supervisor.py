@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -52,10 +53,15 @@ class Output:
         return [int(line.rpartition(" ")[2]) for line in self.text.splitlines() if " | pid " in line]
 
 
-def supervised(commands: list[WorkerCommand], body: Callable[[Supervisor, Output], Awaitable[None]]) -> None:
+def supervised(
+    commands: list[WorkerCommand],
+    body: Callable[[Supervisor, Output], Awaitable[None]],
+    *,
+    backoff_s: float = 0.01,
+) -> None:
     async def run() -> None:
         output = Output()
-        supervisor = Supervisor(commands, write=output.write, backoff_s=0.01)
+        supervisor = Supervisor(commands, write=output.write, backoff_s=backoff_s)
         await supervisor.start()
         try:
             async with asyncio.timeout(_TIMEOUT_S):
@@ -94,7 +100,6 @@ def test_endless_lines_are_cut_instead_of_kept() -> None:
 def test_a_worker_that_dies_is_started_again_and_counted() -> None:
     async def body(supervisor: Supervisor, output: Output) -> None:
         await output.has(lambda text: len(output.pids()) == 2)
-        supervisor.mark_ready("a")
         supervisor.establish()
         first, other = output.pids()
         os.kill(first, signal.SIGKILL)
@@ -138,8 +143,6 @@ mark.touch()
 
     async def body(supervisor: Supervisor, output: Output) -> None:
         await output.has(lambda text: len(output.pids()) == 2)
-        for worker_id in ("a", "b"):
-            supervisor.mark_ready(worker_id)
         supervisor.establish()
         (broken,) = [int(line.split()[-1]) for line in output.text.splitlines() if line.startswith("a | pid")]
         os.kill(broken, signal.SIGKILL)
@@ -149,6 +152,37 @@ mark.touch()
         assert "a ended 5 times in a row, last with exit code 2: broken now; giving it up" in caplog.text
 
     supervised([command("a", code), command("b", WAITS)], body)
+
+
+def test_only_its_own_processes_make_a_worker_ready() -> None:
+    """Another server on the same folder has workers of the same names."""
+
+    async def body(supervisor: Supervisor, output: Output) -> None:
+        await output.has(lambda text: len(output.pids()) == 1)
+        supervisor.mark_ready("a", os.getpid())
+        supervisor.mark_ready("b", output.pids()[0])
+        assert not supervisor.are_all_ready
+        supervisor.mark_ready("a", output.pids()[0])
+        assert supervisor.are_all_ready
+
+    supervised([command("a", WAITS)], body)
+
+
+def test_a_worker_that_cannot_be_started_now_is_tried_again(caplog: Any) -> None:
+    async def body(supervisor: Supervisor, output: Output) -> None:
+        await output.has(lambda text: len(output.pids()) == 1)
+        supervisor.establish()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # as where clients have taken all descriptors
+        try:
+            os.kill(output.pids()[0], signal.SIGKILL)
+            while "restarting it in" not in caplog.text or "exit code 126" not in caplog.text:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await output.has(lambda text: len(output.pids()) == 2)
+
+    supervised([command("a", WAITS)], body, backoff_s=0.1)
 
 
 def test_stop_ends_all_even_those_that_do_not_listen() -> None:

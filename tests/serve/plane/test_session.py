@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -20,7 +21,7 @@ from dynamo.serve.errors import (
 )
 from dynamo.serve.plane.frames import FrameParser, frame
 from dynamo.serve.plane.front_session import SessionTimes
-from dynamo.serve.plane.messages import PROTOCOL_VERSION, Hello, Step, Submit, Welcome, decode_down, encode
+from dynamo.serve.plane.messages import PROTOCOL_VERSION, Hello, Report, Step, Submit, Welcome, decode_down, encode
 from dynamo.serve.plane.session import worker_client
 
 
@@ -411,7 +412,53 @@ def test_a_silent_worker_is_lost(plane: Any, run: Any) -> None:
     run(test())
 
 
-@pytest.mark.parametrize("said", [b"\xc1", encode(Hello(1, "", "", 1)), WELCOME], ids=["noise", "a Hello", "twice"])
+class Deaf:
+    """A worker that says every now and then how well it is, and reads nothing."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
+        said = WELCOME
+        with contextlib.suppress(OSError):
+            while True:
+                await send({"type": "http.response.body", "body": frame(said), "more_body": True})
+                said = encode(Report(LoadReport(num_running=0, num_waiting=0, prefill_tokens_waiting=0), False))
+                await asyncio.sleep(0.05)
+
+
+def test_a_worker_that_speaks_and_does_not_read_is_lost(plane: Any, run: Any) -> None:
+    async def test() -> None:
+        async with plane.asgi(Deaf()) as address, plane.session(address, silence_s=0.4) as session:
+            with pytest.raises(WorkerLostError, match=r"it has read nothing for 0\.\d s"):
+                await plane.collect(session, plane.request(prompt_token_ids=[1] * 2_000_000))
+
+    run(test())
+
+
+def test_however_much_comes_at_once_a_worker_that_reads_is_not_lost(plane: Any, scripted: Any, run: Any) -> None:
+    """As when another worker is lost, and all its requests come to this one."""
+
+    async def test() -> None:
+        engine = scripted(reply="yes")
+        async with plane.worker(engine) as (_, address), plane.session(address) as session:
+            prompt = [1] * 1_000_000
+            requests = [plane.request(f"r{number}", prompt_token_ids=prompt) for number in range(20)]
+            answers = await asyncio.gather(*(plane.collect(session, request) for request in requests))
+            assert {"".join(delta.text for delta in deltas) for deltas in answers} == {"yes"}
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"\xc1",
+        encode(Hello(1, "", "", 1)),
+        WELCOME,
+        b"\x94\x02\x00\xa6failed\xa1\xff",
+        b"\x93\x01\x90" + 50_000 * b"\x91",
+    ],
+    ids=["noise", "a Hello", "twice", "no text", "too deep"],
+)
 def test_a_worker_that_says_what_it_must_not_is_lost_aloud(
     plane: Any, run: Any, caplog: pytest.LogCaptureFixture, said: bytes
 ) -> None:
@@ -429,6 +476,7 @@ def test_a_worker_that_says_what_it_must_not_is_lost_aloud(
     ("data", "reason"),
     [
         (frame(b"\xc1"), "cannot be read"),
+        (frame(b"\x92\x03" + 50_000 * b"\x91" + b"\xc0"), "cannot be read"),
         (b"\xff\xff\xff\xff", "longer than"),
         (2 * frame(encode(Submit(0, "r", bytes(4), b"", SamplingParams(max_tokens=9), ""))), "used twice"),
         (frame(encode(Submit(0, "r", bytes(5), b"", SamplingParams(max_tokens=9), ""))), "cannot be read"),

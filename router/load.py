@@ -149,11 +149,6 @@ class WorkerLoad:
         """Device blocks that booked requests hold."""
         return len(self._marks) * self._stride + self._own_blocks
 
-    @property
-    def booked_tokens(self) -> int:
-        """Prompt tokens to be computed for booked requests."""
-        return self._booked_tokens
-
     def report_age_s(self, now_s: float) -> float | None:
         """Since the last report; None before the first."""
         return None if self.last_report is None else now_s - self._reported_s

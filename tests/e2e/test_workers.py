@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,12 @@ def serves(client: Any, worker_id: str) -> bool:
     return bool(answer["choices"])
 
 
+def side_by_side(start_worker: Any, *worker_ids: str) -> list[Any]:
+    """Workers, started at the same time."""
+    with ThreadPoolExecutor() as starting:
+        return list(starting.map(lambda worker_id: start_worker(worker_id, *MOCKER), worker_ids))
+
+
 class Load:
     """Clients that send one request after the other until told to stop."""
 
@@ -215,7 +222,7 @@ class Load:
 def test_workers_come_and_go_under_load_and_no_request_fails(
     start: Any, start_worker: Any, discovery: Path, streams: Any, eventually: Any
 ) -> None:
-    first, second = start_worker("first", *MOCKER), start_worker("second", *MOCKER)
+    first, second = side_by_side(start_worker, "first", "second")
     client = start("frontend", "--discovery", str(discovery), "--engine", "mocker")
     eventually(client.is_healthy)
 
@@ -255,7 +262,7 @@ def held(address: str, worker_id: str) -> dict[str, int]:
 def test_what_departed_workers_held_vanishes_from_the_index(
     start: Any, start_worker: Any, discovery: Path, eventually: Any, record_property: Any
 ) -> None:
-    leaving, crashing = start_worker("leaving", *MOCKER), start_worker("crashing", *MOCKER)
+    leaving, crashing = side_by_side(start_worker, "leaving", "crashing")
     client = start("frontend", "--discovery", str(discovery), "--engine", "mocker")
     eventually(lambda: client.metrics().get('dynamo_worker_ready{worker="crashing"}') == 1)
     eventually(lambda: client.metrics().get('dynamo_worker_ready{worker="leaving"}') == 1)
@@ -277,8 +284,14 @@ def seconds_until(condition: Any, eventually: Any, *, at_most_s: float) -> float
     return seconds
 
 
-def test_fronts_know_the_truth_after_any_restart(
-    start: Any, start_worker: Any, discovery: Path, registration: Any, eventually: Any, record_property: Any
+def test_fronts_know_the_truth_and_each_others_load_after_any_restart(
+    start: Any,
+    start_worker: Any,
+    discovery: Path,
+    registration: Any,
+    streams: Any,
+    eventually: Any,
+    record_property: Any,
 ) -> None:
     worker = start_worker("w", *MOCKER)
 
@@ -296,7 +309,7 @@ def test_fronts_know_the_truth_after_any_restart(
     assert held(registration("w")[1], "w")["device"] >= 100
     for client in (first, second):
         record_property("follows_s", seconds_until(lambda client=client: agrees(client), eventually, at_most_s=3.0))
-    first.server.kill()
+    asyncio.run(kill_in_sight(first, second, streams, eventually))
     third = front()
     record_property("front_restart_s", seconds_until(lambda: agrees(third), eventually, at_most_s=3.0))
     worker.kill()
@@ -310,25 +323,15 @@ def test_fronts_know_the_truth_after_any_restart(
         assert indexed(client, "w")["device"] < 100
 
 
-def test_fronts_on_the_same_workers_see_each_others_load(
-    start: Any, start_worker: Any, discovery: Path, streams: Any, eventually: Any
-) -> None:
-    start_worker("w", *MOCKER)
-    first, second = (start("frontend", "--discovery", str(discovery), "--engine", "mocker") for _ in range(2))
-    for client in (first, second):
-        eventually(client.is_healthy)
-    running = streams(first.server.url, bodies("seen by both", 4, max_tokens=100))
+async def kill_in_sight(first: Any, second: Any, streams: Any, eventually: Any) -> None:
+    """Kills a front with requests under way; the other one sees them come, and go with it."""
     foreign = 'dynamo_worker_foreign_requests{worker="w"}'
-
-    async def run() -> None:
-        task = asyncio.create_task(running.run())
-        await asyncio.to_thread(eventually, lambda: second.metrics()[foreign] == 4)
-        assert first.metrics()[foreign] == 0
-        first.server.kill()
-        await asyncio.to_thread(eventually, lambda: second.metrics()[foreign] == 0)
-        await asyncio.gather(task, return_exceptions=True)
-
-    asyncio.run(run())
+    task = asyncio.create_task(streams(first.server.url, bodies("seen by both", 4, max_tokens=1000)).run())
+    await asyncio.to_thread(eventually, lambda: second.metrics()[foreign] == 4)
+    assert first.metrics()[foreign] == 0
+    first.server.kill()
+    await asyncio.to_thread(eventually, lambda: second.metrics()[foreign] == 0)
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def test_a_server_of_another_make_is_served_through_the_same_front(start: Any, streams: Any, eventually: Any) -> None:

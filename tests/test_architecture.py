@@ -5,6 +5,7 @@ show it failing on a tree that breaks the rule.
 """
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -35,6 +36,12 @@ SKIPPED_FOLDERS = {".git", ".namespace", "__pycache__", "build", "dist"}
 MACHINE_PATHS = re.compile(r"(?<![\w.])/" + r"(?:root/|home/[a-z]|Users/|work/)" + r"|\.\./" + "shared")
 
 
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    """Of a module; several rules look at the same ones."""
+    return ast.parse(source)
+
+
 def modules(tree: Path, layers: tuple[str, ...] = LAYERS) -> Iterator[tuple[str, Path]]:
     """(dotted name below `dynamo.`, file) of every module of the layers under `tree`."""
     for layer in layers:
@@ -49,7 +56,7 @@ def imported_names(path: Path) -> Iterator[tuple[int, str]]:
     `from a import b` gives "a.b", which is right whether b is a module or an attribute of one. A relative import gives
     a name with leading dots.
     """
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    for node in ast.walk(parsed(path.read_text())):
         match node:
             case ast.Import():
                 yield from ((node.lineno, alias.name) for alias in node.names)
@@ -100,7 +107,7 @@ def all_violations(tree: Path) -> list[str]:
     for module, path in modules(tree):
         if module.rpartition(".")[2].startswith("_"):
             continue
-        body = ast.parse(path.read_text()).body
+        body = parsed(path.read_text()).body
         defines = any(
             isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom)
             for node in body
@@ -118,7 +125,7 @@ def export_violations(tree: Path) -> list[str]:
     own = dict(modules(tree))
     found = []
     for module, path in own.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path.read_text())):
             if not isinstance(node, ast.ImportFrom) or not is_below(node.module or "", "dynamo"):
                 continue
             source = (node.module or "").removeprefix("dynamo").lstrip(".")
@@ -131,7 +138,7 @@ def export_violations(tree: Path) -> list[str]:
 
 def exported_names(path: Path) -> set[str]:
     """What `__all__` lists."""
-    for node in ast.parse(path.read_text()).body:
+    for node in parsed(path.read_text()).body:
         match node:
             case (
                 ast.Assign(targets=[ast.Name(id="__all__")], value=value)

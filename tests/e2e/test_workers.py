@@ -10,10 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -342,11 +344,16 @@ def test_a_server_of_another_make_is_served_through_the_same_front(start: Any, s
     assert undisturbed(client.server, streams, num=4) == expected
 
 
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files. Not `tmp_path`: sockets lie in it, whose paths have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="dynamo-") as folder:
+        yield Path(folder)
+
+
 def test_a_stopped_server_lets_its_streams_come_to_their_end_and_leaves_nothing(
-    start: Any, streams: Any, tmp_path: Path
+    start: Any, streams: Any, temporary: Path
 ) -> None:
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
     client = start("--workers", "2", *SMALL, *MOCKER, environment={"TMPDIR": str(temporary)})
     children = children_of(client.server.process.pid)
     assert len(children) == 2

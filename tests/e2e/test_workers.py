@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import random
 import re
@@ -26,6 +27,8 @@ from dynamo.serve.model_place import find_model
 from dynamo.serve.plane.session import fetch_snapshot
 
 pytestmark = pytest.mark.slow
+
+logger = logging.getLogger(__name__)
 
 MOCKER = ("--engine", "mocker", "--mocker-step-time", "0.02")
 SMALL = ("--device-cache", "16MiB", "--host-cache", "8MiB", "--disk-cache", "off")
@@ -262,7 +265,7 @@ def held(address: str, worker_id: str) -> dict[str, int]:
 
 
 def test_what_departed_workers_held_vanishes_from_the_index(
-    start: Any, start_worker: Any, discovery: Path, eventually: Any, record_property: Any
+    start: Any, start_worker: Any, discovery: Path, eventually: Any
 ) -> None:
     leaving, crashing = side_by_side(start_worker, "leaving", "crashing")
     client = start("frontend", "--discovery", str(discovery), "--engine", "mocker")
@@ -272,9 +275,9 @@ def test_what_departed_workers_held_vanishes_from_the_index(
         client.complete(prompt(1), dynamo={"worker": worker.worker_id})
         eventually(lambda worker=worker: indexed(client, worker.worker_id).get("device", 0) >= 25)
     leaving.process.send_signal(signal.SIGTERM)
-    record_property("leave_s", seconds_until(lambda: not indexed(client, "leaving"), eventually, at_most_s=1.0))
+    logger.info("leave_s: %.2f", seconds_until(lambda: not indexed(client, "leaving"), eventually, at_most_s=1.0))
     crashing.kill()
-    record_property("crash_s", seconds_until(lambda: not indexed(client, "crashing"), eventually, at_most_s=3.0))
+    logger.info("crash_s: %.2f", seconds_until(lambda: not indexed(client, "crashing"), eventually, at_most_s=3.0))
     assert not client.is_healthy()
 
 
@@ -293,7 +296,6 @@ def test_fronts_know_the_truth_and_each_others_load_after_any_restart(
     registration: Any,
     streams: Any,
     eventually: Any,
-    record_property: Any,
 ) -> None:
     worker = start_worker("w", *MOCKER)
 
@@ -310,17 +312,17 @@ def test_fronts_know_the_truth_and_each_others_load_after_any_restart(
         first.complete(prompt(seed))
     assert held(registration("w")[1], "w")["device"] >= 100
     for client in (first, second):
-        record_property("follows_s", seconds_until(lambda client=client: agrees(client), eventually, at_most_s=3.0))
+        logger.info("follows_s: %.2f", seconds_until(lambda client=client: agrees(client), eventually, at_most_s=3.0))
     asyncio.run(kill_in_sight(first, second, streams, eventually))
     third = front()
-    record_property("front_restart_s", seconds_until(lambda: agrees(third), eventually, at_most_s=3.0))
+    logger.info("front_restart_s: %.2f", seconds_until(lambda: agrees(third), eventually, at_most_s=3.0))
     worker.kill()
     start_worker("w", *MOCKER)
     for client in (second, third):
         eventually(client.is_healthy)
         client.complete(prompt(9))
-        record_property(
-            "worker_restart_s", seconds_until(lambda client=client: agrees(client), eventually, at_most_s=3.0)
+        logger.info(
+            "worker_restart_s: %.2f", seconds_until(lambda client=client: agrees(client), eventually, at_most_s=3.0)
         )
         assert indexed(client, "w")["device"] < 100
 

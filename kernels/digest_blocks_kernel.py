@@ -30,7 +30,7 @@ from dynamo.kernels.digest_host import GOLDEN, Digests, row_keys, row_positions
 from dynamo.kernels.kernel_call import KernelCall, addresses_on
 from dynamo.kernels.view import View, common_alignment
 
-__all__ = ["build_calls", "digest_blocks_kernel", "finish_kernel", "specializations"]
+__all__ = ["build_calls", "digest_blocks_kernel", "finish_kernel", "specializations", "tile_rows"]
 
 NUM_WARPS = 8
 TILE_BYTES = 16384

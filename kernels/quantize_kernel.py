@@ -38,7 +38,7 @@ from dynamo.kernels.kernel_call import KernelCall, addresses_on
 from dynamo.kernels.quantized_layout import FORMATS, SCALE_BYTES, QuantizedView
 from dynamo.kernels.view import View
 
-__all__ = ["ELEMENTS", "build_call", "dequantize_kernel", "quantize_kernel", "specializations"]
+__all__ = ["ELEMENTS", "build_call", "constants", "dequantize_kernel", "quantize_kernel", "specializations"]
 
 TILE_ELEMENTS = 8192
 NUM_WARPS = 8

@@ -17,7 +17,7 @@ from torch import Tensor
 from dynamo.kernels.checks import KernelArgumentError
 from dynamo.kernels.view import View
 
-__all__ = ["FORMATS", "QuantizedLayout", "QuantizedView"]
+__all__ = ["FORMATS", "LARGEST", "SCALE_BYTES", "QuantizedLayout", "QuantizedView"]
 
 FORMATS = {"fp8_e4m3": 8, "int8": 8, "int4": 4}
 """Bits of one code."""

@@ -20,7 +20,7 @@ from dynamo.kernels.pairing import match_views
 from dynamo.kernels.pieces import Pieces
 from dynamo.kernels.view import View
 
-__all__ = ["Runs", "ascending_pairs", "find_runs"]
+__all__ = ["Runs", "ascending_pairs", "find_runs", "in_host_order", "runs_of"]
 
 Int64s = npt.NDArray[np.int64]
 

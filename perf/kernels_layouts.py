@@ -15,7 +15,7 @@ from dynamo.kernels.layouts import from_paged, stored
 from dynamo.kernels.view import View
 from dynamo.perf.kernels_peers import UniversalPack
 
-__all__ = ["LayoutCase", "Peer", "conversions", "host_bytes_new", "rows", "shuffled", "universal_pack"]
+__all__ = ["Ids", "LayoutCase", "Peer", "conversions", "host_bytes_new", "rows", "shuffled", "universal_pack"]
 
 _LAYERS, _TOKENS, _HEADS = 4, 16, 8
 _SEED = 7

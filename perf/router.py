@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
                 peer.close()
         extra += _measure_memory(options, Path(folder), ours, theirs, console)
     extra += _measure_routing(options.prompts, options.repeats, console)
-    results = [*_results(workload, ours, theirs, name, options.repeats), *extra]
+    results = [*_results(workload, ours, theirs, name), *extra]
     return Report(
         benchmark="router",
         title=f"A router's index: {options.workers} workers, {workload.num_blocks:,} (worker, block) pairs, "
@@ -244,9 +244,7 @@ def _measure_routing(prompt_blocks: Sequence[int], repeats: int, console: Consol
             )
 
 
-def _results(
-    workload: RouterWorkload, ours: _Samples, theirs: _Samples, name: str | None, repeats: int
-) -> Iterator[Result]:
+def _results(workload: RouterWorkload, ours: _Samples, theirs: _Samples, name: str | None) -> Iterator[Result]:
     both = [(_OURS, ours)] + ([(name, theirs)] if name is not None else [])
     for num_blocks in dict.fromkeys(prompt.num_blocks for prompt in workload.prompts):
         for case in (*CASES, _HOLE_CASE):

@@ -47,11 +47,6 @@ class Booking:
     ) -> None:
         self.free()
 
-    @property
-    def is_free(self) -> bool:
-        """Whether it was freed by its owner."""
-        return self._is_free
-
     def first_token(self, actual_cached_tokens: int | None = None) -> None:
         """The prompt is computed: it no longer stands before others. Later calls change nothing.
 

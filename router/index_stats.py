@@ -36,18 +36,3 @@ class IndexStats:
     entries: Mapping[int, Mapping[str, int]]
     slot_bytes: Mapping[int, int]
     num_bytes: int
-
-    @property
-    def bytes_per_entry(self) -> float:
-        """Memory for each entry, 0 where there is none."""
-        entries = self.num_entries + self.num_unswept
-        return self.num_bytes / entries if entries else 0.0
-
-    @property
-    def tier_entries(self) -> dict[str, int]:
-        """Entries by tier; a tier that nobody has is absent."""
-        total: dict[str, int] = {}
-        for tiers in self.entries.values():
-            for tier, count in tiers.items():
-                total[tier] = total.get(tier, 0) + count
-        return total

@@ -1,11 +1,12 @@
 """What each worker has to do: requests that were sent to it from here and from other fronts, and what it reports."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dynamo.router.workers import LoadEvent, LoadReport, WorkerCard
 
-__all__ = ["Entry", "LoadKey", "PriorSpeeds", "WorkerLoad", "mark_stride"]
+__all__ = ["Entry", "LoadKey", "PriorSpeeds", "WorkerLoad", "mark_stride", "prior_speeds"]
 
 LoadKey = tuple[int | str, str]
 """Whose request, and its id: this front's have a number of the router's own in front, others their front's name."""
@@ -16,6 +17,7 @@ _FRESH_S = 2.5  # reports come every second
 _STALE_S = 10.0
 _SERVICE_WEIGHT = 0.1  # of the latest request in the mean time of service
 _LOADED_TIERS = ("host", "disk", "remote")
+_PRIOR_TOKENS_PER_S = 10_000.0
 _PRIOR_LOAD_SHARE = (0.25, 0.5, 0.5)  # of computing a block
 
 
@@ -36,6 +38,20 @@ class PriorSpeeds:
 
     prefill_tokens_per_s: float
     load_blocks_per_s: dict[str, float]
+
+
+def prior_speeds(reports: Iterable[LoadReport | None]) -> PriorSpeeds:
+    """What peers measured, the median of each speed, stands in for what a worker did not measure."""
+    known = [report for report in reports if report is not None]
+    speeds = [report.prefill_tokens_per_s for report in known if report.prefill_tokens_per_s]
+    by_tier: dict[str, list[float]] = {}
+    for report in known:
+        for tier, speed in report.load_blocks_per_s.items():
+            by_tier.setdefault(tier, []).append(speed)
+    return PriorSpeeds(
+        prefill_tokens_per_s=statistics.median(speeds) if speeds else _PRIOR_TOKENS_PER_S,
+        load_blocks_per_s={tier: statistics.median(measured) for tier, measured in by_tier.items()},
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -148,11 +164,6 @@ class WorkerLoad:
     def booked_blocks(self) -> int:
         """Device blocks that booked requests hold."""
         return len(self._marks) * self._stride + self._own_blocks
-
-    @property
-    def booked_tokens(self) -> int:
-        """Prompt tokens to be computed for booked requests."""
-        return self._booked_tokens
 
     def report_age_s(self, now_s: float) -> float | None:
         """Since the last report; None before the first."""

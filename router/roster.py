@@ -6,6 +6,7 @@ from dynamo.router.config import RouterConfig
 from dynamo.router.decision import RouteQuery
 from dynamo.router.errors import AllBusyError, NoWorkersError, PinnedWorkerBusyError, PinnedWorkerError
 from dynamo.router.load import WorkerLoad
+from dynamo.router.stats import WorkerStats
 
 __all__ = ["Member", "Roster"]
 
@@ -56,6 +57,24 @@ class Member:
         self.aside_until_s = 0.0
         self.turn = turn
         self.num_chosen = 0
+
+    def stats(self, now_s: float) -> WorkerStats:
+        """It as an operator sees it."""
+        load = self.load
+        return WorkerStats(
+            worker_id=self.worker_id,
+            slot=self.slot,
+            num_requests=load.num_requests,
+            num_foreign=load.num_foreign,
+            prefill_tokens=load.prefill_tokens,
+            held_blocks=load.held_blocks,
+            queue_s=max(0.0, load.queue_s - min(now_s - load.anchor_s, load.oldest_s)),
+            report_age_s=load.report_age_s(now_s),
+            is_draining=self.is_draining,
+            is_set_aside=self.aside_until_s > now_s,
+            is_busy=self.is_busy,
+            num_chosen=self.num_chosen,
+        )
 
 
 class Roster:

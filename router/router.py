@@ -7,13 +7,11 @@ RouteQuery ─► Roster.eligible ─► PromptLookup ─► CostModel, Choice �
 
 import logging
 import random
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from dynamo.kvcache.hashing import HASH_VERSION
 from dynamo.router.affinity import SessionTable
 from dynamo.router.balance import RecentWork
 from dynamo.router.booking import Booking
@@ -23,17 +21,16 @@ from dynamo.router.cost import CostModel
 from dynamo.router.decision import CandidateCost, Decision, Overhead, RouteQuery
 from dynamo.router.errors import (
     AllBusyError,
-    IncompatibleWorkerError,
     PinnedWorkerError,
     RouteError,
     UnknownWorkerError,
 )
 from dynamo.router.index import PrefixIndex
-from dynamo.router.load import Entry, PriorSpeeds, WorkerLoad, mark_stride
+from dynamo.router.load import Entry, WorkerLoad, mark_stride, prior_speeds
 from dynamo.router.lookup import NO_LOOKUP, Lookup, PromptLookup, group_of
 from dynamo.router.roster import Member, Roster
-from dynamo.router.stats import RouterMeter, RouterStats, WorkerStats
-from dynamo.router.workers import LoadEvent, LoadReport, WorkerCard
+from dynamo.router.stats import RouterMeter, RouterStats
+from dynamo.router.workers import LoadEvent, LoadReport, WorkerCard, check_card
 
 __all__ = ["Booking", "CandidateCost", "Decision", "RouteQuery", "Router"]
 
@@ -43,7 +40,6 @@ _TICK_S = 0.5
 _EXPIRY_CHECK_S = 10.0
 _SWEEP_ENTRIES = 4096
 _MAX_MARKS = 4096
-_PRIOR_TOKENS_PER_S = 10_000.0
 
 
 class Router:
@@ -76,7 +72,7 @@ class Router:
         self._listeners: list[Callable[[], None]] = []
         self._num_booked = 0
         self._tick_at_s = self._expiry_at_s = clock()
-        self._priors = _priors(())
+        self._priors = prior_speeds(())
 
     # --- members
 
@@ -96,7 +92,7 @@ class Router:
         Raises:
             IncompatibleWorkerError: the card cannot be routed to; a member of that name stays as it was.
         """
-        _check(card)
+        check_card(card)
         now_s = self._clock()
         member = self._roster.find(card.worker_id)
         if member is not None and member.load.card == card:
@@ -222,7 +218,7 @@ class Router:
         """Lets time pass: reports fade, what expired goes. `route` calls it twice a second; an idle owner may as well."""
         now_s = self._clock()
         self._tick_at_s = now_s + _TICK_S
-        self._priors = _priors(member.load.last_report for member in self._roster)
+        self._priors = prior_speeds(member.load.last_report for member in self._roster)
         if now_s >= self._expiry_at_s:
             self._expiry_at_s = now_s + _EXPIRY_CHECK_S
             self._expire(now_s)
@@ -242,7 +238,7 @@ class Router:
             num_bookings=sum(member.load.num_booked - member.load.num_foreign for member in members),
             num_sessions=len(self._sessions),
             index=self.index.stats(),
-            workers=tuple(_worker_stats(member, now_s) for member in members),
+            workers=tuple(member.stats(now_s) for member in members),
         )
 
     def check_invariants(self) -> None:
@@ -391,51 +387,3 @@ class _Draft:
     price: tuple[float, float, float]
     begun_s: float
     looked_s: float
-
-
-def _check(card: WorkerCard) -> None:
-    if card.hash_version != HASH_VERSION:
-        raise IncompatibleWorkerError(
-            f"worker {card.worker_id!r} makes block keys of version {card.hash_version}, and this router of version "
-            f"{HASH_VERSION}: run the same release of both"
-        )
-    if card.block_size < 1:
-        raise IncompatibleWorkerError(f"worker {card.worker_id!r} has blocks of {card.block_size} tokens")
-    try:
-        bytes.fromhex(card.fingerprint)
-    except ValueError:
-        raise IncompatibleWorkerError(
-            f"worker {card.worker_id!r} has the fingerprint {card.fingerprint!r}, which is not hexadecimal"
-        ) from None
-
-
-def _priors(reports: Iterable[LoadReport | None]) -> PriorSpeeds:
-    """What peers measured, the median of each speed, stands in for what a worker did not measure."""
-    known = [report for report in reports if report is not None]
-    speeds = [report.prefill_tokens_per_s for report in known if report.prefill_tokens_per_s]
-    by_tier: dict[str, list[float]] = {}
-    for report in known:
-        for tier, speed in report.load_blocks_per_s.items():
-            by_tier.setdefault(tier, []).append(speed)
-    return PriorSpeeds(
-        prefill_tokens_per_s=statistics.median(speeds) if speeds else _PRIOR_TOKENS_PER_S,
-        load_blocks_per_s={tier: statistics.median(measured) for tier, measured in by_tier.items()},
-    )
-
-
-def _worker_stats(member: Member, now_s: float) -> WorkerStats:
-    load = member.load
-    return WorkerStats(
-        worker_id=member.worker_id,
-        slot=member.slot,
-        num_requests=load.num_requests,
-        num_foreign=load.num_foreign,
-        prefill_tokens=load.prefill_tokens,
-        held_blocks=load.held_blocks,
-        queue_s=max(0.0, load.queue_s - min(now_s - load.anchor_s, load.oldest_s)),
-        report_age_s=load.report_age_s(now_s),
-        is_draining=member.is_draining,
-        is_set_aside=member.aside_until_s > now_s,
-        is_busy=member.is_busy,
-        num_chosen=member.num_chosen,
-    )

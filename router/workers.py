@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["LoadEvent", "LoadKind", "LoadReport", "WorkerCard"]
+from dynamo.kvcache.hashing import HASH_VERSION
+from dynamo.router.errors import IncompatibleWorkerError
+
+__all__ = ["LoadEvent", "LoadKind", "LoadReport", "WorkerCard", "check_card"]
 
 LoadKind = Literal["added", "first-token", "freed", "front-gone"]
 
@@ -40,6 +43,29 @@ class WorkerCard:
     max_running: int = 0
     max_batch_tokens: int = 0
     has_events: bool = True
+
+
+def check_card(card: WorkerCard) -> None:
+    """Refuses the card of a worker that this release cannot route to.
+
+    Raises:
+        IncompatibleWorkerError: the message says why.
+    """
+    if card.hash_version != HASH_VERSION:
+        raise IncompatibleWorkerError(
+            f"worker {card.worker_id!r} makes block keys of version {card.hash_version}, and this router of version "
+            f"{HASH_VERSION}: run the same release of both"
+        )
+    if card.block_size < 1:
+        raise IncompatibleWorkerError(
+            f"worker {card.worker_id!r} has blocks of {card.block_size} tokens: they need 1 at least"
+        )
+    try:
+        bytes.fromhex(card.fingerprint)
+    except ValueError:
+        raise IncompatibleWorkerError(
+            f"worker {card.worker_id!r} has the fingerprint {card.fingerprint!r}, which is not hexadecimal"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

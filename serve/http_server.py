@@ -22,11 +22,13 @@ from dynamo.serve.frontend import Frontend
 from dynamo.serve.repetition import RepetitionFilter
 
 __all__ = [
+    "Drain",
     "Drainable",
     "HttpServer",
     "bind",
     "check_openness",
     "drain",
+    "end_requests",
     "listen",
     "serving",
     "set_up_logging",

@@ -12,6 +12,7 @@ from dynamo.serve.engine.request import FinishReason
 
 __all__ = [
     "MAX_CHOICES",
+    "MAX_PRIORITY",
     "ChatChoice",
     "ChatCompletion",
     "ChatCompletionRequest",
@@ -25,6 +26,7 @@ __all__ = [
     "DynamoFields",
     "ErrorBody",
     "ErrorEnvelope",
+    "Label",
     "MessageParam",
     "ModelCard",
     "ModelList",
@@ -34,6 +36,7 @@ __all__ = [
     "SamplingFields",
     "StreamOptions",
     "TextPart",
+    "TokenId",
     "TopLogprob",
     "Usage",
 ]

@@ -150,10 +150,11 @@ def eventually() -> Callable[[Callable[[], bool]], None]:
 
     def wait(condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + _POLL_TIMEOUT_S
-        pause = threading.Event()
+        pause, pause_s = threading.Event(), 0.002
         while not condition():
             assert time.monotonic() < deadline, f"the condition did not come true within {_POLL_TIMEOUT_S:g} s"
-            pause.wait(0.002)
+            pause.wait(pause_s)
+            pause_s = min(1.2 * pause_s, 0.05)  # asking a server often would keep it from what is waited for
 
     return wait
 

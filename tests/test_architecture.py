@@ -5,6 +5,7 @@ show it failing on a tree that breaks the rule.
 """
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -27,24 +28,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "serve": ("router", "kvcache", "kernels.paged_attention", "kernels.paged_proof"),
     "perf": (*LAYERS, "_core"),  # ai-dynamo's, by the script that times it in an interpreter of its own
 }
-TORCH_FREE = (
-    "dynamo.router",
-    "dynamo.kvcache.hashing",
-    "dynamo.kvcache.events",
-    "dynamo.kvcache.event_wire",
-    "dynamo.kvcache.event_publisher",
-)
-TORCH_FREE_SOURCES = (
-    "router",
-    "kvcache/hashing.py",
-    "kvcache/events.py",
-    "kvcache/event_wire.py",
-    "kvcache/event_publisher.py",
-)
+# The router, and what it and a front process load of the cache.
+TORCH_FREE = ("router", "kvcache.hashing", "kvcache.events", "kvcache.event_wire", "kvcache.event_publisher")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".sh", ".in", ".cfg", ".txt", ".ipynb"}
 SKIPPED_FOLDERS = {".git", ".namespace", "__pycache__", "build", "dist"}
 # Written in pieces, or this file would be the first to break its own rule.
 MACHINE_PATHS = re.compile(r"(?<![\w.])/" + r"(?:root/|home/[a-z]|Users/|work/)" + r"|\.\./" + "shared")
+
+
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    """Of a module; several rules look at the same ones."""
+    return ast.parse(source)
 
 
 def modules(tree: Path, layers: tuple[str, ...] = LAYERS) -> Iterator[tuple[str, Path]]:
@@ -61,7 +56,7 @@ def imported_names(path: Path) -> Iterator[tuple[int, str]]:
     `from a import b` gives "a.b", which is right whether b is a module or an attribute of one. A relative import gives
     a name with leading dots.
     """
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    for node in ast.walk(parsed(path.read_text())):
         match node:
             case ast.Import():
                 yield from ((node.lineno, alias.name) for alias in node.names)
@@ -97,11 +92,10 @@ def direction_violations(tree: Path) -> list[str]:
 
 def torch_violations(tree: Path) -> list[str]:
     """Imports of torch in modules that a router loads."""
-    files = [f for s in TORCH_FREE_SOURCES for f in ([tree / s] if s.endswith(".py") else (tree / s).rglob("*.py"))]
     return [
         f"{path.relative_to(tree)}:{line} imports {name}"
-        for path in files
-        if path.exists()
+        for module, path in modules(tree)
+        if any(is_below(module, free) for free in TORCH_FREE)
         for line, name in imported_names(path)
         if is_below(name, "torch")
     ]
@@ -113,7 +107,7 @@ def all_violations(tree: Path) -> list[str]:
     for module, path in modules(tree):
         if module.rpartition(".")[2].startswith("_"):
             continue
-        body = ast.parse(path.read_text()).body
+        body = parsed(path.read_text()).body
         defines = any(
             isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom)
             for node in body
@@ -124,6 +118,34 @@ def all_violations(tree: Path) -> list[str]:
         if not exported and (defines or path.name != "__init__.py"):
             found.append(f"{module} has no __all__")
     return found
+
+
+def export_violations(tree: Path) -> list[str]:
+    """Names taken from a module of ours that its `__all__` does not offer; submodules excepted."""
+    own = dict(modules(tree))
+    found = []
+    for module, path in own.items():
+        for node in ast.walk(parsed(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not is_below(node.module or "", "dynamo"):
+                continue
+            source = (node.module or "").removeprefix("dynamo").lstrip(".")
+            if source in own:
+                offered = exported_names(own[source])
+                names = [alias.name for alias in node.names if f"{source}.{alias.name}" not in own]
+                found += [f"{module}:{node.lineno} takes {name} from {source}" for name in names if name not in offered]
+    return found
+
+
+def exported_names(path: Path) -> set[str]:
+    """What `__all__` lists."""
+    for node in parsed(path.read_text()).body:
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id="__all__")], value=value)
+                | ast.AnnAssign(target=ast.Name(id="__all__"), value=ast.expr() as value)
+            ):
+                return set(ast.literal_eval(value))
+    return set()
 
 
 def machine_path_violations(tree: Path) -> list[str]:
@@ -158,16 +180,10 @@ def test_what_a_router_loads_names_no_torch() -> None:
     assert torch_violations(ROOT) == []
 
 
-def test_what_a_router_loads_brings_in_no_torch_at_run_time() -> None:
-    names = ", ".join(TORCH_FREE)
-    done = python(f'import sys, {names}; print(sorted(m for m in sys.modules if m.split(".")[0] == "torch"))', "-P")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
-
-
-def test_a_front_process_brings_in_no_torch() -> None:
-    """Nor does a worker before it loads its model, so that what is wrong with its settings is told at once."""
-    names = "dynamo.serve.front_process, dynamo.serve.worker"
+# A worker loads its model late, so that what is wrong with its settings is told at once.
+@pytest.mark.parametrize("loaded", [TORCH_FREE, ("serve.front_process", "serve.worker")], ids=["router", "processes"])
+def test_torch_is_not_brought_in_at_run_time(loaded: tuple[str, ...]) -> None:
+    names = ", ".join(f"dynamo.{m}" for m, _ in modules(ROOT) if any(is_below(m, parent) for parent in loaded))
     done = python(f'import sys, {names}; print(sorted(m for m in sys.modules if m.split(".")[0] == "torch"))', "-P")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
@@ -208,6 +224,10 @@ def test_all_names_what_exists(module: str) -> None:
     missing = [name for name in exported if not hasattr(loaded, name)]
     assert missing == []
     assert len(set(exported)) == len(exported)
+
+
+def test_modules_take_from_one_another_only_what_is_offered() -> None:
+    assert export_violations(ROOT) == []
 
 
 def test_no_text_refers_to_the_machine_it_was_written_on() -> None:
@@ -280,6 +300,13 @@ def test_control_a_module_without_all_is_found(tmp_path: Path) -> None:
     write(tmp_path, "tiers/bad.py", "def f(): ...")
     write(tmp_path, "kvcache/__init__.py", "from dynamo.tiers import good")
     assert all_violations(tmp_path) == ["tiers.bad has no __all__", "kvcache has no __all__"]
+
+
+def test_control_a_name_that_is_not_offered_is_found(tmp_path: Path) -> None:
+    write(tmp_path, "tiers/__init__.py", "")
+    write(tmp_path, "tiers/disk.py", '__all__ = ["Disk"]\nclass Disk: ...\ndef inner(): ...')
+    write(tmp_path, "kvcache/cache.py", "from dynamo.tiers import disk\nfrom dynamo.tiers.disk import Disk, inner")
+    assert export_violations(tmp_path) == ["kvcache.cache:2 takes inner from tiers.disk"]
 
 
 @pytest.mark.parametrize("line", ["see /" + "work/x", "/" + "home/ann/kv", "../" + "shared/y", "/" + "root/v"])

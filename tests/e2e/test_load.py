@@ -30,7 +30,7 @@ async def request(port: int, rng: random.Random) -> str:
         "model": "demo",
         "prompt": [0, *rng.choices(range(300, 310), k=rng.randrange(1, 200))],
         "stream": True,
-        "max_tokens": rng.randrange(1, 40),
+        "max_tokens": rng.randrange(1, 20),
         "n": rng.choice([1, 1, 1, 2]),
         "temperature": rng.choice([0, 0.8]),
         "ignore_eos": True,

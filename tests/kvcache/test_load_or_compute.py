@@ -124,8 +124,8 @@ def test_what_is_sooner_computed_is_not_even_asked_for_once_the_tier_is_known(ca
 
 
 def test_a_load_that_was_given_up_leaves_what_it_read_in_host(cache, slow_reads):
-    observe(cache, token_s=0.004)
-    slow_reads[0] = 0.3
+    observe(cache, token_s=0.1)  # the prompt: about 26 s, so that patience is long enough for a read to begin
+    slow_reads[0] = 2.0
     assert open_s(cache)[1] == 0
     deadline = time.monotonic() + 20.0
     while not cache.lookup(TOKENS).host_tokens and time.monotonic() < deadline:

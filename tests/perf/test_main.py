@@ -25,6 +25,8 @@ OPTIONS = {
         "--url",
         "--server-pid",
         "--api-key",
+        "--workers",
+        "--dynamo-python",
         "--out",
     },
 }

@@ -432,6 +432,16 @@ def follow(index: SetIndex, **options: bool) -> Feed:
     return Feed(index, 0, name="v", foreign=ForeignKeys("v", b"m", SIZE), can_snapshot=False, **options)
 
 
+def in_step(index: SetIndex, num_batches: int) -> tuple[Engine, Feed]:
+    """An engine, and a feed that followed it from the start."""
+    engine, feed = Engine(random.Random(3), 1000), follow(index)
+    feed.replay_ended(asked(feed), is_complete=True)
+    for _ in range(num_batches):
+        engine.live()
+        feed.received(*engine.publish(), 0.0)
+    return engine, feed
+
+
 def settle_engine(feed: Feed, engine: Engine, lossy: random.Random | None = None) -> None:
     for _ in range(30):
         if not isinstance(need := feed.need, NeedReplay):
@@ -517,12 +527,7 @@ def test_a_batch_from_before_the_start_is_told_from_one_of_a_new_engine_by_its_t
 
 
 def test_answers_to_an_earlier_question_are_passed_over(index: SetIndex) -> None:
-    engine = Engine(random.Random(3), 1000)
-    feed = follow(index)
-    feed.replay_ended(asked(feed), is_complete=True)
-    for _ in range(4):
-        engine.live()
-        feed.received(*engine.publish(), 0.0)
+    engine, feed = in_step(index, num_batches=4)
     feed.connection_lost()
     question, answers = asked(feed), list(engine.ring)
     feed.connection_lost()
@@ -560,24 +565,14 @@ def test_a_gap_that_replay_cannot_fill_clears_the_worker_and_is_told_once(
 
 
 def test_an_engine_that_began_anew_is_known_by_its_numbers(index: SetIndex) -> None:
-    engine = Engine(random.Random(3), 1000)
-    feed = follow(index)
-    feed.replay_ended(asked(feed), is_complete=True)
-    for _ in range(4):
-        engine.live()
-        feed.received(*engine.publish(), 0.0)
+    engine, feed = in_step(index, num_batches=4)
     engine.restart()
     feed.received(*engine.publish(), 0.0)
     assert (feed.stats().restarts, index.claims()) == (1, {})
 
 
 def test_an_engine_that_began_anew_and_reached_the_same_number_is_known_by_its_past(index: SetIndex) -> None:
-    engine = Engine(random.Random(3), 1000)
-    feed = follow(index)
-    feed.replay_ended(asked(feed), is_complete=True)
-    for _ in range(4):
-        engine.live()
-        feed.received(*engine.publish(), 0.0)
+    engine, feed = in_step(index, num_batches=4)
     engine.restart()
     for _ in range(4):
         engine.live()
@@ -590,12 +585,7 @@ def test_an_engine_that_began_anew_and_reached_the_same_number_is_known_by_its_p
 
 
 def test_after_a_broken_connection_the_same_engine_goes_on(index: SetIndex) -> None:
-    engine = Engine(random.Random(3), 1000)
-    feed = follow(index)
-    feed.replay_ended(asked(feed), is_complete=True)
-    for _ in range(4):
-        engine.live()
-        feed.received(*engine.publish(), 0.0)
+    engine, feed = in_step(index, num_batches=4)
     feed.connection_lost()
     engine.live()
     feed.received(*engine.publish(), 0.0)

@@ -35,6 +35,7 @@ from dynamo.serve.engine.request import (
 )
 from dynamo.serve.errors import EngineDeadError, EngineOverloadedError, RequestFailedError
 from dynamo.serve.frontend import Frontend
+from dynamo.serve.http_server import HttpServer
 from dynamo.serve.migration import RoutedEngine
 from dynamo.serve.plane.session import WorkerSession
 from dynamo.serve.plane.worker_app import WorkerApp
@@ -414,22 +415,6 @@ CARD = WorkerCard(worker_id="worker-0", epoch=7, model="demo", fingerprint="00" 
 REPORT = LoadReport(num_running=3, num_waiting=1, prefill_tokens_waiting=5, used_blocks={"device": 9})
 
 
-class QuietServer(uvicorn.Server):
-    """uvicorn without signal handlers, and with an event for when it listens."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        self.listening.set()
-
-
 @asynccontextmanager
 async def serve_asgi(app: Any, path: Path | None) -> AsyncIterator[str]:
     """On a Unix socket, or a free loopback port if `path` is None."""
@@ -437,7 +422,7 @@ async def serve_asgi(app: Any, path: Path | None) -> AsyncIterator[str]:
     config = uvicorn.Config(
         app, uds=uds, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False
     )
-    server = QuietServer(config)
+    server = HttpServer(config)
     with contextlib.ExitStack() as stack:
         sockets, address = None, f"unix:{path}"
         if path is None:

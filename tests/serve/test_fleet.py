@@ -2,11 +2,10 @@ import asyncio
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -409,22 +408,6 @@ def test_more_workers_than_zmq_has_sockets_by_default(plane: Any, run: Any) -> N
 # --- real processes, and their ends
 
 
-@contextmanager
-def worker_processes(folder: Path, *names: str) -> Iterator[dict[str, "subprocess.Popen[bytes]"]]:
-    """Processes that start side by side."""
-    script = Path(__file__).with_name("fleet_worker.py")
-    with ExitStack() as stack:
-        processes = {}
-        for name in names:
-            command = [sys.executable, "-P", script, folder, name]
-            processes[name] = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
-            stack.callback(processes[name].kill)
-        for process in processes.values():
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
-        yield processes
-
-
 class Streams:
     """Requests that run for about two seconds each, spread over the workers of a fleet."""
 
@@ -454,79 +437,73 @@ class Streams:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_takes_only_its_own_requests_and_its_blocks_with_it(tmp_path: Path) -> None:
-    names = ("a", "b", "c")
+def test_processes_that_fall_silent_leave_or_die_take_only_what_is_theirs(
+    start_worker: Any, discovery: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(name: str) -> Any:
+        return start_worker(name, "--engine", "mocker", "--mocker-step-time", "0.01", "--mocker-token-time", "0")
 
-    async def test(processes: dict[str, "subprocess.Popen[bytes]"]) -> None:
+    async def test(workers: dict[str, Any]) -> None:
         router = make_router()
-        async with running(FolderDiscovery(tmp_path), router) as fleet:
+        async with running(FolderDiscovery(discovery), router, times=FleetTimes(silence_s=1.5)) as fleet:
             assert await fleet.wait_ready(30, num_workers=3)
-            streams = Streams(fleet, names, 4)
-            await until(lambda: streams.first_tokens == 12 and len(held_by(router)) == 3)
-            processes["b"].send_signal(signal.SIGKILL)
-            killed_s = time.monotonic()
-            await until(lambda: set(router.worker_ids) == {"a", "c"})
-            gone_s = time.monotonic() - killed_s
-            assert len(held_by(router)) == 2
-            assert gone_s < 1
-            outcomes = await streams.outcomes()
-            assert outcomes["a"] == outcomes["c"] == [150] * 4
-            assert [type(outcome) for outcome in outcomes["b"]] == [WorkerLostError] * 4
+            await _falls_silent(fleet, router, workers["b"])
+            await _leaves(fleet, router, workers["a"])
+            await _is_killed(fleet, router, workers["c"])
             # Another process takes the name, and starts with nothing.
-            again = worker_processes(tmp_path, "b")
-            await asyncio.to_thread(again.__enter__)
-            assert await fleet.wait_ready(30, num_workers=3)
-            assert len(held_by(router)) == 2
-            assert len(await collect(fleet.link("b"), request(max_tokens=5))) == 5
-            await asyncio.to_thread(again.__exit__, None, None, None)
-
-    with worker_processes(tmp_path, *names) as processes:
-        asyncio.run(asyncio.wait_for(test(processes), 60))
-
-
-@pytest.mark.slow
-def test_a_stopped_worker_is_noticed_by_its_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def test(processes: dict[str, "subprocess.Popen[bytes]"]) -> None:
-        router = make_router()
-        async with running(FolderDiscovery(tmp_path), router, times=FleetTimes(silence_s=1.5)) as fleet:
+            await asyncio.to_thread(start, "c")
             assert await fleet.wait_ready(30, num_workers=2)
-            streams = Streams(fleet, ("a", "b"), 2)
-            await until(lambda: streams.first_tokens == 4 and len(held_by(router)) == 2)
-            processes["b"].send_signal(signal.SIGSTOP)
-            stopped_s = time.monotonic()
-            await until(lambda: router.worker_ids == ("a",))
-            assert time.monotonic() - stopped_s < 3
             assert len(held_by(router)) == 1
-            outcomes = await streams.outcomes()
-            assert outcomes["a"] == [150] * 2
-            assert [type(outcome) for outcome in outcomes["b"]] == [WorkerLostError] * 2
-            processes["b"].send_signal(signal.SIGCONT)
-            assert await fleet.wait_ready(30, num_workers=2)
+            assert len(await collect(fleet.link("c"), request(max_tokens=5))) == 5
 
-    with worker_processes(tmp_path, "a", "b") as processes, caplog.at_level(logging.WARNING):
-        asyncio.run(asyncio.wait_for(test(processes), 60))
+    with ThreadPoolExecutor() as starting:
+        workers = dict(zip("abc", starting.map(start, "abc"), strict=True))
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(asyncio.wait_for(test(workers), 90))
     assert any("worker b is lost: nothing was heard of it for 1." in record.message for record in caplog.records)
 
 
-@pytest.mark.slow
-def test_workers_come_and_go_under_load_and_no_request_fails(tmp_path: Path) -> None:
-    async def test(processes: dict[str, "subprocess.Popen[bytes]"]) -> None:
-        router = make_router()
-        async with running(FolderDiscovery(tmp_path), router) as fleet:
-            assert await fleet.wait_ready(30, num_workers=2)
-            streams = Streams(fleet, ("a", "b"), 4)
-            await until(lambda: streams.first_tokens == 8 and len(held_by(router)) == 2)
-            processes["a"].send_signal(signal.SIGTERM)
-            told_s = time.monotonic()
-            await until(lambda: router.worker_ids == ("b",))
-            assert time.monotonic() - told_s < 1
-            assert len(held_by(router)) == 1
-            assert fleet.link("a") is None
-            assert await streams.outcomes() == {"a": [150] * 4, "b": [150] * 4}
-            assert await asyncio.to_thread(processes["a"].wait, 30) == 0
+async def _falls_silent(fleet: Fleet, router: Router, b: Any) -> None:
+    streams = Streams(fleet, "abc", 4)
+    await until(lambda: streams.first_tokens == 12 and len(held_by(router)) == 3)
+    b.process.send_signal(signal.SIGSTOP)
+    stopped_s = time.monotonic()
+    await until(lambda: set(router.worker_ids) == {"a", "c"})
+    assert time.monotonic() - stopped_s < 3
+    assert len(held_by(router)) == 2
+    outcomes = await streams.outcomes()
+    assert outcomes["a"] == outcomes["c"] == [150] * 4
+    assert [type(outcome) for outcome in outcomes["b"]] == [WorkerLostError] * 4
+    b.process.send_signal(signal.SIGCONT)
+    assert await fleet.wait_ready(30, num_workers=3)
+    await until(lambda: len(held_by(router)) == 3)
 
-    with worker_processes(tmp_path, "a", "b") as processes:
-        asyncio.run(asyncio.wait_for(test(processes), 60))
+
+async def _leaves(fleet: Fleet, router: Router, a: Any) -> None:
+    """On SIGTERM: nothing new goes there at once, and what runs there comes to its end."""
+    streams = Streams(fleet, "abc", 4)
+    await until(lambda: streams.first_tokens == 12)
+    a.process.send_signal(signal.SIGTERM)
+    told_s = time.monotonic()
+    await until(lambda: set(router.worker_ids) == {"b", "c"})
+    assert time.monotonic() - told_s < 1
+    assert len(held_by(router)) == 2
+    assert fleet.link("a") is None
+    assert await streams.outcomes() == {name: [150] * 4 for name in "abc"}
+    assert await asyncio.to_thread(a.process.wait, 30) == 0
+
+
+async def _is_killed(fleet: Fleet, router: Router, c: Any) -> None:
+    streams = Streams(fleet, "bc", 4)
+    await until(lambda: streams.first_tokens == 8)
+    c.process.kill()
+    killed_s = time.monotonic()
+    await until(lambda: router.worker_ids == ("b",))
+    assert time.monotonic() - killed_s < 1
+    assert len(held_by(router)) == 1
+    outcomes = await streams.outcomes()
+    assert outcomes["b"] == [150] * 4
+    assert [type(outcome) for outcome in outcomes["c"]] == [WorkerLostError] * 4
 
 
 def held_by(router: Router) -> list[int]:

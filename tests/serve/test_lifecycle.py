@@ -112,8 +112,9 @@ def test_a_body_that_never_arrives_does_not_hold_up_the_end(start_server: Any, n
             server.process.send_signal(signal.SIGTERM)
         assert client.recv(65536).startswith(b"HTTP/1.1 503 ")
         assert server.process.wait(20) in (0, 1)
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 15  # the drain alone would take twice as long
     assert "Traceback" not in server.log
+    assert "timeout graceful shutdown exceeded" not in server.log  # uvicorn's, of a connection that it had to cut
 
 
 def test_junk_connections_leave_one_line_in_the_log(start_server: Any) -> None:

@@ -5,17 +5,16 @@ from collections.abc import Callable
 
 from dynamo.router.chain import PrefixChain
 
-__all__ = ["FIRST_BLOCKS", "boundaries"]
+__all__ = ["FIRST_BLOCKS", "STEP_BLOCKS", "boundaries"]
 
 FIRST_BLOCKS = 64
 """What is hashed at least: little enough for a prompt that nobody knows."""
 
-_STEP_BLOCKS = 256  # at most this much is hashed beyond the deepest holder
+STEP_BLOCKS = 256
+"""At most this much is hashed beyond the deepest holder."""
 
 
-def boundaries(
-    chain: PrefixChain, mask_of: Callable[[int], int], is_known: Callable[[int], bool] | None = None
-) -> list[tuple[int, int]]:
+def boundaries(chain: PrefixChain, mask_of: Callable[[int], int]) -> list[tuple[int, int]]:
     """(depth, holders that have the blocks before `depth` and not the one there), depth ascending, 1 or more.
 
     Only a few blocks are looked at: one in every stretch of 256, and some eight for each boundary. Hashes no further than
@@ -24,30 +23,28 @@ def boundaries(
 
     Args:
         mask_of: holders of a key, a bit each, 0 for none.
-        is_known: if given, `mask_of` is asked for known keys only, and whoever knows a key knows all before it.
     """
     end = chain.num_blocks
     keys = chain.hashed(FIRST_BLOCKS)
-    if not end or (is_known and not is_known(keys[0])):
+    if not end:
         return []
     found: list[tuple[int, int]] = []
     mask = mask_of(keys[0])
     at, last = 0, min(FIRST_BLOCKS, end) - 1
     while mask:
-        last_mask = mask_of(keys[last]) if not is_known or is_known(keys[last]) else 0
+        last_mask = mask_of(keys[last])
         if last_mask != mask:
             ascending = keys[at : last + 1]
             ascending.reverse()
-            unknown = bisect_left(ascending, True, key=is_known) if is_known and not last_mask else 0
             below = len(ascending)
             while mask != last_mask:
-                below = bisect_left(ascending, mask, unknown, below, key=mask_of)  # so many blocks have fewer holders
-                next_mask = mask_of(ascending[below - 1]) if below > unknown else 0
+                below = bisect_left(ascending, mask, 0, below, key=mask_of)  # so many blocks have fewer holders
+                next_mask = mask_of(ascending[below - 1]) if below else 0
                 found.append((last + 1 - below, mask & ~next_mask))
                 mask = next_mask
         if last == end - 1:
             break
-        at, last = last, min(last + _STEP_BLOCKS, end - 1)
+        at, last = last, min(last + STEP_BLOCKS, end - 1)
         if mask:
             keys = chain.hashed(last + 1)
     if mask:

@@ -13,23 +13,22 @@ class IndexStats:
     Attributes:
         num_workers: slots in use.
         num_blocks: different blocks.
+        num_runs: stretches of blocks that follow one another and have the same holders.
         num_entries: of workers that are there.
         num_unswept: entries of workers that left or were cleared, not forgotten yet; the next sweeps take them.
-        num_open_lanes: tiers of workers with blocks whose predecessors they do not hold; prompts that such a worker shares
-            are gone through block by block.
         num_predicted: blocks in predictions, those that expired and are not swept yet included.
         num_predictions_evicted: predicted blocks that the bound forgot before their time, since the start.
         num_refused: stored blocks that the bound kept out, since the start.
         entries: by slot and tier.
-        slot_bytes: by slot: its records, and its share of the table.
+        slot_bytes: by slot: its share of the table.
         num_bytes: memory of everything.
     """
 
     num_workers: int
     num_blocks: int
+    num_runs: int
     num_entries: int
     num_unswept: int
-    num_open_lanes: int
     num_predicted: int
     num_predictions_evicted: int
     num_refused: int

@@ -1,52 +1,75 @@
-"""How far each worker reaches along a sequence, block by block: exact whatever holes there are."""
+"""How far each worker reaches along a sequence, run by run: exact whatever holes there are."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from dynamo.router.boundaries import FIRST_BLOCKS, STEP_BLOCKS
 from dynamo.router.chain import PrefixChain
+from dynamo.router.runs import Run
 
-__all__ = ["Levels", "slots_in", "walk"]
+__all__ = ["Levels", "prefixes", "slots_in", "walk"]
 
 Levels = tuple[int, int, int, int]
 """For each tier, the workers (bit `1 << slot`) that hold a block there or in a faster one."""
 
-_STEP_BLOCKS = 64
+
+def prefixes(chain: PrefixChain, runs: Mapping[int, Run], holders: int) -> list[tuple[int, int]]:
+    """(depth, holders that have all blocks before `depth` and not the one there), depth ascending, 1 or more.
+
+    Args:
+        holders: bits of those that matter.
+    """
+    num_blocks = chain.num_blocks
+    keys = chain.hashed(FIRST_BLOCKS)
+    found: list[tuple[int, int]] = []
+    alive, at = holders, 0
+    while at < num_blocks:
+        if at >= len(keys):
+            chain.hashed(at + STEP_BLOCKS)
+        run = runs.get(keys[at])
+        mask = run.mask & alive if run is not None else 0
+        if mask != alive:
+            if at:
+                found.append((at, alive & ~mask))
+            alive = mask
+        if run is None or not alive:
+            return found
+        end = at + len(run.keys)
+        if end <= len(keys) and keys[end - 1] == run.keys[-1]:
+            at = end  # as a rule; see `_end`
+        else:
+            at = _end(chain, keys, at, run)
+    found.append((num_blocks, alive))
+    return found
 
 
 def walk(
-    chain: PrefixChain,
-    masks: Mapping[int, int],
-    levels: Callable[[int], Levels],
-    expected: Sequence[tuple[int, int]],
+    chain: PrefixChain, runs: Mapping[int, Run], levels: Callable[[int], Levels], expected: Sequence[tuple[int, int]]
 ) -> dict[int, list[int]]:
     """slot → leading blocks in each tier or a faster one; workers without the first block are absent.
 
     Args:
-        masks: holders of a key.
         levels: what a mask means.
         expected: (depth, workers of whom just `depth` leading blocks are predicted), as `boundaries` gives them.
     """
+    keys = chain.hashed(FIRST_BLOCKS)
     ends = dict(expected)
     predicted = sum(ends.values())  # no worker is in two of them
-    present = _present(levels(masks.get(chain.hashed(1)[0], 0)), predicted)
-    alive = list(present)
+    first = runs.get(keys[0])
+    alive = list(_present(levels(first.mask if first is not None else 0), predicted))
     rows = {slot: [0, 0, 0, 0] for slot in slots_in(alive[-1])}
-    previous: int | None = None
-    start = 0
-    while start < chain.num_blocks and alive[-1]:
-        end = min(start + _STEP_BLOCKS, chain.num_blocks)
-        stretch = list(map(masks.get, chain.hashed(end)[start:end]))
-        if stretch[0] == previous and not ends and stretch.count(previous) == len(stretch):
-            start = end
-            continue
-        for position, mask in enumerate(stretch, start):
-            if position in ends:
-                predicted &= ~ends.pop(position)
-            elif mask is previous:
-                continue
-            previous = mask
-            present = _present(levels(mask or 0), predicted)
-            _drop(alive, present, position, rows)
-        start = end
+    at = 0
+    while at < chain.num_blocks and alive[-1]:
+        next_end = min(ends, default=chain.num_blocks)
+        if not alive[-1] & ~predicted:
+            at = next_end  # nobody drops out before, whoever holds what
+        else:
+            if at >= len(keys):
+                chain.hashed(at + STEP_BLOCKS)
+            run = runs.get(keys[at])
+            _drop(alive, _present(levels(run.mask if run is not None else 0), predicted), at, rows)
+            at = min(next_end, at + 1 if run is None else _end(chain, keys, at, run))
+        predicted &= ~ends.pop(at, 0)
     _drop(alive, (0, 0, 0, 0), chain.num_blocks, rows)
     return rows
 
@@ -57,6 +80,26 @@ def slots_in(workers: int) -> Iterator[int]:
         low = workers & -workers
         yield low.bit_length() - 1
         workers ^= low
+
+
+def _end(chain: PrefixChain, keys: Sequence[int], at: int, run: Run) -> int:
+    """Up to where the sequence, which is in a run at `at`, stays in it.
+
+    A key commits to all blocks before it, so that two of the same run are as far apart in the sequence as in the run, with
+    the same blocks between them.
+    """
+    run_keys = run.keys
+    start = 0 if run_keys[0] == keys[at] else run_keys.index(keys[at])
+    end = min(at + len(run_keys) - start, chain.num_blocks)
+    while True:
+        seen = min(end, len(keys))
+        if keys[seen - 1] != run_keys[start + seen - 1 - at]:
+            shift = start - at
+            return bisect_left(range(seen), True, at + 1, seen, key=lambda i: keys[i] != run_keys[i + shift])
+        if seen == end:
+            return end
+        at, start = seen - 1, start + seen - 1 - at
+        chain.hashed(seen + STEP_BLOCKS)
 
 
 def _present(levels: Levels, predicted: int) -> Levels:

@@ -59,11 +59,7 @@ _ROUTER_GAUGES: Final[_Table[RouterStats]] = (
     ("index_blocks", "Different blocks in the index.", lambda stats: stats.index.num_blocks),
     ("index_bytes", "Memory of the index.", lambda stats: stats.index.num_bytes),
     ("index_unswept_entries", "Entries of what is gone, not forgotten yet.", lambda stats: stats.index.num_unswept),
-    (
-        "index_open_lanes",
-        "Workers' tiers that hold blocks without their predecessors.",
-        lambda s: s.index.num_open_lanes,
-    ),
+    ("index_runs", "Stretches of blocks with the same holders.", lambda stats: stats.index.num_runs),
     ("index_predicted_blocks", "Blocks expected from routed requests.", lambda stats: stats.index.num_predicted),
 )
 _WORKER_GAUGES: Final[_Table[WorkerStats]] = (

@@ -116,7 +116,7 @@ def _loading(load: WorkerLoad, reach: Reach, num_tokens: int) -> tuple[float, in
     """Seconds to get the prefix back from slower tiers, and tokens that need not be computed then.
 
     What loads slower than it computes is computed, as the worker's own planner decides. At least one token is computed, since
-    its result begins the answer.
+    its result begins the answer, and with it the block that it ends.
     """
     num_blocks, load_s = reach.device, 0.0
     if reach.remote > num_blocks:
@@ -128,4 +128,6 @@ def _loading(load: WorkerLoad, reach: Reach, num_tokens: int) -> tuple[float, in
                 num_blocks += below - above
             above = below
     cached_tokens = num_blocks * load.block_size
-    return load_s, cached_tokens if cached_tokens < num_tokens else max(0, num_tokens - 1)
+    if cached_tokens >= num_tokens:
+        cached_tokens = max(0, (num_tokens - 1) // load.block_size * load.block_size)
+    return load_s, cached_tokens

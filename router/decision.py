@@ -98,7 +98,7 @@ class Decision:
         worker_id: the worker.
         mode: of the router.
         reason: what settled it: "cost", "tie" (of equal costs, at random), "sampled" (by temperature), "session", "pin",
-            "turn", "random" or "only" (no other may take it).
+            "turn", "random", "only" (no other may take it) or "busy" (explained only: it would wait, since all are).
         chosen: its expected cost.
         best_cached_tokens: the most that any worker has of the prompt, whether or not it may take it.
         num_tokens: of the prompt.

@@ -144,7 +144,7 @@ class Roster:
             self._num_busy += 1 if member.is_busy else -1
 
     def eligible(self, query: RouteQuery, now_s: float) -> list[Member]:
-        """Members that may take the request, at least one. The list is not the caller's to change.
+        """Members that may take the request now, at least one. The list is not the caller's to change.
 
         Raises:
             RouteError: there is none; nothing was changed.
@@ -154,19 +154,27 @@ class Roster:
         has_no_wishes = query.pin is None and query.allowed is None and not query.exclude
         if has_no_wishes and not self._num_busy and self._ready and self._fits_all(query):
             return self._ready
-        asked: Iterable[Member] = self._members.values()
-        if query.pin is not None:
-            asked = [self._members[query.pin]] if query.pin in self._members else ()
-        taking = [member for member in asked if self._refusal(member, query) is None]
-        if not taking:
-            raise self._nobody(query)
-        near = [member for member in taking if member.aside_until_s <= now_s] or taking
+        near = self.taking(query, now_s)
         free = [member for member in near if not member.is_busy]
         if free:
             return free
         if query.pin is not None:
             raise PinnedWorkerBusyError(f"worker {query.pin!r}, to which the request is pinned, is busy", query.pin)
         raise AllBusyError(f"all {len(near)} workers that may take the request are busy")
+
+    def taking(self, query: RouteQuery, now_s: float) -> list[Member]:
+        """Members that may take the request now or once they are not busy any more, at least one.
+
+        Raises:
+            NoWorkersError, PinnedWorkerError: there is none.
+        """
+        asked: Iterable[Member] = self._members.values()
+        if query.pin is not None:
+            asked = [self._members[query.pin]] if query.pin in self._members else ()
+        taking = [member for member in asked if self._refusal(member, query) is None]
+        if not taking:
+            raise self._nobody(query)
+        return [member for member in taking if member.aside_until_s <= now_s] or taking
 
     def refusal(self, member: Member, query: RouteQuery, now_s: float) -> str | None:
         """Why a member may not take the request; None if it may."""

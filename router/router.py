@@ -172,7 +172,7 @@ class Router:
         if now_s >= self._tick_at_s:
             self.tick()
         try:
-            draft = self._draft(query, now_s, self._rng)
+            draft = self._draft(query, now_s, self._rng, self._roster.eligible)
         except RouteError as error:
             self._meter.failures[type(error).__name__] += 1
             raise
@@ -188,12 +188,20 @@ class Router:
     def explain(self, query: RouteQuery) -> Decision:
         """What `route` would answer now, with the cost at every worker. Books nothing and changes nothing.
 
+        Where all that may take the request are busy, the reason is "busy", and the worker the one it would get if it were
+        not.
+
         Raises:
-            RouteError: as `route`.
+            NoWorkersError, PinnedWorkerError: as `route`.
         """
         now_s = self._clock()
-        draft = self._draft(query, now_s, self._explaining_rng)
-        may_take = set(map(id, draft.members))
+        try:
+            draft = self._draft(query, now_s, self._explaining_rng, self._roster.eligible)
+            may_take = set(map(id, draft.members))
+        except AllBusyError:
+            draft = self._draft(query, now_s, self._explaining_rng, self._roster.taking)
+            draft.reason = "busy"
+            may_take = set()
         candidates = [
             self._candidate(
                 draft, one, query, now_s, None if id(one) in may_take else self._roster.refusal(one, query, now_s)
@@ -252,15 +260,21 @@ class Router:
 
     # --- steps of a decision
 
-    def _draft(self, query: RouteQuery, now_s: float, rng: random.Random) -> "_Draft":
-        """The choice, without any consequence but the random numbers drawn."""
+    def _draft(
+        self,
+        query: RouteQuery,
+        now_s: float,
+        rng: random.Random,
+        find: Callable[[RouteQuery, float], Sequence[Member]],
+    ) -> "_Draft":
+        """The choice among the members that `find` finds, without any consequence but the random numbers drawn."""
         begun_s = time.perf_counter()
         if self.config.mode == "direct" and query.pin is None:
             raise PinnedWorkerError(
                 "the router is in direct mode, in which every request names its worker; name one, or choose another mode",
                 None,
             )
-        members = self._roster.eligible(query, now_s)
+        members = find(query, now_s)
         looking_s = time.perf_counter()
         lookup = self._lookup.ask(query, now_s) if self.config.mode == "kv" else NO_LOOKUP
         looked_s = time.perf_counter() - looking_s
@@ -320,13 +334,14 @@ class Router:
     ) -> Decision:
         block_size = draft.member.load.block_size
         longest = max((reach.remote for reach in draft.lookup.reaches.values()), default=0) * block_size
+        whole_blocks = (query.num_tokens - 1) // block_size * block_size
         hash_s = draft.lookup.hash_s
         return Decision(
             worker_id=chosen.worker_id,
             mode=self.config.mode,
             reason=draft.reason,
             chosen=chosen,
-            best_cached_tokens=max(chosen.cached_tokens, min(longest, query.num_tokens - 1)),
+            best_cached_tokens=max(chosen.cached_tokens, min(longest, whole_blocks)),
             num_tokens=query.num_tokens,
             num_candidates=len(draft.members),
             overhead=Overhead(

@@ -55,7 +55,10 @@ def render_fleet_banner(
         ("model", description),
         ("context", f"{served.max_model_len} tokens"),
         ("workers", str(len(cards)) if cards else "none yet; requests wait for one"),
-        *((card.worker_id, _tiers(card)) for card in cards),
+        *(
+            (card.worker_id, _tiers(card))
+            for card in sorted(cards, key=lambda card: (len(card.worker_id), card.worker_id))
+        ),
         ("listening", f"{url}  ({_PATHS})"),
     ]
     return _render(rows, served.name, server, url)

@@ -5,16 +5,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from dynamo.serve.config import SECTIONS, Config, LoadedConfig, load_config
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.options import Option, switch
-from dynamo.serve.roles import Role, check_role
+from dynamo.serve.roles import Role, check_role, settings_of
 
 __all__ = ["Command", "parse_command_line"]
 
 _PROGRAM = "python -m dynamo.serve"
+_PARTS: Final = {Role.SERVER: "[frontend | worker] ", Role.FRONTEND: "frontend ", Role.WORKER: "worker "}
+_DESCRIPTIONS: Final = {
+    Role.SERVER: "Serves a language model over a tiered KV cache, with OpenAI's API. One process does all, unless --workers "
+    "says how many compute. 'frontend' starts only the front of workers that are found in --discovery DIR; 'worker' "
+    "starts one of those. Each has a --help of its own.",
+    Role.FRONTEND: "The front alone: takes the clients' requests, and sends each to one of the workers that register in "
+    "--discovery DIR, or of the servers of other makes that --external names. It computes nothing.",
+    Role.WORKER: "One worker alone: computes what the fronts that look for it in --discovery DIR send. No client reaches it.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,7 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
     role = Role.SERVER
     if rest and rest[0] in (Role.FRONTEND.value, Role.WORKER.value):
         role = Role(rest.pop(0))
-    namespace = vars(_parser().parse_args(rest))
+    namespace = vars(_parser(role).parse_args(rest))
     file = namespace.pop("config")
     flags: dict[str, Any] = {key: value for key, value in namespace.items() if value is not None}
     loaded = load_config(None if file is None else Path(file), flags)
@@ -56,16 +65,15 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
     return Command(role, loaded, show_config)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(role: Role) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=_PROGRAM,
-        usage=f"{_PROGRAM} [config] [frontend | worker] [MODEL] [flags]",
-        description="Serves a language model over a tiered KV cache, with OpenAI's API. One process does all, unless --workers "
-        "says how many compute. 'frontend' starts only the front of workers that are found in --discovery DIR; 'worker' "
-        "starts one of those.",
+        usage=f"{_PROGRAM} [config] {_PARTS[role]}[MODEL] [flags]",
+        description=_DESCRIPTIONS[role],
         epilog=f"'{_PROGRAM} config [flags]' prints the effective configuration as TOML and where each value came from.",
         allow_abbrev=False,
     )
+    taken = settings_of(role)
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it")
     defaults = Config()
     for section, entries in SECTIONS.items():
@@ -77,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
                 "default": None,
             }
             key = f"{section}.{entry.name}"
+            if key not in taken:
+                arguments["help"] = argparse.SUPPRESS  # read all the same, so that the refusal can say where it belongs
             if entry.flag is None:
                 group.add_argument(key, nargs="?", **arguments)
             elif entry.notation.is_list:

@@ -336,7 +336,7 @@ def _parsed(entry: Option, value: Any, source: str) -> Any:
     try:
         return entry.notation.parse(value)
     except ValueError as error:
-        shown = "the value" if entry.secret else repr(value)
+        shown = "the value" if entry.secret else ", ".join(map(repr, value)) if isinstance(value, list) else repr(value)
         where = "" if source.startswith("--") else f"{source}: "
         raise ConfigError(
             f"{where}{entry.flag or entry.metavar}: {shown} is not accepted; accepted is {error}"

@@ -44,7 +44,7 @@ def refusal_of(error: BaseException, *, method: str = "", path: str = "") -> Req
             message = "the worker that served this request was lost; send the request again"
             return RequestError(message, status=503, type="service_unavailable", code="worker_lost")
         case NoWorkerError():
-            message = f"no worker can take this request now: {error}; try again in a moment"
+            message = f"{error}; try again in a moment"
             return RequestError(message, status=503, type="service_unavailable", code="no_worker")
         case RequestFailedError():
             return RequestError(f"the request failed: {error}", status=500, type="server_error", code="request_failed")

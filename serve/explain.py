@@ -1,5 +1,6 @@
 """POST /router/explain: which worker a request would go to, and why. Nothing is generated, booked or remembered."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Protocol
 
 import msgspec
@@ -26,6 +27,10 @@ class Routed(Protocol):
         """See `dynamo.serve.migration.RoutedEngine.explain`."""
         ...
 
+    async def worker_metrics(self) -> Mapping[str, bytes | None]:
+        """See `dynamo.serve.migration.RoutedEngine.worker_metrics`."""
+        ...
+
 
 class Blocks(Struct):
     """How long a run of the prompt's leading blocks a worker holds: in the tier itself or a faster one."""
@@ -44,6 +49,9 @@ class Candidate(Struct, kw_only=True):
     queue_s: Annotated[float, Meta(description="Until the requests ahead let it begin.")]
     load_s: Annotated[float, Meta(description="To get blocks back from slower tiers.")]
     compute_s: Annotated[float, Meta(description="To compute the rest of the prompt.")]
+    balance_s: Annotated[
+        float, Meta(description="Added to that where much was computed lately; taken off where little.")
+    ]
     decode_s: Annotated[float, Meta(description="What running requests slow it down, weighted.")]
     cached_tokens: Annotated[int, Meta(description="Prompt tokens that need not be computed there.")]
     blocks: Blocks
@@ -55,7 +63,9 @@ class Explanation(Struct, kw_only=True):
 
     worker_id: str
     mode: str
-    reason: Annotated[str, Meta(description="What settled it, such as cost, tie, session or pin.")]
+    reason: Annotated[
+        str, Meta(description="What settled it, such as cost, tie, session or pin; busy: it would wait, since all are.")
+    ]
     prompt_tokens: int
     cached_tokens: int
     best_cached_tokens: Annotated[int, Meta(description="The most that any worker that may take it holds.")]
@@ -122,6 +132,7 @@ def _candidate(cost: CandidateCost) -> Candidate:
         queue_s=cost.queue_s,
         load_s=cost.load_s,
         compute_s=cost.compute_s,
+        balance_s=cost.balance_s,
         decode_s=cost.decode_s,
         cached_tokens=cost.cached_tokens,
         blocks=Blocks(reach.device, reach.host, reach.disk, reach.remote),

@@ -95,6 +95,10 @@ class ExternalMember:
         if self._stay is not None:
             self._stay.drain()
 
+    async def fetch_metrics(self) -> bytes | None:
+        """See `Member.fetch_metrics`."""
+        return None
+
     async def _until_ill(self) -> None:
         num_failures = 0
         while num_failures < _MAX_HEALTH_FAILURES:

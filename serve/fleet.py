@@ -16,6 +16,7 @@ from dynamo.router.subscriber import SubscriberStats
 from dynamo.router.workers import LoadReport, WorkerCard
 from dynamo.serve.discovery import Discovery, Joined, Left
 from dynamo.serve.engine.request import EngineStats
+from dynamo.serve.errors import WorkerLostError
 from dynamo.serve.external_member import ExternalMember
 from dynamo.serve.members import ExternalServer, Member, RegisteredMember
 from dynamo.serve.plane.link import WorkerLink
@@ -154,6 +155,12 @@ class Fleet:
             for worker_id, member in sorted(self._members.items())
         )
 
+    async def metrics(self) -> dict[str, bytes | None]:
+        """The pages for Prometheus of all registered workers, by name; None for one that did not answer in time."""
+        members = [member for member in self._members.values() if isinstance(member, RegisteredMember)]
+        pages = await asyncio.gather(*(_page_of(member) for member in members))
+        return {member.worker_id: page for member, page in zip(members, pages, strict=True)}
+
     def totals(self) -> EngineStats:
         """The workers' own numbers summed; counters include workers that have left, and those of before a restart."""
         reports = [member.report for member in self._members.values() if member.is_ready]
@@ -265,6 +272,14 @@ def _zmq_context() -> "zmq.Context[zmq.Socket[bytes]]":
     # A stream takes three sockets, so that the usual limit of 1023 would be that of some 340 workers.
     context.set(zmq.MAX_SOCKETS, context.get(zmq.SOCKET_LIMIT))
     return context
+
+
+async def _page_of(member: Member) -> bytes | None:
+    try:
+        return await member.fetch_metrics()
+    except WorkerLostError as error:
+        logger.debug("%s", error)  # the page of all workers says which one is missing
+        return None
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -187,6 +187,12 @@ class RouterSettings:
         metavar="SECONDS",
         flag="--router-waiting-timeout",
     )
+    no_worker_timeout: float = option(
+        10.0,
+        "seconds that a request waits where no worker may take it, such as while one is restarted; then 503",
+        _SECONDS_OR_NONE,
+        metavar="SECONDS",
+    )
     migration_limit: int = option(
         3,
         "how often a request is carried on at another worker when the one it runs on is lost",

@@ -173,6 +173,7 @@ class _Front:
             max_model_len=self._text.max_model_len,
             block_size=self._config.cache.block_size,
             migration_limit=migration_limit,
+            no_worker_timeout_s=self._config.router.no_worker_timeout,
         )
         async with contextlib.AsyncExitStack() as stack:  # what is entered last ends first
             collectors: list[Collector] = [

@@ -43,6 +43,7 @@ from dynamo.serve.reply import Reply, ReplyPlan
 from dynamo.serve.routing_hints import no_such_worker, read_fields, routing_hints
 from dynamo.serve.served_model import ServedModel
 from dynamo.serve.validation import RequestDecoder
+from dynamo.serve.worker_metrics import METRICS_OF_WORKERS_PATH, merge_metrics
 
 __all__ = ["MAX_BODY_BYTES", "Frontend"]
 
@@ -149,6 +150,8 @@ class Frontend:
                 self._authorize(exchange)
             elif scope["path"].startswith(ADMIN_PREFIX):
                 self._authorize(exchange)
+                if self._admin is None:
+                    raise _no_administration(scope["path"], is_front=self._routed is not None)
                 if self._api_key is None:
                     check_local(scope, exchange.headers.get("host", ""))
             await self._router(scope, receive, send)
@@ -182,6 +185,7 @@ class Frontend:
         ]
         if self._routed is not None:
             table.append(("POST", EXPLAIN_PATH, self._explaining(self._routed)))
+            table.append(("GET", METRICS_OF_WORKERS_PATH, self._scraping(self._routed)))
         if self._admin is not None:
             table += [(op.method, op.path, self._administer(self._admin, op)) for op in OPERATIONS]
         return [Route(path, _Endpoint(path, handler), methods=[method]) for method, path, handler in table]
@@ -301,6 +305,14 @@ class Frontend:
         body = generate_latest(self._registry)
         await send_body(send, exchange, 200, body, content_type=CONTENT_TYPE_LATEST.encode())
 
+    def _scraping(self, routed: Routed) -> Handler:
+        async def handle(exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+            pages = await run_interruptible(routed.worker_metrics(), receive, self._arriving)
+            body = await asyncio.to_thread(merge_metrics, pages)
+            await send_body(send, exchange, 200, body, content_type=CONTENT_TYPE_LATEST.encode())
+
+        return handle
+
     async def _openapi_json(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         await send_body(send, exchange, 200, self._openapi)
 
@@ -309,6 +321,15 @@ class Frontend:
 
     async def _root(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         await send_body(send, exchange, 307, b"", [(b"location", b"/docs")])
+
+
+def _no_administration(path: str, *, is_front: bool) -> RequestError:
+    why = (
+        "a front keeps no cache, and the caches of workers are not administered over HTTP; /metrics/workers shows them"
+        if is_front
+        else "administration is off; start the server with --admin"
+    )
+    return RequestError(f"there is nothing at {path}: {why}", status=404, code="unknown_url")
 
 
 async def _refuse(send: Send, exchange: Exchange, refusal: RequestError, headers: Any) -> None:

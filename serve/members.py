@@ -23,6 +23,7 @@ from dynamo.serve.discovery import Registration
 from dynamo.serve.errors import WorkerLostError
 from dynamo.serve.external import ExternalModel
 from dynamo.serve.plane.link import WorkerLink
+from dynamo.serve.plane.scrape import fetch_metrics
 from dynamo.serve.plane.session import WorkerSession, fetch_snapshot, request_drain
 from dynamo.serve.stay import Stay, Surroundings
 
@@ -77,6 +78,14 @@ class Member(Protocol):
 
     async def drain(self) -> None:
         """Asks it to take nothing new and to leave."""
+        ...
+
+    async def fetch_metrics(self) -> bytes | None:
+        """Its page for Prometheus; None of a server of another make, which has one of its own for all to see.
+
+        Raises:
+            WorkerLostError: it does not answer.
+        """
         ...
 
 
@@ -184,6 +193,10 @@ class RegisteredMember:
         if self._stay is not None:
             self._stay.drain()
         await request_drain(self._registration.address, self.worker_id, self._registration.key)
+
+    async def fetch_metrics(self) -> bytes | None:
+        """See `Member.fetch_metrics`."""
+        return await fetch_metrics(self._registration.address, self.worker_id, self._registration.key)
 
     async def _connect(self) -> None:
         registration, around = self._registration, self._around

@@ -13,7 +13,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
@@ -56,6 +56,10 @@ class Fleet(Links, Protocol):
 
     def totals(self) -> EngineStats:
         """What all workers count, also those that have left."""
+        ...
+
+    async def metrics(self) -> Mapping[str, bytes | None]:
+        """The workers' own pages for Prometheus; None for one that did not answer."""
         ...
 
 
@@ -146,9 +150,13 @@ class RoutedEngine:
         """Which worker would get the request now, and why; nothing is booked and nobody waits.
 
         Raises:
-            RequestError, NoWorkerError, EngineOverloadedError: no worker would.
+            RequestError, NoWorkerError: none may take it.
         """
         return self._placer.explain(LiveRequest.begin(request, self._rng))
+
+    async def worker_metrics(self) -> Mapping[str, bytes | None]:
+        """The workers' own pages for Prometheus, by name; None for one that did not answer in time."""
+        return await self._fleet.metrics()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[OutputDelta], None]:
         """See `Engine.generate`.

@@ -19,6 +19,7 @@ from dynamo.serve.openai import (
     ModelList,
 )
 from dynamo.serve.routing_hints import FIELD_OF_HEADER
+from dynamo.serve.worker_metrics import METRICS_OF_WORKERS_PATH
 
 __all__ = ["openapi_document"]
 
@@ -146,7 +147,16 @@ def _router_paths(ref_of: Mapping[type[Any], dict[str, Any]]) -> dict[str, Any]:
                     **_error_responses(*_GENERATING_ERRORS),
                 },
             }
-        }
+        },
+        METRICS_OF_WORKERS_PATH: {
+            "get": {
+                "operationId": "getMetricsOfWorkers",
+                "summary": "The workers' own metrics for Prometheus, with a label worker",
+                "tags": ["Operation"],
+                "security": [],
+                "responses": {"200": _response("Metrics.", {"type": "string"}, "text/plain")},
+            }
+        },
     }
 
 

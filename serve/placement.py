@@ -7,7 +7,6 @@ from typing import Protocol
 
 from dynamo.router.decision import Decision, RouteQuery
 from dynamo.router.errors import (
-    AllBusyError,
     NoWorkersError,
     PinnedWorkerError,
     WaitedTooLongError,
@@ -94,15 +93,13 @@ class Placer:
         """Where the request would go now, with the costs at all workers. Books nothing and waits for nothing.
 
         Raises:
-            RequestError: 404 or 503, the worker it is pinned to may not serve it; 429, all workers are busy.
+            RequestError: 404 or 503, the worker it is pinned to may not serve it.
             NoWorkerError: no worker may serve it.
         """
         try:
             return self._router.explain(query_of(live, live.tokens(), self._barred(live)))
         except PinnedWorkerError as error:
             raise self._pin_refusal(error) from error
-        except AllBusyError as error:
-            raise _no_room(str(error)) from error
         except NoWorkersError as error:
             raise NoWorkerError(str(error)) from error
 

@@ -9,7 +9,7 @@ from typing import Final
 from dynamo.serve.config import SECTIONS, Config, LoadedConfig
 from dynamo.serve.errors import ConfigError
 
-__all__ = ["Role", "check_role"]
+__all__ = ["Role", "check_role", "settings_of"]
 
 
 class Role(Enum):
@@ -52,6 +52,17 @@ _ALONE: Final = _COMPUTING | _all_of("server") | {"fleet.workers"}
 _SUPERVISOR: Final = ((_FRONT | _WORKER) - {"fleet.worker_id"}) | {"fleet.workers"}
 
 
+def settings_of(role: Role) -> frozenset[str]:
+    """What --help shows of this role, as "section.name": of the parts what they take, and of the whole all there is."""
+    match role:
+        case Role.FRONTEND:
+            return _FRONT
+        case Role.WORKER:
+            return _WORKER
+        case Role.SERVER:
+            return _all_of(*SECTIONS)
+
+
 def check_role(role: Role, loaded: LoadedConfig) -> None:
     """Makes sure that the settings mean something to a process of this role, and go together.
 
@@ -84,7 +95,7 @@ def _taken_by(role: Role, config: Config) -> tuple[frozenset[str], str]:
 def _way_out(key: str, role: Role) -> str:
     match role, key:
         case _, "server.admin":
-            return "it administers the cache of a server of one process"
+            return "it administers the cache of a server of one process; /metrics/workers shows the caches of workers"
         case Role.SERVER, "fleet.worker_id":
             return "give it to 'worker', which starts one worker"
         case Role.SERVER, _:

@@ -19,7 +19,7 @@ import msgspec
 
 from dynamo.serve.engine.request import RoutingHints
 from dynamo.serve.errors import RequestError
-from dynamo.serve.openai import DynamoFields
+from dynamo.serve.openai import MAX_PRIORITY, DynamoFields
 
 __all__ = ["FIELD_OF_HEADER", "no_such_worker", "read_fields", "routing_hints"]
 
@@ -29,6 +29,10 @@ FIELD_OF_HEADER: Final = {
     "x-dynamo-session-id": "session",
     "x-dynamo-priority": "priority",
     "x-dynamo-timing": "timing",
+}
+_ACCEPTED: Final = {
+    "priority": f"expected a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}",
+    "timing": "expected 1 or 0, true or false",
 }
 _MAX_SHOWN_CHARS = 80
 
@@ -94,7 +98,7 @@ def _header_value(header: str, name: str, text: str) -> Any:
         # Not strict: headers are text, so numbers and truth values are read from it.
         fields = msgspec.convert({name: raw}, DynamoFields, strict=False)
     except msgspec.ValidationError as error:
-        what = str(error).partition(" - at ")[0]
+        what = _ACCEPTED.get(name) or str(error).partition(" - at ")[0].replace(" | null`", "`")
         raise RequestError(
             f"invalid value {_shown(text)} in header {header}: {what[:1].lower()}{what[1:]}",
             param=header,

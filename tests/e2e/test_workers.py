@@ -1,7 +1,6 @@
 """Several worker processes behind fronts: real processes, real sockets, real kills."""
 
 import asyncio
-import contextlib
 import fcntl
 import json
 import logging

@@ -41,12 +41,12 @@ def test_of_two_prefixes_the_longer_one_wins(make_fleet):
     assert fleet.route(PROMPT)[0].worker_id == "w2"
 
 
-def test_one_token_is_computed_even_if_all_are_held(make_fleet):
+def test_the_last_token_and_its_block_are_computed_even_if_all_are_held(make_fleet):
     fleet = make_fleet(2)
     fleet.hold("w0", PROMPT)
     decision, _ = fleet.route(PROMPT)
-    assert decision.cached_tokens == 159
-    assert fleet.load("w0").prefill_tokens == 1
+    assert decision.cached_tokens == 144
+    assert fleet.load("w0").prefill_tokens == 16
 
 
 def test_a_prefix_of_another_salt_or_adapter_is_none(make_fleet):
@@ -128,7 +128,7 @@ def test_predictions_expire(make_fleet):
     fleet = make_fleet(2, prediction_ttl_s=5.0)
     fleet.route(PROMPT)
     fleet.clock.now_s += 4.9
-    assert fleet.router.explain(fleet.query(PROMPT)).best_cached_tokens == 159
+    assert fleet.router.explain(fleet.query(PROMPT)).best_cached_tokens == 144
     fleet.clock.now_s += 0.2
     assert fleet.router.explain(fleet.query(PROMPT)).best_cached_tokens == 0
 
@@ -694,6 +694,21 @@ def test_explain_names_all_workers_the_cheapest_first_and_why_others_may_not(mak
     )
 
 
+def test_where_all_are_busy_it_is_explained_which_of_them_it_would_get(make_fleet):
+    fleet = make_fleet(0, busy_requests=1.0)
+    fleet.slots = {name: fleet.join(name, max_running=1) for name in ("w0", "w1")}
+    fleet.hold("w1", range(64))
+    bookings = [fleet.route([number])[1] for number in range(2)]
+    decision = fleet.router.explain(fleet.query(PROMPT))
+    assert (decision.worker_id, decision.reason, decision.cached_tokens) == ("w1", "busy", 64)
+    assert {one.worker_id: one.refused for one in decision.candidates} == {"w0": "busy", "w1": "busy"}
+    with pytest.raises(NoWorkersError):
+        fleet.router.explain(fleet.query(PROMPT, exclude=frozenset({"w0", "w1"})))
+    for booking in bookings:
+        booking.free()
+    assert fleet.router.explain(fleet.query(PROMPT)).reason == "cost"
+
+
 def test_predicted_and_actual_cached_tokens_are_compared(make_fleet):
     fleet = make_fleet(1)
     fleet.hold("w0", range(64))
@@ -704,7 +719,7 @@ def test_predicted_and_actual_cached_tokens_are_compared(make_fleet):
     fleet.route(PROMPT)[1].free()
     stats = fleet.router.stats()
     assert (stats.reported_tokens, stats.reported_predicted_tokens, stats.actual_cached_tokens) == (160, 64, 48)
-    assert (stats.prompt_tokens, stats.predicted_cached_tokens) == (320, 64 + 159)
+    assert (stats.prompt_tokens, stats.predicted_cached_tokens) == (320, 64 + 144)
     assert stats.decisions == {("kv", "only"): 2}
     assert stats.total_s.count == stats.hash_s.count == 2
     assert stats.total_s.total_s > 0

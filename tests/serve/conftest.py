@@ -278,6 +278,7 @@ class Workers:
     def __init__(self, router: Router, *links: ScriptedWorker) -> None:
         self.router = router
         self.links: dict[str, ScriptedWorker] = {}
+        self.pages: dict[str, bytes | None] = {}
         for link in links:
             self.join(link)
 
@@ -318,6 +319,9 @@ class Workers:
             cached_prompt_tokens=0,
             generated_tokens=0,
         )
+
+    async def metrics(self) -> dict[str, bytes | None]:
+        return self.pages
 
     async def start(self) -> None: ...
 

@@ -55,6 +55,7 @@ OPTIONS = {
         "--router-busy-blocks",
         "--router-max-waiting",
         "--router-waiting-timeout",
+        "--no-worker-timeout",
         "--migration-limit",
     ],
 }
@@ -276,3 +277,8 @@ def test_the_printed_configuration_can_be_loaded_again(tmp_path: Path) -> None:
     assert again.config == command.loaded.config
     assert 'device_cache = "64MiB"  # --device-cache' in printed
     assert "port = 8000  # default" in printed
+
+
+def test_an_item_of_a_list_that_is_not_accepted_is_shown_as_it_was_written() -> None:
+    with pytest.raises(ConfigError, match=r"^--external: 'nonsense' is not accepted; accepted is an address"):
+        load_config(None, {"fleet.external": ["nonsense"]})

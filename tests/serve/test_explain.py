@@ -5,7 +5,9 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from dynamo.router.workers import LoadReport
 from dynamo.serve.errors import EngineOverloadedError, WorkerLostError
 from dynamo.serve.openapi import openapi_document
 
@@ -113,8 +115,8 @@ def test_the_router_explains_what_it_would_do_and_does_nothing(front: Any, worke
         answer = post(server, "/router/explain", asked).json()
         assert answer["object"] == "list" and len(answer["data"]) == 2
         warm, cold = answer["data"]
-        assert (warm["worker_id"], warm["prompt_tokens"], warm["cached_tokens"]) == (served, 8, 7), (
-            "the last one is always computed"
+        assert (warm["worker_id"], warm["prompt_tokens"], warm["cached_tokens"]) == (served, 8, 4), (
+            "the last one is always computed, with its block"
         )
         assert cold["cached_tokens"] == cold["best_cached_tokens"] == 0
         by_worker = {candidate["worker_id"]: candidate for candidate in warm["candidates"]}
@@ -140,6 +142,41 @@ def test_what_cannot_be_routed_is_not_explained_either(front: Any, worker: Any) 
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)
 
 
+def test_where_all_workers_are_busy_that_is_explained_and_no_refusal(front: Any, worker: Any) -> None:
+    server = front(busy_requests=1.0, waiting_timeout_s=0.05)
+
+    def crowd() -> None:
+        for name in ("a", "b"):
+            server.house.workers.join(worker(name), max_running=1)
+            server.house.router.report(name, LoadReport(num_running=4, num_waiting=0, prefill_tokens_waiting=0))
+
+    server.call(crowd)
+    assert post(server, "/v1/completions", COMPLETION).json()["error"]["code"] == "workers_busy"
+    answer = post(server, "/router/explain", COMPLETION)
+    assert answer.status_code == 200
+    (explanation,) = answer.json()["data"]
+    assert (explanation["reason"], explanation["worker_id"] in ("a", "b")) == ("busy", True)
+    assert {one["worker_id"]: one["refused"] for one in explanation["candidates"]} == {"a": "busy", "b": "busy"}
+
+
+def test_the_workers_own_metrics_are_on_a_page_of_the_front(front: Any, worker: Any) -> None:
+    server = front(worker("a"), worker("b"), api_key="secret")
+    server.house.workers.pages = {"a": b"# HELP x_total X.\n# TYPE x_total counter\nx_total 3.0\n", "b": None}
+    page = httpx.get(server.url + "/metrics/workers")
+    assert page.headers["content-type"].startswith("text/plain")
+    families = {family.name: family.samples for family in text_string_to_metric_families(page.text)}
+    assert [(sample.labels, sample.value) for sample in families["x"]] == [({"worker": "a"}, 3)]
+    assert [sample.value for sample in families["dynamo_worker_scraped"]] == [1, 0]
+
+
+def test_what_a_front_does_not_have_is_refused_in_a_sentence(front: Any, worker: Any, serve: Any) -> None:
+    refusal = httpx.get(front(worker("a")).url + "/admin/cache")
+    assert (refusal.status_code, refusal.json()["error"]["code"]) == (404, "unknown_url")
+    assert "a front keeps no cache" in refusal.json()["error"]["message"]
+    assert "start the server with --admin" in httpx.get(serve().url + "/admin/cache").json()["error"]["message"]
+    assert httpx.get(serve().url + "/metrics/workers").status_code == 404
+
+
 def test_explaining_takes_the_key_that_generating_takes(front: Any, worker: Any) -> None:
     server = front(worker("a"), api_key="secret")
     refused = post(server, "/router/explain", CHAT)
@@ -154,7 +191,7 @@ def test_without_a_router_there_is_nothing_to_explain(serve: Any) -> None:
 def test_the_document_has_the_routers_endpoint_where_there_is_one(front: Any, worker: Any) -> None:
     served = httpx.get(front(worker("a")).url + "/openapi.json").json()
     assert served == openapi_document(routed=True)
-    assert set(served["paths"]) - set(openapi_document()["paths"]) == {"/router/explain"}
+    assert set(served["paths"]) - set(openapi_document()["paths"]) == {"/router/explain", "/metrics/workers"}
     references = {part.split('"')[0] for part in json.dumps(served).split("#/components/schemas/")[1:]}
     assert references <= set(served["components"]["schemas"])
     assert {"DynamoFields", "Explanation", "Candidate", "RouteTiming"} <= references

@@ -3,7 +3,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from dynamo.kvcache.event_publisher import EventPublisher
 from dynamo.kvcache.events import EventLog, Snapshot
@@ -33,6 +35,13 @@ from dynamo.serve.stay import FleetTimes
 CARD = WorkerCard(worker_id="", epoch=1, model="demo", fingerprint="00" * 8, hash_version=1, block_size=16)
 PROMPT = list(range(100))
 KEYS = block_keys(PROMPT, 16, chain_root(bytes.fromhex(CARD.fingerprint), 16))
+
+
+class Counted(Collector):
+    """Something that a worker counts."""
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily("dynamo_test", "Something.", 1)
 
 
 class LocalWorker:
@@ -71,6 +80,7 @@ class LocalWorker:
                 ),
                 snapshot=lambda: self.take_snapshot(),
                 publish_load=publisher.publish_load,
+                collectors=[Counted()],
                 times=SessionTimes(report_s=0.05),
             )
             async with plane.asgi(self.app, f"{self.path}.http") as address:
@@ -147,6 +157,28 @@ def test_a_worker_takes_requests_once_its_blocks_are_known(plane: Any, scripted:
             assert (stats.worker_id, stats.epoch, stats.is_ready) == ("w", 1, True)
             assert stats.feed is not None
             assert stats.feed.feed.snapshots == 1
+
+    run(test())
+
+
+def test_workers_are_asked_for_their_metrics_and_one_that_does_not_answer_is_none(
+    plane: Any, scripted: Any, run: Any
+) -> None:
+    async def test() -> None:
+        discovery, router = MemoryDiscovery(), make_router()
+        workers = [LocalWorker(name, scripted(), plane.folder) for name in ("w", "mute")]
+        async with (
+            workers[0].serving(plane) as there,
+            workers[1].serving(plane) as mute,
+            running(discovery, router) as fleet,
+        ):
+            for registration in (there, replace(mute, address=f"unix:{plane.folder}/nobody")):
+                await discovery.register(registration)
+            assert await fleet.wait_ready(5)
+            pages = await fleet.metrics()
+            assert pages["mute"] is None
+            assert pages["w"] is not None
+            assert b"dynamo_test_total 1.0" in pages["w"]
 
     run(test())
 

@@ -62,6 +62,18 @@ def test_flags_that_would_do_nothing_are_refused_with_where_they_belong(argument
         parse_command_line(arguments)
 
 
+def test_each_part_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*arguments: str) -> str:
+        with pytest.raises(SystemExit):
+            parse_command_line([*arguments, "--help"])
+        return capsys.readouterr().out
+
+    front, worker, whole = shown("frontend"), shown("worker"), shown()
+    assert "--router-mode" in front and "--router-mode" not in worker and "Router:" not in worker
+    assert "--host-cache" in worker and "--host-cache" not in front and "Cache:" in front
+    assert all(flag in whole for flag in ("--router-mode", "--host-cache", "--worker-id", "--workers", "--admin"))
+
+
 def test_one_file_serves_all_parts(tmp_path: Path) -> None:
     file = tmp_path / "dynamo.toml"
     file.write_text('[cache]\nhost_cache = "2GiB"\n[server]\nport = 9000\n[router]\nmode = "random"\n')

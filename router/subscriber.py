@@ -116,6 +116,7 @@ class Subscriber:
         self._needed = asyncio.Event()
         self._heard = asyncio.Event()
         self._next_load_seq: int | None = None
+        self._complaint = ""
         self._load_messages = self._lost_load = self._malformed = self._snapshot_failures = self._disconnects = 0
         self._is_connected = self._is_silent = self._is_stopped = False
 
@@ -286,8 +287,12 @@ class Subscriber:
                 message = await self._fetch_snapshot()
         except Exception as error:  # noqa: BLE001 - the owner's code, and the network behind it
             self._snapshot_failures += 1
-            _log.warning("no snapshot of what %s holds: %s; trying again", self._name, error or type(error).__name__)
+            reason = str(error) or type(error).__name__
+            if reason != self._complaint:
+                self._complaint = reason
+                _log.warning("no snapshot of what %s holds: %s; trying again until there is one", self._name, reason)
             return
+        self._complaint = ""
         self._feed.snapshot_arrived(message, _BLOCKS_A_TURN)
         while self._feed.is_loading:
             await asyncio.sleep(0)

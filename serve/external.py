@@ -27,7 +27,15 @@ import msgspec
 from dynamo.serve.engine.request import GenerationRequest, OutputDelta
 from dynamo.serve.errors import EngineOverloadedError, RequestError, WorkerLostError
 from dynamo.serve.external_answer import ExternalAnswer, Spelling
-from dynamo.serve.external_wire import Chunk, ModelCards, completion_body, error_of, read_bounded, read_chunks
+from dynamo.serve.external_wire import (
+    UNREADABLE,
+    Chunk,
+    ModelCards,
+    completion_body,
+    error_of,
+    read_bounded,
+    read_chunks,
+)
 
 __all__ = ["ExternalModel", "ExternalTimeouts", "ExternalWorker"]
 
@@ -170,7 +178,7 @@ class ExternalWorker:
             try:
                 if response.status != 200:
                     raise self._refusal(response.status, await read_bounded(response.content))
-                async for chunks, is_done in read_chunks(response.content):
+                async for chunks, is_done in read_chunks(response.content, self._timeouts.idle_s):
                     if deltas := answer.take(chunks, is_done):
                         yield deltas
                     if answer.is_over:
@@ -179,7 +187,7 @@ class ExternalWorker:
                         raise answer.failure
             finally:
                 response.close()  # not released: the server is to notice at once that nobody listens
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, *UNREADABLE) as error:
             failure = answer.broken(f"{type(error).__name__}: {error}")
         else:
             failure = answer.broken("its answer ended before the text did")
@@ -220,7 +228,7 @@ class ExternalWorker:
             raise self._lost(f"/v1/models answers {status}: {error_of(body).message}")
         try:
             cards = msgspec.json.decode(body, type=ModelCards).data
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise self._lost(f"/v1/models is not as at OpenAI: {error}") from error
         for card in cards:
             if self._wanted_model in (None, card.id):
@@ -238,7 +246,7 @@ class ExternalWorker:
             raise self._lost(f"/v1/completions answers {status}: {error_of(body).message}")
         try:
             choices = msgspec.json.decode(body, type=Chunk).choices
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise self._lost(f"/v1/completions is not as at OpenAI: {error}") from error
         return bool(choices and choices[0].token_ids)
 

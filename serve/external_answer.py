@@ -12,6 +12,7 @@ __all__ = ["ExternalAnswer", "Spelling"]
 
 _FINISH_REASONS: Final[dict[str, FinishReason]] = {"stop": "stop", "length": "length"}
 _TOKEN_ID_KEY: Final = "token_id:"
+_MAX_TOKEN_ID: Final = (1 << 32) - 1
 
 
 class Spelling(Protocol):
@@ -50,6 +51,7 @@ class ExternalAnswer:
         self._worker_id = worker_id
         self._spelling = spelling
         self._max_model_len = max_model_len
+        self._num_prompt_tokens = len(request.prompt_token_ids)
         self._num_top = request.sampling.num_logprobs
         self._text = OutputText(request, spelling, eos_token_ids=eos_token_ids, max_model_len=max_model_len)
         self._has_token_ids = has_token_ids
@@ -89,7 +91,8 @@ class ExternalAnswer:
                 break
             if self._last is not None and chunk.usage is not None:
                 details = chunk.usage.prompt_tokens_details
-                self._last.num_cached_tokens = (details.cached_tokens if details else None) or 0
+                found = (details.cached_tokens if details else None) or 0
+                self._last.num_cached_tokens = min(max(0, found), self._num_prompt_tokens)
                 is_last_due = True
         return deltas + self.drain() if is_last_due else deltas
 
@@ -129,6 +132,9 @@ class ExternalAnswer:
         if choice.token_ids is None and choice.text:
             self.failure = WorkerLostError(self._worker_id, "it no longer sends token ids")
         for token_id in choice.token_ids or ():
+            if not 0 <= token_id <= _MAX_TOKEN_ID:
+                self.failure = WorkerLostError(self._worker_id, f"it sent the token id {token_id}")
+                break
             text, delta.finish_reason, delta.stop_reason = self._text.push(token_id)
             texts.append(text)
             delta.token_ids.append(token_id)

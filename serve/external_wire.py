@@ -3,6 +3,7 @@
 Whatever a server sends is bounded in size, and fields that are not known here are passed over.
 """
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
@@ -12,7 +13,17 @@ import msgspec
 from dynamo.serve.engine.request import GenerationRequest
 from dynamo.serve.openai import ErrorBody
 
-__all__ = ["Choice", "Chunk", "Logprobs", "ModelCards", "completion_body", "error_of", "read_bounded", "read_chunks"]
+__all__ = [
+    "UNREADABLE",
+    "Choice",
+    "Chunk",
+    "Logprobs",
+    "ModelCards",
+    "completion_body",
+    "error_of",
+    "read_bounded",
+    "read_chunks",
+]
 
 _MAX_EVENT_BYTES: Final = 8 << 20
 _MAX_BODY_BYTES: Final = 1 << 20
@@ -70,6 +81,9 @@ class ModelCards(msgspec.Struct):
     data: list[ServedCard]
 
 
+UNREADABLE: Final = (ValueError, RecursionError)
+"""What is raised for bytes that are no JSON of the form expected: msgspec's errors, text that is no UTF-8, endless nesting."""
+
 _chunks = msgspec.json.Decoder(Chunk)
 
 
@@ -116,7 +130,7 @@ def error_of(body: bytes | Any) -> ErrorBody:
     if isinstance(body, bytes):
         try:
             value = msgspec.json.decode(body)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             value = body.decode(errors="replace")
     if isinstance(value, dict) and "error" in value:
         value = value["error"]
@@ -147,21 +161,34 @@ async def read_bounded(content: aiohttp.StreamReader) -> bytes:
     return b"".join(parts)
 
 
-async def read_chunks(content: aiohttp.StreamReader) -> AsyncIterator[tuple[list[Chunk], bool]]:
+async def read_chunks(content: aiohttp.StreamReader, idle_s: float) -> AsyncIterator[tuple[list[Chunk], bool]]:
     """The chunks of a stream of events, as many as have arrived together, and whether `[DONE]` was among the events.
 
+    Args:
+        idle_s: a server that sends only comments for so long, which keep the connection alive, has nothing to say.
+
     Raises:
-        ValueError: an event is no chunk, or larger than any chunk is.
+        TimeoutError: nothing but comments came for too long.
+        ValueError, RecursionError: an event is no chunk, or larger than any chunk is.
     """
-    buffer = b""
+    unfinished = bytearray()
+    heard_s = time.monotonic()
     while part := await _read(content):
-        # Events end with an empty line; servers write either kind of line break.
-        *events, buffer = (buffer + part).replace(b"\r\n", b"\n").split(b"\n\n")
-        if len(buffer) > _MAX_EVENT_BYTES:
-            raise ValueError(f"an event is larger than {_MAX_EVENT_BYTES} bytes")
+        begun = max(0, len(unfinished) - 3)
+        unfinished += part
+        # Events end with an empty line; servers write either kind of line break. Only what is new is searched for one.
+        if unfinished.find(b"\n\n", begun) < 0 and unfinished.find(b"\n\r\n", begun) < 0:
+            if len(unfinished) > _MAX_EVENT_BYTES:
+                raise ValueError(f"an event is larger than {_MAX_EVENT_BYTES} bytes")
+            continue
+        *events, rest = bytes(unfinished).replace(b"\r\n", b"\n").split(b"\n\n")
+        unfinished = bytearray(rest)
         data = [line[5:].strip() for event in events for line in event.split(b"\n") if line.startswith(b"data:")]
         if data:
             yield [_chunks.decode(text) for text in data if text != b"[DONE]"], b"[DONE]" in data
+            heard_s = time.monotonic()
+        elif time.monotonic() - heard_s > idle_s:
+            raise TimeoutError(f"nothing but comments came for {idle_s:g} s")
 
 
 async def _read(content: aiohttp.StreamReader) -> bytes:

@@ -29,8 +29,8 @@ class LiveRequest:
         is_cached_known: that worker was lost, so that what it said last stands.
         num_attempts: how many workers began it.
         num_failures: how many of them were lost.
-        failed: workers that were lost under it, each with the way there: they are not asked again until there is another
-            way, that of a new incarnation or connection.
+        failed: workers that were lost under it, or were about to leave, each with the way there: they are not asked again
+            until there is another way, that of a new incarnation or connection.
         refused: workers that had no room for it since it last got on.
         last_error: of the last worker that was lost.
         lost_at_s: `time.perf_counter()` when it lost its worker, while no other one has delivered; None else.

@@ -198,8 +198,12 @@ class RoutedEngine:
         """Decides what becomes of a request whose attempt failed; returns if it is to be tried elsewhere."""
         live, worker_id = attempt.live, attempt.worker_id
         if isinstance(error, WorkerDrainingError | EngineOverloadedError) and not attempt.num_tokens:
-            self.migrations.refused["draining" if isinstance(error, WorkerDrainingError) else "overloaded"] += 1
-            live.refused.add(worker_id)
+            if isinstance(error, WorkerDrainingError):
+                self.migrations.refused["draining"] += 1
+                live.failed[worker_id] = attempt.placement.link  # for good, where the want of room may be over soon
+            else:
+                self.migrations.refused["overloaded"] += 1
+                live.refused.add(worker_id)
             if live.request.routing.worker is not None:
                 raise error
             return

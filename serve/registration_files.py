@@ -86,9 +86,13 @@ def write_entry(path: Path, registration: Registration) -> None:
     with suppress(FileNotFoundError):
         unfinished.unlink()
     fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(content)
-    unfinished.replace(path)
+    try:
+        with open(fd, "wb") as file:
+            file.write(content)
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(slots=True)

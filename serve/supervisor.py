@@ -1,7 +1,8 @@
 """Keeps worker processes running: starts them, shows what they say, restarts those that die, ends all of them in order.
 
 starting ──ready──► running ──dies──► backoff: 0.5, 1, 2, … s ──► starting
-    └─dies, five times in a row─► given up; before the server was ever ready that ends the server
+    └─dies, five times in a row─► ends the server if it was never ready, or if all others are in the same state;
+                                  else tried again every 30 s: what it lacks may be there again
 """
 
 import asyncio
@@ -58,7 +59,6 @@ class _Kept:
     ready_since_s: float | None = None
     num_deaths: int = 0  # in a row
     num_restarts: int = 0
-    is_given_up: bool = False
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=20))
 
 
@@ -108,7 +108,7 @@ class Supervisor(Collector):
         return all(kept.ready_since_s is not None for kept in self._workers.values())
 
     def establish(self) -> None:
-        """The server as a whole is ready: from now on a worker that cannot be kept is given up and the others go on."""
+        """The server as a whole is ready: from now on a worker that cannot be kept does not end it while there are others."""
         self._is_established = True
 
     async def failed(self) -> WorkerStartError:
@@ -225,24 +225,30 @@ class Supervisor(Collector):
         if kept.ready_since_s is not None and (code == 0 or now_s - kept.ready_since_s >= _STEADY_S):
             kept.num_deaths = 0  # it was well, or somebody asked it to leave
         kept.num_deaths += 1
-        is_usage = code == _EXIT_USAGE and not was_ready and not self._is_established
-        if not is_usage and kept.num_deaths < _MAX_DEATHS:
-            return float(min(self._backoff_s * 2 ** (kept.num_deaths - 1), _MAX_BACKOFF_S))
-        kept.is_given_up = True
+        kept.ready_since_s = None
         worker_id = kept.command.worker_id
         last = kept.last_lines[-1] if kept.last_lines else "it said nothing"
-        if is_usage:  # it says itself what is wrong, and another try would say the same
+        if code == _EXIT_USAGE and not was_ready and not self._is_established:
+            # It says itself what is wrong, and another try would say the same.
             self._fail(WorkerStartError(f"{worker_id}: {last.removeprefix('error: ')}", code))
             return None
-        sentence = f"{worker_id} ended {kept.num_deaths} times in a row, last with {_describe(code)}: {last}"
-        logger.error("%s; giving it up", sentence)
-        if not self._is_established or all(other.is_given_up for other in self._workers.values()):
-            self._fail(WorkerStartError(sentence))
-        return None
+        if kept.num_deaths >= _MAX_DEATHS:
+            sentence = f"{worker_id} ended {kept.num_deaths} times in a row, last with {_describe(code)}: {last}"
+            if not self._is_established or all(map(_cannot_be_kept, self._workers.values())):
+                logger.error("%s; giving it up", sentence)
+                self._fail(WorkerStartError(sentence))
+                return None
+            if kept.num_deaths == _MAX_DEATHS:
+                logger.error("%s; the others go on, and it is tried again ever more seldom", sentence)
+        return float(min(self._backoff_s * 2 ** min(kept.num_deaths - 1, 16), _MAX_BACKOFF_S))
 
     def _fail(self, error: WorkerStartError) -> None:
         if not self._failure.done():
             self._failure.set_result(error)
+
+
+def _cannot_be_kept(kept: _Kept) -> bool:
+    return kept.ready_since_s is None and kept.num_deaths >= _MAX_DEATHS
 
 
 def _describe(code: int) -> str:

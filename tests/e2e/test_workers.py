@@ -360,8 +360,8 @@ def test_a_stopped_server_lets_its_streams_come_to_their_end_and_leaves_nothing(
     client = start("--workers", "2", *SMALL, *MOCKER, environment={"TMPDIR": str(temporary)})
     children = children_of(client.server.process.pid)
     assert len(children) == 2
-    (private,) = temporary.glob("dynamo-*")
-    locked = os.open(private, os.O_RDONLY)
+    (settings,) = temporary.rglob("workers.toml")
+    locked = os.open(settings.parent, os.O_RDONLY)
     with pytest.raises(BlockingIOError):  # so that it is not tidied up while the server runs
         fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(locked)

@@ -235,6 +235,21 @@ def test_a_registration_that_cannot_be_written_is_told_once_and_written_when_it_
     assert len(caplog.records) == 3
 
 
+def test_a_full_disk_is_told_and_leaves_no_pieces(tmp_path: Path, run: Any) -> None:
+    async def test() -> None:
+        discovery = FolderDiscovery(tmp_path / "fleet")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+        try:
+            with pytest.raises(ConfigError, match="cannot be written"):
+                await discovery.register(registration("a"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert list((tmp_path / "fleet").iterdir()) == []
+
+    run(test())
+
+
 def test_what_is_no_registration_is_passed_over(tmp_path: Path, run: Any) -> None:
     async def test() -> None:
         folder = tmp_path / "fleet"

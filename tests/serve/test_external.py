@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,8 @@ class Foreign:
         error_after: sends this as an error event after two tokens.
         hold: never goes on after the first chunk.
         ends_itself: finish reason and stop reason of the end.
+        raw: pieces that come instead of all events; the last one again and again if `hold` is set.
+        models: this instead of the list of models.
         aborted: set when a client has left in the middle.
     """
 
@@ -48,6 +50,8 @@ class Foreign:
     cached_tokens: int | None = 3
     health: int = 200
     has_done: bool = True
+    raw: Sequence[bytes] = ()
+    models: bytes = json.dumps({"object": "list", "data": [{"id": "m", "max_model_len": 99, "root": "x"}]}).encode()
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[bytes, bytes]] = field(default_factory=list)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
@@ -62,7 +66,7 @@ class Foreign:
             case "/health":
                 await answer(send, self.health, {})
             case "/v1/models":
-                await answer(send, 200, {"object": "list", "data": [{"id": "m", "max_model_len": 99, "root": "x"}]})
+                await say(send, 200, self.models)
             case "/v1/completions":
                 self.headers.append(dict(scope["headers"]))
                 await self._complete(json.loads(body), receive, send)
@@ -94,6 +98,13 @@ class Foreign:
 
     async def _stream(self, body: dict[str, Any], send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for piece in self.raw:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        while self.raw and self.hold and not self.aborted.is_set():
+            await send({"type": "http.response.body", "body": self.raw[-1], "more_body": True})
+            await asyncio.sleep(0.02)
+        if self.raw:
+            return
         done = len(body["prompt"]) - len(PROMPT)
         ids = list(self.reply.encode())[done:][: body["max_tokens"]]
         for start in range(0, len(ids), self.tokens_per_chunk):
@@ -128,7 +139,10 @@ class Foreign:
 
 
 async def answer(send: Send, status: int, body: Any) -> None:
-    content = json.dumps(body).encode()
+    await say(send, status, json.dumps(body).encode())
+
+
+async def say(send: Send, status: int, content: bytes) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content, "more_body": False})
@@ -407,6 +421,43 @@ def test_the_last_token_is_not_lost_where_the_server_says_nothing_after_it(run: 
 def test_a_server_that_says_nothing_more_is_lost_in_time(run: Any, codec: Any) -> None:
     with pytest.raises(WorkerLostError, match="Timeout"):
         ask(run, codec, Foreign(hold=True), request(), timeouts=ExternalTimeouts(idle_s=0.2))
+
+
+DEEP = b'{"error":' + 20_000 * b"[" + 20_000 * b"]" + b"}"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        [b"<html>come again later</html>"],
+        [b"data: " + DEEP + b"\n\n"],
+        [b'data: {"choices": [{"text": "\xff", "token_ids": [65]}]}\n\n'],
+        [b'data: {"choices": [{"text": "a", "token_ids": [-1]}]}\n\n'],
+        [b'data: {"choices": [{"text": "a", "token_ids": [4294967296]}]}\n\n'],
+        [b"data: ", *(9 * [bytes(1 << 20)])],
+    ],
+    ids=["html", "deep", "no text", "negative", "too large an id", "endless"],
+)
+def test_a_server_that_says_what_it_must_not_is_lost(run: Any, codec: Any, raw: list[bytes]) -> None:
+    with pytest.raises(WorkerLostError):
+        ask(run, codec, Foreign(raw=raw), request())
+
+
+@pytest.mark.parametrize("models", [DEEP, b'{"data": [{"id": "\xff"}]}', b"<html>"], ids=["deep", "no text", "html"])
+def test_a_server_whose_models_cannot_be_read_is_lost(run: Any, codec: Any, models: bytes) -> None:
+    with pytest.raises(WorkerLostError, match="/v1/models"):
+        ask(run, codec, Foreign(models=models), request())
+
+
+def test_a_server_that_only_keeps_the_connection_alive_is_lost_in_time(run: Any, codec: Any) -> None:
+    timeouts = ExternalTimeouts(connect_s=2.0, idle_s=0.3, probe_s=2.0)
+    with pytest.raises(WorkerLostError, match="nothing but comments"):
+        ask(run, codec, Foreign(raw=[b": ping\n\n"], hold=True), request(), timeouts=timeouts)
+
+
+@pytest.mark.parametrize(("told", "believed"), [(-3, 0), (2, 2), (10**9, len(PROMPT))])
+def test_no_more_of_the_prompt_was_cached_than_there_is(run: Any, codec: Any, told: int, believed: int) -> None:
+    assert ask(run, codec, Foreign(cached_tokens=told), request())[-1].num_cached_tokens == believed
 
 
 def test_closing_the_generator_ends_the_request_there(run: Any, codec: Any) -> None:

@@ -358,6 +358,24 @@ def test_the_only_worker_lost_is_waited_for_and_carries_on_when_it_comes_back(
     run(work())
 
 
+def test_the_only_worker_about_to_leave_is_waited_for_until_it_is_back(run: Any, worker: Any, house: Any) -> None:
+    """As where the only worker is restarted in order: nobody is overloaded."""
+
+    async def work() -> None:
+        front = house(worker("a", [(0, WorkerDrainingError("a", "leaves"))] * 9), wait_s=5.0)
+        waiting = asyncio.create_task(front.collect(ask()))
+        await until(lambda: front.engine.migrations.refused == {"draining": 1})
+        front.workers.leave("a")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        front.workers.join(worker("a"), epoch=2)
+        assert told(await waiting)[0] == worker.reply
+        assert front.engine.migrations.refused == {"draining": 1}
+        front.check_nothing_is_left()
+
+    run(work())
+
+
 def test_a_lost_stream_that_finds_nobody_tells_what_happened_to_it(run: Any, worker: Any, house: Any) -> None:
     async def work() -> None:
         front = house(worker("a", [(7, lost("a"))] * 9), wait_s=0.05)

@@ -146,10 +146,12 @@ mark.touch()
         supervisor.establish()
         (broken,) = [int(line.split()[-1]) for line in output.text.splitlines() if line.startswith("a | pid")]
         os.kill(broken, signal.SIGKILL)
-        await output.has(lambda text: text.count("broken now") == 4)
+        await output.has(lambda text: text.count("broken now") == 6)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(supervisor.failed(), 0.2)
-        assert "a ended 5 times in a row, last with exit code 2: broken now; giving it up" in caplog.text
+        assert "a ended 5 times in a row, last with exit code 2: broken now; the others go on" in caplog.text
+        (tmp_path / "mark").unlink()  # what it lacked is there again
+        await output.has(lambda text: len(output.pids()) == 3)
 
     supervised([command("a", code), command("b", WAITS)], body)
 
@@ -183,6 +185,16 @@ def test_a_worker_that_cannot_be_started_now_is_tried_again(caplog: Any) -> None
         await output.has(lambda text: len(output.pids()) == 2)
 
     supervised([command("a", WAITS)], body, backoff_s=0.1)
+
+
+def test_when_no_worker_can_be_kept_the_server_ends() -> None:
+    async def body(supervisor: Supervisor, output: Output) -> None:
+        supervisor.establish()
+        failure = await supervisor.failed()
+        assert "times in a row, last with exit code 1: cannot go on" in str(failure)
+
+    broken = 'import sys; print("cannot go on"); sys.exit(1)'
+    supervised([command("a", broken), command("b", broken)], body)
 
 
 def test_stop_ends_all_even_those_that_do_not_listen() -> None:

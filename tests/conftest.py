@@ -16,7 +16,7 @@ import pytest
 
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h, linux/capability.h
 _TIMEOUT_S = 60.0
-_POLL_TIMEOUT_S = 30.0
+_POLL_TIMEOUT_S = 60.0
 _WORKER_TIERS = ("--threads", "1", "--device-cache", "16MiB", "--host-cache", "8MiB", "--disk-cache", "off")
 _SMALL_TIERS = ("--threads", "1", "--device-cache", "32MiB", "--host-cache", "32MiB")
 
@@ -145,7 +145,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
 
 @pytest.fixture(scope="session")
 def eventually() -> Callable[[Callable[[], bool]], None]:
-    """Polls a condition that no event tells of until it holds; fails after half a minute. Blocks: in a coroutine, use
+    """Polls a condition that no event tells of until it holds; fails after a minute. Blocks: in a coroutine, use
     `await asyncio.to_thread(eventually, condition)`."""
 
     def wait(condition: Callable[[], bool]) -> None:

@@ -78,7 +78,10 @@ def test_on_a_disk_that_gets_slow_a_cached_prompt_takes_no_more_than_five_percen
 def test_a_disk_at_full_speed_is_used(tmp_path: Path) -> None:
     with throttled_reads() as throttle:
         sudden, known = measure_throttled(
-            {"engine.engine": "mocker"},
+            {
+                "engine.engine": "mocker",
+                "mocker.prefill_rate": "6000",
+            },  # a busy machine loads in less than half a second
             tmp_path,
             throttle,
             bytes_per_s=None,

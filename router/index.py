@@ -78,7 +78,7 @@ class PrefixIndex:
         self._num_lower = 0  # lanes of other tiers than the first
         self._num_refused = 0
         self._levels: dict[int, Levels] = {}  # meanings of masks
-        self._reaches: dict[int, Reach] = {}  # of workers that have a device tier only, by depth
+        self._reaches: dict[tuple[int, ...], Reach] = {}
 
     def join(self) -> int:
         """A slot for a worker that holds nothing yet."""
@@ -175,10 +175,10 @@ class PrefixIndex:
             workers = self._predictions.workers
             expected = boundaries(chain, lambda key: workers(key, now_s))
         if self._num_lower or expected:
-            return {slot: Reach(*row) for slot, row in walk(chain, runs, self._meaning, expected).items()}
+            return {slot: self._reach(row) for slot, row in walk(chain, runs, self._meaning, expected).items()}
         found: dict[int, Reach] = {}
         for depth, mask in prefixes(chain, runs, self._live):
-            reach = self._uniform(depth)
+            reach = self._reach((depth,) * len(TIERS))
             lane = self._lanes.get(mask)
             if lane is not None:
                 found[lane.slot] = reach
@@ -293,12 +293,13 @@ class PrefixIndex:
             levels = self._levels[mask] = (device, host, disk, remote)
         return levels
 
-    def _uniform(self, depth: int) -> Reach:
-        reach = self._reaches.get(depth)
+    def _reach(self, row: tuple[int, ...]) -> Reach:
+        """Remembered, since many workers reach equally far."""
+        reach = self._reaches.get(row)
         if reach is None:
             if len(self._reaches) >= _MAX_REMEMBERED:
                 self._reaches.clear()
-            reach = self._reaches[depth] = Reach(depth, depth, depth, depth)
+            reach = self._reaches[row] = Reach(*row)
         return reach
 
     def check_invariants(self) -> None:

@@ -314,7 +314,8 @@ def _common(run_keys: tuple[int, ...], start: int, keys: Sequence[int], at: int)
     count = min(len(run_keys) - start, len(keys) - at)
     if count == 1:
         return 1
-    ours, theirs = run_keys[start : start + count], tuple(keys[at : at + count])
+    ours = run_keys[start : start + count]
+    theirs = tuple(keys if count == len(keys) else keys[at : at + count])
     if ours == theirs:
         return count
     same, other = 1, count  # they differ from somewhere between these on

@@ -1,8 +1,8 @@
 """Blocks that workers will hold soon, since requests were sent there: believed for a while, then forgotten."""
 
 import heapq
-from bisect import bisect_left
 from array import array
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

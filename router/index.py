@@ -20,7 +20,7 @@ from dynamo.router.chain import PrefixChain
 from dynamo.router.index_stats import IndexStats
 from dynamo.router.predictions import Predictions
 from dynamo.router.reach import TIERS, Reach
-from dynamo.router.runs import RunTable
+from dynamo.router.runs import MAX_RUN_BLOCKS, RunTable
 from dynamo.router.walk import Levels, prefixes, slots_in, walk
 
 __all__ = ["TIERS", "IndexStats", "PrefixIndex", "Reach"]
@@ -57,15 +57,22 @@ class PrefixIndex:
     A worker is a slot, from `join` until `leave`; an event for a slot that is none is the caller's mistake (ValueError).
     """
 
-    def __init__(self, *, max_blocks: int = 1 << 24, max_predicted_blocks: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        *,
+        max_blocks: int = 1 << 24,
+        max_predicted_blocks: int = 1 << 20,
+        max_run_blocks: int = MAX_RUN_BLOCKS,
+    ) -> None:
         """An index without workers.
 
         Args:
             max_blocks: (worker, tier, block) entries, of which each costs up to 120 bytes; what is stored beyond that is
                 refused and counted.
             max_predicted_blocks: (worker, block) pairs that are predicted at a time.
+            max_run_blocks: of what is kept as one run; see `RunTable`.
         """
-        self._table = RunTable()
+        self._table = RunTable(max_run_blocks)
         self._predictions = Predictions(max_predicted_blocks)
         self._max_blocks = max_blocks
         self._slots: list[_Slot] = []

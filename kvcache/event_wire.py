@@ -52,6 +52,7 @@ __all__ = [
     "SnapshotMessage",
     "UnknownEvent",
     "WireEvent",
+    "count_hashes",
     "decode_batch",
     "decode_snapshot",
     "encode_batch",
@@ -126,6 +127,7 @@ class UnknownEvent(msgspec.Struct, frozen=True, gc=False):
     type: str
 
 
+_NAMES_BLOCKS: Final = (BlockStored, BlockRemoved)  # a union would be made anew at each use
 _KnownEvent = BlockStored | BlockRemoved | AllBlocksCleared
 WireEvent = _KnownEvent | UnknownEvent
 
@@ -259,10 +261,14 @@ def decode_batch(payload: bytes | memoryview) -> EventBatch:
     if len(payload) > MAX_BATCH_BYTES:
         raise EventWireError(f"an event batch of {len(payload)} bytes exceeds the limit of {MAX_BATCH_BYTES}")
     batch = _decode_keys(payload) or _decode_known(payload) or _decode_one_by_one(payload)
-    num_hashes = sum(len(e.block_hashes) for e in batch.events if isinstance(e, BlockStored | BlockRemoved))
-    if num_hashes > MAX_BATCH_HASHES:
+    if len(payload) > MAX_BATCH_HASHES and (num_hashes := count_hashes(batch.events)) > MAX_BATCH_HASHES:
         raise EventWireError(f"an event batch names {num_hashes} blocks; the limit is {MAX_BATCH_HASHES}")
     return batch
+
+
+def count_hashes(events: Sequence[WireEvent]) -> int:
+    """Blocks that the events name, each as often as it is named."""
+    return sum([len(event.block_hashes) for event in events if isinstance(event, _NAMES_BLOCKS)])
 
 
 @dataclass(frozen=True, slots=True)

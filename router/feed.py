@@ -25,12 +25,11 @@ from typing import Final, cast
 import xxhash
 
 from dynamo.kvcache.event_wire import (
-    BlockRemoved,
-    BlockStored,
     EventWireError,
     SnapshotMessage,
     UnknownEvent,
     WireEvent,
+    count_hashes,
     decode_batch,
 )
 from dynamo.router.feed_stats import FeedStats
@@ -246,7 +245,7 @@ class Feed:
             self._tell_once("malformed", "%s; it counts as lost", error)
             return None
         self._last_heard_s = now_s
-        num_hashes = sum(len(e.block_hashes) for e in batch.events if isinstance(e, BlockStored | BlockRemoved))
+        num_hashes = count_hashes(batch.events)
         if self._is_foreign:
             read = PositionedBatch(seq, seq, seq, batch.events, batch.ts, xxhash.xxh3_64_intdigest(payload), num_hashes)
             if self._shows_restart(read):

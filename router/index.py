@@ -20,7 +20,7 @@ from dynamo.router.chain import PrefixChain
 from dynamo.router.index_stats import IndexStats
 from dynamo.router.predictions import Predictions
 from dynamo.router.reach import TIERS, Reach
-from dynamo.router.runs import RunTable
+from dynamo.router.runs import MAX_RUN_BLOCKS, RunTable
 from dynamo.router.walk import Levels, prefixes, slots_in, walk
 
 __all__ = ["TIERS", "IndexStats", "PrefixIndex", "Reach"]
@@ -57,15 +57,22 @@ class PrefixIndex:
     A worker is a slot, from `join` until `leave`; an event for a slot that is none is the caller's mistake (ValueError).
     """
 
-    def __init__(self, *, max_blocks: int = 1 << 24, max_predicted_blocks: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        *,
+        max_blocks: int = 1 << 24,
+        max_predicted_blocks: int = 1 << 20,
+        max_run_blocks: int = MAX_RUN_BLOCKS,
+    ) -> None:
         """An index without workers.
 
         Args:
             max_blocks: (worker, tier, block) entries, of which each costs up to 120 bytes; what is stored beyond that is
                 refused and counted.
             max_predicted_blocks: (worker, block) pairs that are predicted at a time.
+            max_run_blocks: of what is kept as one run; see `RunTable`.
         """
-        self._table = RunTable()
+        self._table = RunTable(max_run_blocks)
         self._predictions = Predictions(max_predicted_blocks)
         self._max_blocks = max_blocks
         self._slots: list[_Slot] = []
@@ -78,7 +85,7 @@ class PrefixIndex:
         self._num_lower = 0  # lanes of other tiers than the first
         self._num_refused = 0
         self._levels: dict[int, Levels] = {}  # meanings of masks
-        self._reaches: dict[int, Reach] = {}  # of workers that have a device tier only, by depth
+        self._reaches: dict[tuple[int, ...], Reach] = {}
 
     def join(self) -> int:
         """A slot for a worker that holds nothing yet."""
@@ -175,10 +182,10 @@ class PrefixIndex:
             workers = self._predictions.workers
             expected = boundaries(chain, lambda key: workers(key, now_s))
         if self._num_lower or expected:
-            return {slot: Reach(*row) for slot, row in walk(chain, runs, self._meaning, expected).items()}
+            return {slot: self._reach(row) for slot, row in walk(chain, runs, self._meaning, expected).items()}
         found: dict[int, Reach] = {}
         for depth, mask in prefixes(chain, runs, self._live):
-            reach = self._uniform(depth)
+            reach = self._reach((depth,) * len(TIERS))
             lane = self._lanes.get(mask)
             if lane is not None:
                 found[lane.slot] = reach
@@ -293,12 +300,13 @@ class PrefixIndex:
             levels = self._levels[mask] = (device, host, disk, remote)
         return levels
 
-    def _uniform(self, depth: int) -> Reach:
-        reach = self._reaches.get(depth)
+    def _reach(self, row: tuple[int, ...]) -> Reach:
+        """Remembered, since many workers reach equally far."""
+        reach = self._reaches.get(row)
         if reach is None:
             if len(self._reaches) >= _MAX_REMEMBERED:
                 self._reaches.clear()
-            reach = self._reaches[depth] = Reach(depth, depth, depth, depth)
+            reach = self._reaches[row] = Reach(*row)
         return reach
 
     def check_invariants(self) -> None:

@@ -2,6 +2,7 @@
 
 import heapq
 from array import array
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,9 +93,10 @@ class Predictions:
             return
         new = Prediction(expires_s, self._next_number, slot, self._incarnations.get(slot, 0), array("Q", keys))
         self._next_number += 1
-        old = list(map(self._beliefs.get, keys))
-        changed = {belief: self._with(belief, new) for belief in set(old)}
-        self._change(keys, old, changed)
+        num_known = bisect_left(keys, True, key=lambda key: key not in self._beliefs)  # what is believed is a prefix
+        self._beliefs.update(dict.fromkeys(keys[num_known:], _Belief((new,))))
+        old = list(map(self._beliefs.get, keys[:num_known]))
+        self._change(keys, old, {belief: self._with(belief, new) for belief in set(old)})
         heapq.heappush(self._heap, new)
         self.num_blocks += len(keys)
         if self.num_blocks > self._max_blocks:

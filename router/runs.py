@@ -12,7 +12,6 @@ __all__ = ["MAX_RUN_BLOCKS", "Run", "RunTable"]
 MAX_RUN_BLOCKS = 512
 """Bounds what it costs to split a run, or to find a block in the middle of it."""
 
-_SHORT_BLOCKS = 64  # a shorter run grows at its end, and is joined with a neighbour of the same holders
 _KEY_BYTES = (
     48 + 8
 )  # an int of 61 to 64 bits: 36 bytes, which the allocator rounds up to its 16-byte steps; and its place
@@ -57,9 +56,11 @@ class RunTable:
         num_unswept: of these, entries of holders that ended.
     """
 
-    __slots__ = ("_all", "_cursor", "_ended", "counts", "num_entries", "num_unswept", "runs")
+    __slots__ = ("_all", "_cursor", "_ended", "_max_run", "_short_run", "counts", "num_entries", "num_unswept", "runs")
 
-    def __init__(self) -> None:
+    def __init__(self, max_run_blocks: int = MAX_RUN_BLOCKS) -> None:
+        self._max_run = max_run_blocks
+        self._short_run = max_run_blocks // 8  # one that is no longer grows, and is joined with neighbours
         self.runs: dict[int, Run] = {}
         self.counts: dict[int, int] = {}
         self.num_entries = 0
@@ -101,7 +102,7 @@ class RunTable:
             how many it did not have.
         """
         added = at = 0
-        limit = MAX_RUN_BLOCKS if in_order else 1
+        limit = self._max_run if in_order else 1
         is_mixed = False  # some are known, or there twice: then one looks before
         while at < len(keys):
             run = self.runs.get(keys[at])
@@ -184,8 +185,8 @@ class RunTable:
         One pass, in which the interpreter takes no step, and which touches the dict once for each key.
         """
         runs = self.runs
-        before = runs.get(parent) if parent is not None and len(keys) <= _SHORT_BLOCKS else None
-        if before and before.mask == bit and before.keys[-1] == parent and len(before.keys) <= _SHORT_BLOCKS:
+        before = runs.get(parent) if parent is not None and len(keys) <= self._short_run else None
+        if before and before.mask == bit and before.keys[-1] == parent and len(before.keys) <= self._short_run:
             run = before
         else:
             run = Run((), bit, parent)
@@ -205,7 +206,7 @@ class RunTable:
     def _end_of_new(self, keys: Sequence[int], at: int) -> int:
         """Up to where keys are unknown and all different, which the one at `at` is."""
         seen: set[int] = set()
-        for end in range(at, min(at + MAX_RUN_BLOCKS, len(keys))):
+        for end in range(at, min(at + self._max_run, len(keys))):
             if keys[end] in self.runs or keys[end] in seen:
                 return end
             seen.add(keys[end])
@@ -218,7 +219,7 @@ class RunTable:
         if start:
             _, run = self._split(run, start)
         run.mask = mask
-        if len(run.keys) <= _SHORT_BLOCKS:
+        if len(run.keys) <= self._short_run:
             self._join_neighbours(run)
 
     def _forget(self, run: Run, start: int, end: int) -> None:
@@ -259,7 +260,7 @@ class RunTable:
 
     def _join(self, left: Run, right: Run) -> Run:
         """Makes one of two runs that follow one another, if they have the same holders. Returns where `right` is now."""
-        if left is right or left.mask != right.mask or len(left.keys) + len(right.keys) > MAX_RUN_BLOCKS:
+        if left is right or left.mask != right.mask or len(left.keys) + len(right.keys) > self._max_run:
             return right
         kept, gone = (left, right) if len(left.keys) >= len(right.keys) else (right, left)
         self.runs.update(dict.fromkeys(gone.keys, kept))
@@ -278,7 +279,7 @@ class RunTable:
         assert all(run.place == place for place, run in enumerate(self._all)), "a run is not where it says"
         counts = dict.fromkeys(self.counts, 0)
         for run in self._all:
-            assert 0 < len(run.keys) <= MAX_RUN_BLOCKS, f"a run has {len(run.keys)} blocks"
+            assert 0 < len(run.keys) <= self._max_run, f"a run has {len(run.keys)} blocks"
             assert run.mask, f"nobody holds {run.keys[0]:#x}, which is kept"
             assert all(self.runs.get(key) is run for key in run.keys), "a block is filed under another run"
             mask = run.mask
@@ -314,7 +315,8 @@ def _common(run_keys: tuple[int, ...], start: int, keys: Sequence[int], at: int)
     count = min(len(run_keys) - start, len(keys) - at)
     if count == 1:
         return 1
-    ours, theirs = run_keys[start : start + count], tuple(keys[at : at + count])
+    ours = run_keys[start : start + count]
+    theirs = tuple(keys if count == len(keys) else keys[at : at + count])
     if ours == theirs:
         return count
     same, other = 1, count  # they differ from somewhere between these on

@@ -45,7 +45,7 @@ def prefixes(chain: PrefixChain, runs: Mapping[int, Run], holders: int) -> list[
 
 def walk(
     chain: PrefixChain, runs: Mapping[int, Run], levels: Callable[[int], Levels], expected: Sequence[tuple[int, int]]
-) -> dict[int, list[int]]:
+) -> dict[int, tuple[int, ...]]:
     """slot → leading blocks in each tier or a faster one; workers without the first block are absent.
 
     Args:
@@ -57,7 +57,7 @@ def walk(
     predicted = sum(ends.values())  # no worker is in two of them
     first = runs.get(keys[0])
     alive = list(_present(levels(first.mask if first is not None else 0), predicted))
-    rows = {slot: [0, 0, 0, 0] for slot in slots_in(alive[-1])}
+    rows: dict[int, tuple[int, ...]] = dict.fromkeys(slots_in(alive[-1]), (0, 0, 0, 0))
     at = 0
     while at < chain.num_blocks and alive[-1]:
         next_end = min(ends, default=chain.num_blocks)
@@ -107,11 +107,18 @@ def _present(levels: Levels, predicted: int) -> Levels:
     return device | predicted, host | predicted, disk | predicted, remote | predicted
 
 
-def _drop(alive: list[int], present: Levels, position: int, rows: dict[int, list[int]]) -> None:
+def _drop(alive: list[int], present: Levels, position: int, rows: dict[int, tuple[int, ...]]) -> None:
     """Notes where those end that are alive and not present."""
+    if alive[0] == alive[-1] and present[0] == present[-1]:  # each tier's are among the next one's: all are the same
+        ended = alive[0] & ~present[0]
+        if ended:
+            alive[:] = [alive[0] & present[0]] * len(alive)
+            rows.update(dict.fromkeys(slots_in(ended), (position,) * len(alive)))
+        return
     for tier, workers in enumerate(present):
         ended = alive[tier] & ~workers
         if ended:
             alive[tier] &= workers
             for slot in slots_in(ended):
-                rows[slot][tier] = position
+                row = rows[slot]
+                rows[slot] = (*row[:tier], position, *row[tier + 1 :])

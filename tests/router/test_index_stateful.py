@@ -66,9 +66,9 @@ class Model:
 class IndexMachine(RuleBasedStateMachine):
     """Events of any order and sense, from workers that come and go."""
 
-    @initialize(num_workers=st.sampled_from([1, 3, 512]))
-    def start(self, num_workers: int) -> None:
-        self.index = PrefixIndex()
+    @initialize(max_run_blocks=st.sampled_from([1, 8, 24, 512]), num_workers=st.sampled_from([1, 3, 512]))
+    def start(self, max_run_blocks: int, num_workers: int) -> None:
+        self.index = PrefixIndex(max_run_blocks=max_run_blocks)
         self.model = Model()
         self.now_s = 0.0
         self.num_unswept = 0

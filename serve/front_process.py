@@ -3,7 +3,7 @@
 start    bind → read the model's folder → start workers → listen → wait for all of them → banner
 SIGTERM  /health says 503 and new requests get 503 → running ones finish, or are ended when the time is up
          → connections close → workers drain and end → exit 0
-again    running requests are ended at once, then workers are killed → exit 1
+again    running requests are ended at once, and workers get only the time to write their caches' rest → exit 1
 
 A front alone has its banner at once, and is ready, as /health tells, with its first worker.
 """
@@ -131,6 +131,7 @@ class _Front:
             name=name, codec=text.tokenizer, max_model_len=text.max_model_len, defaults=text.sampling_defaults
         )
         self._supervisor = supervisor
+        self._is_forced = False
         front_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._router = Router(router_config(config.router, front_id))
         self._fleet = Fleet(
@@ -158,7 +159,6 @@ class _Front:
             migration_limit=migration_limit,
             no_worker_timeout_s=self._config.router.no_worker_timeout,
         )
-        forced = False
         async with contextlib.AsyncExitStack() as stack:  # what is entered last ends first
             collectors: list[Collector] = [
                 RouterCollector(
@@ -176,8 +176,8 @@ class _Front:
             stack.push_async_callback(engine.stop)
             await engine.start()
             await stack.enter_async_context(self._following())
-            forced = await self._serve_until_told(engine, collectors, listener, signals)
-        return 1 if forced else 0
+            self._is_forced = await self._serve_until_told(engine, collectors, listener, signals)
+        return 1 if self._is_forced else 0
 
     async def _serve_until_told(
         self,
@@ -273,8 +273,9 @@ class _Front:
             await asyncio.sleep(_LOOK_S)
 
     async def _stop_workers(self, supervisor: Supervisor, signals: asyncio.Queue[int]) -> None:
-        """Workers may still serve other fronts, so they get their time; another signal ends it."""
-        stopping = asyncio.create_task(supervisor.stop(self._config.server.drain_timeout))
+        """Workers may still serve other fronts, so they get their time; another signal ends it, and so did one before."""
+        drain_timeout_s = 0.0 if self._is_forced else self._config.server.drain_timeout
+        stopping = asyncio.create_task(supervisor.stop(drain_timeout_s))
         again = asyncio.create_task(signals.get())
         await asyncio.wait((stopping, again), return_when=asyncio.FIRST_COMPLETED)
         if not stopping.done():

@@ -1,5 +1,6 @@
 """The real server, with the demo model, as a process of its own; worker processes; and the one way to wait for something."""
 
+import ctypes
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h, linux/capability.h
 _TIMEOUT_S = 60.0
 _POLL_TIMEOUT_S = 30.0
 _WORKER_TIERS = ("--threads", "1", "--device-cache", "16MiB", "--host-cache", "8MiB", "--disk-cache", "off")
@@ -28,16 +30,26 @@ class ServerProcess:
     """
 
     def __init__(
-        self, folder: Path, *flags: str, file_size_limit: int | None = None, environment: dict[str, str] | None = None
+        self,
+        folder: Path,
+        *flags: str,
+        file_size_limit: int | None = None,
+        obeys_permissions: bool = False,
+        environment: dict[str, str] | None = None,
     ) -> None:
         """Starts it with small tiers, the disk tier in `folder`, unless `flags` say otherwise; or a front alone, without tiers.
 
         Args:
             flags: the first may be "frontend".
             file_size_limit: the largest file it may write, in bytes: a full disk that needs no disk.
+            obeys_permissions: permissions of files hold for it even if it is root's.
         """
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
 
         def limit() -> None:
+            if obeys_permissions and os.geteuid() == 0:
+                for capability in (_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH):
+                    prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
             if file_size_limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
 
@@ -108,11 +120,22 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
     servers: list[ServerProcess] = []
 
     def start(
-        *flags: str, file_size_limit: int | None = None, environment: dict[str, str] | None = None
+        *flags: str,
+        file_size_limit: int | None = None,
+        obeys_permissions: bool = False,
+        environment: dict[str, str] | None = None,
     ) -> ServerProcess:
         folder = tmp_path / f"server{len(servers)}"
         folder.mkdir()
-        servers.append(ServerProcess(folder, *flags, file_size_limit=file_size_limit, environment=environment))
+        servers.append(
+            ServerProcess(
+                folder,
+                *flags,
+                file_size_limit=file_size_limit,
+                obeys_permissions=obeys_permissions,
+                environment=environment,
+            )
+        )
         return servers[-1]
 
     yield start

@@ -98,17 +98,37 @@ def test_a_folder_that_cannot_be_read_costs_the_disk_tier_only(start, folder):
     assert server.is_healthy()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_missing_read_permission_costs_the_disk_tier_only(start, folder):
-    server = start(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+    server = start(*FLAGS, "--disk-cache", f"{folder}:64MiB", obeys_permissions=True)
     text = served_and_evicted(server)
     (path,) = folder.rglob("blocks.dat")
     path.chmod(0)
     assert outcome(server.complete(prompt(1))) == (CACHED, text)  # a file that is open stays open
     server.server.stop()
-    server = start(*FLAGS, "--disk-cache", f"{folder}:64MiB")
+    server = start(*FLAGS, "--disk-cache", f"{folder}:64MiB", obeys_permissions=True)
     assert outcome(server.complete(prompt(1))) == (0, text)
     assert faults(server) == {'dynamo_kvcache_tier_faults_total{kind="unavailable",tier="disk"}': 1}
+    assert len(server.warnings("going on without a disk tier")) == 1
+    assert server.is_healthy()
+
+
+def test_a_folder_that_loses_its_permissions_while_it_is_used_costs_nothing_but_what_it_must(start, folder):
+    server = start(*FLAGS, "--disk-cache", f"{folder}:64MiB", obeys_permissions=True)
+    text = served_and_evicted(server)
+    inner = next(folder.rglob("blocks.dat")).parent
+    for place in (inner, folder):
+        place.chmod(0)
+    try:
+        assert outcome(server.complete(prompt(1)))[1] == text
+        for seed in range(2, 8):
+            server.complete(prompt(seed))
+        assert outcome(server.complete(prompt(1)))[1] == text
+        assert server.is_healthy()
+        assert server.server.stop() == 0
+        assert len(server.warnings("disk tier")) <= 1
+    finally:
+        for place in (folder, inner):
+            place.chmod(0o700)
 
 
 def check_full_disk(server) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import random
 import re
@@ -24,6 +25,8 @@ from dynamo.serve.model_place import find_model
 from dynamo.serve.plane.session import fetch_snapshot
 
 pytestmark = pytest.mark.slow
+
+logger = logging.getLogger(__name__)
 
 MOCKER = ("--engine", "mocker", "--mocker-step-time", "0.02")
 SMALL = ("--device-cache", "16MiB", "--host-cache", "8MiB", "--disk-cache", "off")
@@ -256,7 +259,7 @@ def held(address: str, worker_id: str) -> dict[str, int]:
 
 
 def test_what_departed_workers_held_vanishes_from_the_index(
-    start: Any, start_worker: Any, discovery: Path, eventually: Any, record_property: Any
+    start: Any, start_worker: Any, discovery: Path, eventually: Any
 ) -> None:
     leaving, crashing = start_worker("leaving", *MOCKER), start_worker("crashing", *MOCKER)
     client = start("frontend", "--discovery", str(discovery), "--engine", "mocker")
@@ -266,9 +269,9 @@ def test_what_departed_workers_held_vanishes_from_the_index(
         client.complete(prompt(1), dynamo={"worker": worker.worker_id})
         eventually(lambda worker=worker: indexed(client, worker.worker_id).get("device", 0) >= 25)
     leaving.process.send_signal(signal.SIGTERM)
-    record_property("leave_s", seconds_until(lambda: not indexed(client, "leaving"), eventually, at_most_s=1.0))
+    logger.info("leave_s: %.2f", seconds_until(lambda: not indexed(client, "leaving"), eventually, at_most_s=1.0))
     crashing.kill()
-    record_property("crash_s", seconds_until(lambda: not indexed(client, "crashing"), eventually, at_most_s=3.0))
+    logger.info("crash_s: %.2f", seconds_until(lambda: not indexed(client, "crashing"), eventually, at_most_s=3.0))
     assert not client.is_healthy()
 
 
@@ -281,7 +284,7 @@ def seconds_until(condition: Any, eventually: Any, *, at_most_s: float) -> float
 
 
 def test_fronts_know_the_truth_after_any_restart(
-    start: Any, start_worker: Any, discovery: Path, registration: Any, eventually: Any, record_property: Any
+    start: Any, start_worker: Any, discovery: Path, registration: Any, eventually: Any
 ) -> None:
     worker = start_worker("w", *MOCKER)
 
@@ -298,17 +301,17 @@ def test_fronts_know_the_truth_after_any_restart(
         first.complete(prompt(seed))
     assert held(registration("w")[1], "w")["device"] >= 100
     for client in (first, second):
-        record_property("follows_s", seconds_until(lambda client=client: agrees(client), eventually, at_most_s=3.0))
+        logger.info("follows_s: %.2f", seconds_until(lambda client=client: agrees(client), eventually, at_most_s=3.0))
     first.server.kill()
     third = front()
-    record_property("front_restart_s", seconds_until(lambda: agrees(third), eventually, at_most_s=3.0))
+    logger.info("front_restart_s: %.2f", seconds_until(lambda: agrees(third), eventually, at_most_s=3.0))
     worker.kill()
     start_worker("w", *MOCKER)
     for client in (second, third):
         eventually(client.is_healthy)
         client.complete(prompt(9))
-        record_property(
-            "worker_restart_s", seconds_until(lambda client=client: agrees(client), eventually, at_most_s=3.0)
+        logger.info(
+            "worker_restart_s: %.2f", seconds_until(lambda client=client: agrees(client), eventually, at_most_s=3.0)
         )
         assert indexed(client, "w")["device"] < 100
 

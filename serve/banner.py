@@ -67,7 +67,11 @@ def render_fleet_banner(
 def _tiers(card: WorkerCard) -> str:
     if not card.block_bytes or not card.num_blocks:
         return "an engine of another make"
-    return ", ".join(f"{tier} {format_size(count * card.block_bytes)}" for tier, count in card.num_blocks.items())
+    # A tier that was asked for and is not there is said so at the worker, once, and would be overlooked.
+    return ", ".join(
+        f"{tier} {format_size(count * card.block_bytes)}" if count else f"no {tier} tier, see the log"
+        for tier, count in card.num_blocks.items()
+    )
 
 
 def _render(rows: Sequence[tuple[str, str]], model_name: str, server: ServerSettings, url: str) -> str:

@@ -12,10 +12,20 @@ import pytest
 import torch
 
 from dynamo.kvcache import KVCache, KVSpec
+from dynamo.kvcache.hashing import HASH_VERSION
 from dynamo.perf.__main__ import main as perf_main
+from dynamo.router.config import RouterConfig
+from dynamo.router.router import Router
+from dynamo.router.waiting import WaitingRoom
+from dynamo.router.workers import WorkerCard
 from dynamo.serve.cache_metrics import CacheCollector
 from dynamo.serve.command_line import parse_command_line
+from dynamo.serve.fleet import MemberStats
+from dynamo.serve.migration import MigrationStats
 from dynamo.serve.openapi import openapi_document
+from dynamo.serve.router_metrics import RouterCollector
+from dynamo.serve.routing_hints import FIELD_OF_HEADER
+from dynamo.serve.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -74,7 +84,37 @@ def test_every_flag_of_the_server_exists(capsys: pytest.CaptureFixture[str]) -> 
     assert mentioned and mentioned <= known, mentioned - known
 
 
-@pytest.mark.parametrize("line", [line for block in code_blocks("sh") for line in block.splitlines() if "perf" in line])
+@pytest.mark.parametrize(
+    "line",
+    [line for block in code_blocks("sh") for line in block.splitlines() if line.startswith("python -m dynamo.serve")],
+)
+def test_every_command_of_the_server_is_accepted(line: str) -> None:
+    parse_command_line(shlex.split(line, comments=True)[3:])
+
+
+def test_what_is_said_of_many_workers_is_so() -> None:
+    section = README.split("## Many workers, one front")[1].split("\n## ")[0]
+    assert set(re.findall(r"x-dynamo-[a-z-]+[a-z]", section)) >= set(FIELD_OF_HEADER)
+    for header, fields in re.findall(r"^\| `(x-dynamo.*?) \| (.*?) \|", section, re.MULTILINE):
+        names = re.findall(r"x-dynamo-[a-z-]+[a-z]", header)
+        assert re.findall(r"dynamo\.([a-z]+)", fields) == [FIELD_OF_HEADER[name] for name in names]
+    assert {"/router/explain", "/metrics/workers"} <= set(openapi_document(routed=True)["paths"])
+    router = Router(RouterConfig())
+    router.join(
+        WorkerCard(worker_id="w", epoch=1, model="m", fingerprint="00", hash_version=HASH_VERSION, block_size=16)
+    )
+    member = MemberStats(worker_id="w", epoch=1, is_ready=True, report=None, feed=None)
+    collector = RouterCollector(
+        router.stats, WaitingRoom(router).stats, lambda: (member,), MigrationStats(), migration_limit=3
+    )
+    known = {metric.name for metric in (*collector.collect(), *Supervisor([]).collect())}
+    mentioned = {name.removesuffix("_total") for name in re.findall(r"`(dynamo_[a-z_]+[a-z])`", section)}
+    assert mentioned and mentioned <= known, mentioned - known
+
+
+@pytest.mark.parametrize(
+    "line", [line for block in code_blocks("sh") for line in block.splitlines() if "dynamo.perf" in line]
+)
 def test_every_benchmark_command_exists(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = line.split("#")[0].split()
     assert command[:3] == ["python", "-m", "dynamo.perf"]

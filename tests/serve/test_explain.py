@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -69,6 +70,22 @@ def test_headers_and_timing_say_who_served_it(front: Any, worker: Any, stream: b
     assert answer.headers["x-dynamo-worker-id"] == ("a" if stream else "b"), "a stream's headers go out first"
     assert (timing["cached_tokens"], timing["predicted_cached_tokens"]) == (4, 0)
     assert timing["route_us"] > 0 and timing["queue_ms"] >= 0 and timing["ttft_ms"] <= timing["total_ms"]
+
+
+def test_openais_client_gives_hints_and_reads_what_came_of_them(front: Any, worker: Any) -> None:
+    server = front(worker("a"), worker("b", cached=4))
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        raw = client.chat.completions.with_raw_response.create(
+            **CHAT, extra_body={"dynamo": {"worker": "b", "timing": True}}
+        )
+        assert raw.headers["x-dynamo-worker-id"] == "b"
+        told = (raw.parse().model_extra or {})["dynamo"]
+        assert (told["worker_id"], told["attempts"], told["cached_tokens"]) == ("b", 1, 4)
+        headers = {"x-dynamo-exclude": "b", "x-dynamo-timing": "1"}
+        *_, last = client.chat.completions.create(**CHAT, stream=True, extra_headers=headers)
+        assert (last.model_extra or {})["dynamo"]["worker_id"] == "a"
+        with pytest.raises(openai.NotFoundError, match="there is no worker 'z'"):
+            client.chat.completions.create(**CHAT, extra_body={"dynamo": {"worker": "z"}})
 
 
 def test_a_prompt_that_lies_somewhere_is_told_in_blocks(front: Any, worker: Any) -> None:

@@ -118,3 +118,16 @@ def test_a_streams_timing_is_in_its_last_chunk(serve: Any, include_usage: bool) 
     told = json.loads(last.removeprefix("data: "))
     assert told["choices"] == [] and told["dynamo"]["total_ms"] > 0
     assert ("usage" in told) is include_usage
+
+
+@pytest.mark.parametrize(
+    ("header", "text", "says"),
+    [
+        ("x-dynamo-priority", "high", "expected a whole number from -100 to 100"),
+        ("x-dynamo-priority", "101", "expected a whole number from -100 to 100"),
+        ("x-dynamo-timing", "maybe", "expected 1 or 0, true or false"),
+    ],
+)
+def test_a_header_that_cannot_be_read_is_refused_with_what_could_be(header: str, text: str, says: str) -> None:
+    with pytest.raises(RequestError, match=rf"^invalid value '{text}' in header {header}: {says}$"):
+        read_fields(None, {header: text})

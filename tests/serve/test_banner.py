@@ -1,0 +1,42 @@
+from dynamo.kvcache.hashing import HASH_VERSION
+from dynamo.router.workers import WorkerCard
+from dynamo.serve.banner import render_fleet_banner
+from dynamo.serve.config import ServerSettings
+from dynamo.serve.engine.request import SamplingDefaults
+from dynamo.serve.served_model import ServedModel
+
+
+def card(worker_id: str, **facts: object) -> WorkerCard:
+    return WorkerCard(
+        worker_id=worker_id,
+        epoch=1,
+        model="m",
+        fingerprint="00",
+        hash_version=HASH_VERSION,
+        block_size=16,
+        **facts,  # type: ignore[arg-type]
+    )
+
+
+def banner(*cards: WorkerCard) -> list[str]:
+    served = ServedModel(name="m", codec=None, max_model_len=99, defaults=SamplingDefaults())  # type: ignore[arg-type]
+    text = render_fleet_banner("m", served, cards, ServerSettings(), "http://127.0.0.1:8000")
+    return [line.strip() for line in text.splitlines()]
+
+
+def test_a_front_lists_its_workers_by_number_and_what_each_has() -> None:
+    blocks = {"device": 4, "disk": 0}
+    lines = banner(
+        card("worker-10", block_bytes=1024, num_blocks=blocks),
+        card("worker-2", block_bytes=1024, num_blocks={"device": 4, "disk": 8}),
+        card("external-0"),
+    )
+    assert lines[5:8] == [
+        "worker-2     device 4 KiB, disk 8 KiB",
+        "worker-10    device 4 KiB, no disk tier, see the log",
+        "external-0   an engine of another make",
+    ]
+
+
+def test_a_front_without_workers_says_what_requests_do() -> None:
+    assert "workers      none yet; requests wait for one" in banner()

@@ -81,6 +81,8 @@ class Subscriber:
         topics: prefixes of the topics to subscribe to. Other engines often use the empty one, which takes everything.
         silence_s: after that long without a batch the worker counts as silent; None for engines that send no heartbeats.
         replay_timeout_s: longest wait for the next answer of a replay.
+        reconnect_s: without a connection for so long, it is begun anew: ZMQ connects again by itself, but never to a peer that
+            broke the protocol, be it by one message that was too large, or as another program had its port for a moment.
         context: of ZMQ, to share its I/O thread with other subscribers; None for one of its own.
     """
 
@@ -96,6 +98,7 @@ class Subscriber:
         topics: Sequence[bytes] = (KV_TOPIC, LOAD_TOPIC),
         silence_s: float | None = 3.0,
         replay_timeout_s: float = 2.0,
+        reconnect_s: float = 5.0,
         context: "zmq.Context[zmq.Socket[bytes]] | None" = None,
     ) -> None:
         self._feed = feed
@@ -107,6 +110,8 @@ class Subscriber:
         self._topics = tuple(topics)
         self._silence_s = silence_s
         self._replay_timeout_s = replay_timeout_s
+        self._reconnect_s = reconnect_s
+        self._connecting_since_s = 0.0
         self._owns_context = context is None
         self._context = zmq.Context() if context is None else context
         self._stream: zmq.Socket[bytes] | None = None
@@ -141,6 +146,7 @@ class Subscriber:
             stream.setsockopt(zmq.SUBSCRIBE, topic)
         monitor = stream.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._readers = [_Reader(monitor, self._on_monitor), _Reader(stream, self._on_message)]
+        self._connecting_since_s = time.monotonic()
         try:
             stream.connect(self._endpoint)
         except zmq.ZMQError:
@@ -235,6 +241,7 @@ class Subscriber:
     def _on_monitor(self, frames: _Frames) -> None:
         if parse_monitor_message(frames)["event"] == zmq.EVENT_DISCONNECTED:
             self._is_connected = False
+            self._connecting_since_s = time.monotonic()
             self._disconnects += 1
             self._feed.connection_lost()
             self._after_feed()
@@ -337,20 +344,35 @@ class Subscriber:
         return False
 
     async def _watch(self) -> None:
-        """Notices silence."""
-        if self._silence_s is None:
-            return
+        """Notices silence, and a connection that ZMQ has given up."""
         started_s = time.monotonic()
+        pause_s = min(self._reconnect_s, self._silence_s or self._reconnect_s) / 6
         while True:
-            await asyncio.sleep(self._silence_s / 6)
-            heard_s = self._feed.stats().last_heard_s
-            silence_s = time.monotonic() - (started_s if heard_s is None else heard_s)
-            if (silence_s > self._silence_s) is not self._is_silent:
-                self._is_silent = not self._is_silent
-                if self._is_silent:
-                    _log.warning("no KV events of %s for %.1f s, not even a heartbeat", self._name, silence_s)
-                else:
-                    _log.info("KV events of %s are heard again", self._name)
+            await asyncio.sleep(pause_s)
+            now_s = time.monotonic()
+            if not self._is_connected and now_s - self._connecting_since_s > self._reconnect_s:
+                self._connecting_since_s = now_s
+                self._connect_anew()
+            if self._silence_s is not None:
+                heard_s = self._feed.stats().last_heard_s
+                self._judge_silence(now_s - (started_s if heard_s is None else heard_s), self._silence_s)
+
+    def _connect_anew(self) -> None:
+        assert self._stream is not None
+        with contextlib.suppress(zmq.ZMQError):  # it is not known any more to have been connected to
+            self._stream.disconnect(self._endpoint)
+        self._stream.connect(self._endpoint)
+        for reader in self._readers:
+            reader.look()  # these calls may have taken the signal that something has come
+
+    def _judge_silence(self, lasted_s: float, longest_s: float) -> None:
+        if (lasted_s > longest_s) is self._is_silent:
+            return
+        self._is_silent = not self._is_silent
+        if self._is_silent:
+            _log.warning("no KV events of %s for %.1f s, not even a heartbeat", self._name, lasted_s)
+        else:
+            _log.info("KV events of %s are heard again", self._name)
 
 
 class _Reader:

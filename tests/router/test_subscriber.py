@@ -21,6 +21,7 @@ import zmq
 from dynamo.kvcache import KVCache, KVSpec
 from dynamo.kvcache.event_publisher import EventPublisher
 from dynamo.kvcache.event_wire import (
+    MAX_BATCH_BYTES,
     BlockRemoved,
     BlockStored,
     EventBatch,
@@ -286,6 +287,21 @@ def test_a_snapshot_that_fails_is_fetched_again(worker: Worker, caplog: pytest.L
 
     asyncio.run(main())
     assert caplog.text.count("no snapshot of what w holds: no") == 1
+
+
+def test_a_message_too_large_costs_a_moment_and_not_the_stream(worker: Worker) -> None:
+    """ZMQ does not connect again to a peer that sent one."""
+
+    async def main() -> None:
+        async with subscribed(worker, reconnect_s=0.3) as (subscriber, index):
+            assert await subscriber.wait_ready(TIMEOUT_S)
+            worker.publisher.publish_load(bytes(MAX_BATCH_BYTES + 1))
+            await until(lambda: subscriber.stats().disconnects == 1)
+            worker.live(10)
+            await until(lambda: index.held == worker.truth())
+            assert subscriber.stats().is_connected
+
+    asyncio.run(main())
 
 
 def test_silence_is_noticed_told_and_over_again(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,8 @@ from dynamo.kvcache.planner import PlannerStats
 from dynamo.kvcache.stats import CacheStats, LatencyCounts, ScrubStats, TierUsage
 from dynamo.kvcache.window import WindowStats, WindowTier
 from dynamo.serve.cache_metrics import CacheCollector
-from dynamo.serve.metrics import Histogram, ServerMetrics
+from dynamo.serve.engine.request import OutputDelta
+from dynamo.serve.metrics import GenerationMetrics, Histogram, ServerMetrics
 from dynamo.tiers.stats import MovedBlocks
 
 
@@ -29,6 +30,16 @@ def test_histogram_buckets_are_cumulative_and_include_their_bound() -> None:
         ("x_seconds_count", None): 5,
         ("x_seconds_sum", None): 0.1 + 1.5 + 2.0,
     }
+
+
+def test_tokens_that_come_together_share_the_time_since_the_last() -> None:
+    metrics = ServerMetrics()
+    timing = GenerationMetrics(metrics, 1, started_s=0.0)
+    timing.observe([(0, OutputDelta("a", [1]))], 1.0)
+    timing.observe([(0, OutputDelta("b", [2])), (0, OutputDelta("c", [3])), (0, OutputDelta("d", [4, 5]))], 1.5)
+    values = {(s.name, s.labels.get("le")): s.value for s in metrics.inter_token.family().samples}
+    assert values["dynamo_inter_token_latency_seconds_bucket", "0.1"] == 0  # 0.125 s each
+    assert values["dynamo_inter_token_latency_seconds_bucket", "0.15"] == 4
 
 
 def test_every_server_metric_has_the_prefix() -> None:

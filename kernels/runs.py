@@ -147,6 +147,13 @@ def in_host_order(
 ) -> tuple[View, SlotIds, View, SlotIds]:
     """The same copy, block by block of one size, in the order of the ids of one side, "src" or "dst".
 
+    >>> import numpy as np, torch
+    >>> from dynamo.kernels.layouts import from_paged
+    >>> paged = from_paged(torch.zeros(2, 8, 16, 4, 32), "PBTHD")
+    >>> _, src_ids, _, dst_ids = in_host_order(paged, np.array([5, 1, 2]), paged, np.array([4, 0, 6]), "dst")
+    >>> src_ids.tolist(), dst_ids.tolist()
+    ([1, 5, 2], [0, 4, 6])
+
     Raises:
         KernelArgumentError: blocks of different sizes do not pair up, or an id of that side is out of range.
     """
@@ -160,7 +167,15 @@ def in_host_order(
 
 
 def runs_of(copy: CopyPlan, *, order_by: str) -> Runs:
-    """What `find_runs` finds in a copy that is planned already, its pairs of blocks in the order they have."""
+    """What `find_runs` finds in a copy that is planned already, its pairs of blocks in the order they have.
+
+    >>> import numpy as np, torch
+    >>> from dynamo.kernels.copy_plan import plan_copy
+    >>> from dynamo.kernels.layouts import from_paged
+    >>> paged = from_paged(torch.zeros(2, 8, 16, 4, 32), "PBTHD")
+    >>> runs_of(plan_copy(paged, np.array([0, 1, 5]), paged, np.array([2, 3, 7])), order_by="dst").sizes()
+    {8192: 2, 16384: 2}
+    """
     side = 0 if order_by == "src" else 1
     blocks, sizes = _join_blocks(copy.src_offsets, copy.dst_offsets, copy.row_bytes)
     axes = [*copy.axes]

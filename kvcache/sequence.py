@@ -189,7 +189,8 @@ class Sequence:
             transfer.when_ended(tell_loop)
             while not transfer.is_due:  # the deadline may move while waiting
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(ended.wait(), transfer.remaining_s)
+                    async with asyncio.timeout(transfer.remaining_s):
+                        await ended.wait()
         self.wait(0.0)
 
     def begin_layerwise(self) -> int:

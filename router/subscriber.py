@@ -161,7 +161,8 @@ class Subscriber:
     async def wait_ready(self, timeout_s: float) -> bool:
         """Waits until the index has what the worker held when the stream began. False if that takes longer."""
         try:
-            await asyncio.wait_for(self._ready.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._ready.wait()
         except TimeoutError:
             return False
         return True
@@ -288,7 +289,8 @@ class Subscriber:
             # A publisher greets a new subscription. What it sends from then on comes here, and a snapshot taken later leaves
             # no gap; after one taken earlier another would be needed.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._heard.wait(), _GREETING_S)
+                async with asyncio.timeout(_GREETING_S):
+                    await self._heard.wait()
         try:
             async with asyncio.timeout(_SNAPSHOT_TIMEOUT_S):
                 message = await self._fetch_snapshot()
@@ -321,7 +323,9 @@ class Subscriber:
             dealer.send_multipart((b"", need.from_seq.to_bytes(8, "big")))
             reader.look()  # sending may have taken the signal that something has come
             while not is_complete and self._feed.need is need:
-                frames = await asyncio.wait_for(answers.get(), self._replay_timeout_s)
+                # Not wait_for, which in Python 3.11 forgets that it was cancelled when an answer comes in the same moment.
+                async with asyncio.timeout(self._replay_timeout_s):
+                    frames = await answers.get()
                 is_complete = self._take_answer(need, frames)
         except TimeoutError:
             _log.warning("the replay of %s from batch %d on did not end", self._name, need.from_seq)

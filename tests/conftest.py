@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So do shells without job control start commands in the background; here, interrupts are tested.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h, linux/capability.h
 _TIMEOUT_S = 60.0
 _POLL_TIMEOUT_S = 60.0

@@ -62,8 +62,9 @@ def fleet(start: Any, discovery: Path, *flags: str) -> Any:
     return start("--discovery", str(discovery), *SMALL, *flags)
 
 
-def test_a_conversation_returns_to_the_worker_that_holds_it(start: Any, discovery: Path) -> None:
-    client = fleet(start, discovery, "--workers", "2")
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_a_conversation_returns_to_the_worker_that_holds_it(start: Any, discovery: Path, num_workers: int) -> None:
+    client = fleet(start, discovery, "--workers", str(num_workers))
     conversations: dict[int, str] = {}
 
     def turn(seed: int, length: int) -> tuple[str, int]:
@@ -75,10 +76,10 @@ def test_a_conversation_returns_to_the_worker_that_holds_it(start: Any, discover
             usage = json.load(response)["usage"]
             return response.headers["x-dynamo-worker-id"], usage["prompt_tokens_details"]["cached_tokens"]
 
-    for seed in range(8):
+    for seed in range(4 * num_workers):
         conversations[seed], cached = turn(seed, 400)
         assert cached == 0
-    assert set(conversations.values()) == {"worker-0", "worker-1"}
+    assert set(conversations.values()) == {f"worker-{number}" for number in range(num_workers)}
     for length in (500, 600):
         for seed, worker_id in conversations.items():
             found, cached = turn(seed, length)

@@ -433,6 +433,7 @@ class KVCache:
             load_latency=counted.load_latency,
             window=self._window.snapshot(),
             scrub=store.scrub_stats if store else None,
+            write_budget=store.write_budget_stats if store else None,
         )
 
     def check_invariants(self) -> None:

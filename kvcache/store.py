@@ -40,6 +40,7 @@ from dynamo.tiers.memory import available_memory_bytes
 from dynamo.tiers.numa import pci_address
 from dynamo.tiers.scrub import ScrubStats
 from dynamo.tiers.stats import MovedBlocks, TierStats
+from dynamo.tiers.write_budget import WriteBudgetStats
 
 __all__ = ["BlockStore"]
 
@@ -199,6 +200,11 @@ class BlockStore:
         """How much of what may be written to disk at once is used up: 0, nothing, or no limit at all, to 1, everything."""
         budget = self._disk.write_budget if self._disk else None
         return 0.0 if budget is None else 1.0 - min(1.0, budget.available_bytes / budget.burst_bytes)
+
+    @property
+    def write_budget_stats(self) -> WriteBudgetStats | None:
+        """What was written to disk against its budget; None where there is no limit."""
+        return self._disk.budget_stats() if self._disk else None
 
     def count_loadable(self, keys: Sequence[BlockKey], num_known: int = 0) -> int:
         """How many of `keys`, from the first on, lie in host or disk; the first `num_known` are not looked up."""

@@ -23,7 +23,7 @@ from dynamo.tiers.stats import TierRecorder, TierStats
 from dynamo.tiers.stripe import FaultReport, Generations, IOTarget
 from dynamo.tiers.stripe_set import StripePlan, StripeSet
 from dynamo.tiers.tier import Outcomes
-from dynamo.tiers.write_budget import WriteBudget
+from dynamo.tiers.write_budget import WriteBudget, WriteBudgetStats
 
 if TYPE_CHECKING:  # these load torch, which the rest of the tier does without
     import torch
@@ -247,6 +247,19 @@ class DiskTier:
         self._check(slots, rows, row_ids)
         return self._write(slots, IOTarget(rows), row_ids)
 
+    def affordable(self, num_blocks: int) -> int:
+        """How many of so many blocks the write budget allows now; counts the others as refused.
+
+        For a writer that gives other blocks up to make room, and should not for writes that will be refused.
+        """
+        budget = self.write_budget
+        if budget is None:
+            return num_blocks
+        allowed = min(num_blocks, budget.available_bytes // self.layout.slot_bytes)
+        if allowed < num_blocks:
+            self._report("write_budget", num_blocks - allowed, "")
+        return allowed
+
     def prove_gds(self, device: torch.device, kvikio: Kvikio | None = None) -> list[GdsProof]:
         """Tries GPUDirect Storage between `device` and every directory; where all prove it, `has_device_io` is true from now.
 
@@ -338,6 +351,19 @@ class DiskTier:
     def stats(self) -> TierStats:
         """Counters; `path` is "O_DIRECT", "buffered" or "unavailable", the worst of all directories."""
         return self._recorder.snapshot(self.name, self._num_slots, self._stripes.path)
+
+    def budget_stats(self) -> WriteBudgetStats | None:
+        """What was written against the write budget, and refused because of it; None without one."""
+        budget, stats = self.write_budget, self.stats()
+        if budget is None:
+            return None
+        return WriteBudgetStats(
+            bytes_per_day=budget.bytes_per_day,
+            burst_bytes=int(budget.burst_bytes),
+            available_bytes=max(0, budget.available_bytes),
+            written_bytes=stats.write.blocks * self.layout.slot_bytes,
+            refused_blocks=stats.faults.get("write_budget", 0),
+        )
 
     def close(self) -> None:
         """Waits up to 30 s for calls in progress, closes the index and gives the locks back. Idempotent."""

@@ -5,6 +5,7 @@ import os
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -12,13 +13,32 @@ import xxhash
 
 from dynamo.tiers.errors import TierConfigError
 
-__all__ = ["WriteBudget"]
+__all__ = ["WriteBudget", "WriteBudgetStats"]
 
 _DAY_S = 86_400.0
 _BURST_SHARE = 1 / 24  # of a day's bytes may be written at once: an hour's
 _SAVE_SHARE = 1 / 16  # of a burst; so much is forgotten at most when the process is killed
 _MAGIC = b"DYNKVWB1"
 _BODY = struct.Struct("<8sddQ")  # magic, available bytes, wall-clock time, bytes written ever; the check follows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteBudgetStats:
+    """A tier's budget of writes at one moment.
+
+    Attributes:
+        bytes_per_day: what may be written in a day.
+        burst_bytes: what may be written at once after a pause.
+        available_bytes: what may be written now.
+        written_bytes: what was written since the tier was opened, whole slots.
+        refused_blocks: blocks that were not written because nothing was left, since the tier was opened.
+    """
+
+    bytes_per_day: int
+    burst_bytes: int
+    available_bytes: int
+    written_bytes: int
+    refused_blocks: int
 
 
 class WriteBudget:

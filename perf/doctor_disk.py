@@ -14,6 +14,7 @@ from dynamo.perf.doctor_facts import lock_holder, mount_of, nearest_folder
 from dynamo.perf.doctor_findings import Findings
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.report import Result
+from dynamo.tiers.disk_space import disk_space
 from dynamo.tiers.errors import TierError
 
 __all__ = ["examine_disk"]
@@ -39,7 +40,7 @@ def examine_disk(
     if folder != place.directory.absolute():
         findings.say("", f"does not exist yet; measured in {folder}")
     _examine_mount(folder, findings)
-    _examine_space(place, folder, findings)
+    _examine_space(place, findings)
     holders = {lock.parent: lock_holder(lock) for lock in sorted(place.directory.glob("*/LOCK"))}
     for owned, pid in holders.items():
         if pid is not None:
@@ -82,15 +83,16 @@ def _examine_mount(folder: Path, findings: Findings) -> None:
         findings.advise(f"{mount.folder} is mounted with sync, which slows writing down; the tier does not need it")
 
 
-def _examine_space(place: DiskPlace, folder: Path, findings: Findings) -> None:
-    used = sum(file.stat().st_blocks * 512 for file in place.directory.glob("*/*") if file.is_file())
-    free = shutil.disk_usage(folder).free
-    findings.say("", f"{format_size(free)} free, {format_size(used)} taken by KV blocks already")
-    if place.capacity_bytes > free + used:
-        findings.problem(
-            f"--disk-cache asks for {format_size(place.capacity_bytes)}, but only {format_size(free + used)} can be had in "
-            f"{folder}: blocks are dropped when the disk is full; ask for less or free space"
-        )
+def _examine_space(place: DiskPlace, findings: Findings) -> None:
+    for space in disk_space(place.directories, place.capacity_bytes):
+        free, held = space.free_bytes, space.held_bytes
+        where = ", ".join(map(str, space.directories))
+        findings.say("", f"{where}: {format_size(free)} free, {format_size(held)} taken by KV blocks already")
+        if space.missing_bytes:
+            findings.problem(
+                f"--disk-cache asks for {format_size(space.wanted_bytes)}, but only {format_size(free + held)} can be had in "
+                f"{where}: blocks are dropped when the disk is full; ask for less or free space"
+            )
 
 
 def _measure(scratch: Path, io_threads: int, size: int, device: torch.device, findings: Findings) -> Iterator[Result]:

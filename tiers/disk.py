@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
+from dynamo.tiers.disk_space import disk_space
 from dynamo.tiers.errors import TierConfigError, TierUnavailableError
 from dynamo.tiers.file_io import SlotIO, check_aligned
 from dynamo.tiers.journal import Journal
@@ -158,6 +159,7 @@ class DiskTier:
                 f"the disk tier's folder {where} cannot be used: {error}; check that this user may write there",
                 path=Path(str(error.filename or directories[0])),
             ) from error
+        _warn_of_shortage(directories, capacity_bytes)
         budget = None
         if write_bytes_per_day is not None:
             budget = WriteBudget(write_bytes_per_day, stripes.stripes[0].namespace.budget_path)
@@ -346,7 +348,10 @@ class DiskTier:
             if num_slots < self._num_slots:
                 self._num_slots = num_slots
             self._stripes.resize(num_slots)
-            self._num_slots = num_slots
+            grows, self._num_slots = num_slots > self._num_slots, num_slots
+        if grows:
+            directories = [stripe.namespace.directory for stripe in self._stripes.stripes]
+            _warn_of_shortage(directories, num_slots * self.layout.slot_bytes)
 
     def stats(self) -> TierStats:
         """Counters; `path` is "O_DIRECT", "buffered" or "unavailable", the worst of all directories."""
@@ -406,6 +411,23 @@ def _check_directories(directories: Sequence[Path]) -> None:
     for i, directory in enumerate(directories):
         if directory.absolute() in [other.absolute() for other in directories[:i]]:
             raise TierConfigError(f"the disk tier's directory {directory} is given twice; give each once")
+
+
+def _warn_of_shortage(directories: Sequence[Path], capacity_bytes: int) -> None:
+    """No error: space may be freed, and until then the tier makes do with what there is."""
+    try:
+        spaces = disk_space(directories, capacity_bytes)
+    except OSError as error:
+        logger.warning("disk tier %s: free space is not known: %s", ", ".join(map(str, directories)), error)
+        return
+    for space in spaces:
+        if space.missing_bytes:
+            logger.warning(
+                "disk tier %s: may take %s bytes, but the file system has %s bytes free, beside %s that KV blocks hold "
+                "already: %s too few. Once it is full, blocks are not kept: free space there, or make the disk tier smaller",
+                ", ".join(str(directory) for directory in space.directories),
+                *(f"{n:,}" for n in (space.wanted_bytes, space.free_bytes, space.held_bytes, space.missing_bytes)),
+            )
 
 
 def _reporter(recorder: TierRecorder, directories: Sequence[Path]) -> FaultReport:

@@ -21,7 +21,7 @@ from pathlib import Path
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
 from dynamo.tiers.identity import IDENTITY_NAME, read_identity
 
-__all__ = ["BLOCKS_NAME", "JOURNAL_NAME", "LOCK_NAME", "Namespace", "find_namespaces", "namespace_folder"]
+__all__ = ["BLOCKS_NAME", "JOURNAL_NAME", "LOCK_NAME", "Namespace", "find_namespaces", "held_bytes", "namespace_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +150,15 @@ def find_namespaces(directory: Path) -> list[Path]:
         OSError: the directory cannot be listed.
     """
     return sorted(entry for entry in directory.iterdir() if _NAME.fullmatch(entry.name) and _is_ours(entry))
+
+
+def held_bytes(directory: Path) -> int:
+    """Bytes on disk of all disk tiers in `directory`.
+
+    Raises:
+        OSError: the directory cannot be listed.
+    """
+    return sum(_size(folder) for folder in find_namespaces(directory))
 
 
 def _is_ours(folder: Path) -> bool:

@@ -96,6 +96,8 @@ class KVCache:
             raise CacheConfigError(f"io_threads must be at least 1, not {io_threads}")
         if load_patience is not None and not load_patience >= 0:
             raise CacheConfigError(f"load_patience must be a share from 0 on, or None, not {load_patience}")
+        if not 0 <= load_timeout_s < math.inf:
+            raise CacheConfigError(f"load_timeout_s must be seconds from 0 on, not {load_timeout_s}")
         host_bytes = parse_size(host) if host is not None else 0
         max_host_bytes = host_bytes if host_max is None else parse_size(host_max)
         if max_host_bytes < host_bytes or max_host_bytes > host_bytes == 0:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from threading import Lock
 from typing import Self
 
-from dynamo.kvcache.config import DiskPlace, format_size
+from dynamo.kvcache.config import DiskPlace, check_write_budget, format_size
 from dynamo.kvcache.device_path import prove_device_path
 from dynamo.kvcache.errors import CacheConfigError, CacheMemoryError, UnsupportedError
 from dynamo.kvcache.events import EventLog, RunStarts
@@ -133,7 +133,7 @@ class BlockStore:
             scrub_bytes_per_s: how fast the disk tier is checked while nobody else uses it; 0: not at all.
 
         Raises:
-            CacheConfigError: a size does not hold one block.
+            CacheConfigError: a size does not hold one block, or the write budget lets none be written.
             CacheMemoryError: the index of so large a disk tier does not fit into memory.
             dynamo.tiers.errors.TierError: host memory does not suffice.
         """
@@ -148,6 +148,8 @@ class BlockStore:
                 f"a disk tier of {format_size(disk.capacity_bytes)} is less than one block of {format_size(slot_bytes)}; "
                 "give more"
             )
+        if disk is not None and disk_write_budget is not None:
+            check_write_budget(disk_write_budget, slot_bytes)
         if disk is not None:
             _check_index_fits(disk.capacity_bytes // slot_bytes)
         with ExitStack() as undo:

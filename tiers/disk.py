@@ -24,7 +24,7 @@ from dynamo.tiers.stats import TierRecorder, TierStats
 from dynamo.tiers.stripe import FaultReport, Generations, IOTarget
 from dynamo.tiers.stripe_set import StripePlan, StripeSet
 from dynamo.tiers.tier import Outcomes
-from dynamo.tiers.write_budget import WriteBudget, WriteBudgetStats
+from dynamo.tiers.write_budget import WriteBudget, WriteBudgetStats, least_bytes_per_day
 
 if TYPE_CHECKING:  # these load torch, which the rest of the tier does without
     import torch
@@ -125,7 +125,8 @@ class DiskTier:
             new_io: makes the I/O back-end of a directory, given the number of threads.
 
         Raises:
-            TierConfigError: the capacity does not hold one block in each directory, or a directory is given twice.
+            TierConfigError: the capacity does not hold one block in each directory, a directory is given twice, or the write
+                budget lets no block be written.
             TierBusyError: another process uses a folder.
             TierUnavailableError: a folder cannot be created, read or written, or is not this tier's; go on without a disk
                 tier.
@@ -139,6 +140,11 @@ class DiskTier:
                 f"{layout.slot_bytes} bytes in each; give it more"
                 if len(directories) > 1
                 else f"a disk capacity of {capacity_bytes} bytes holds no block of {layout.slot_bytes} bytes; give it more"
+            )
+        if write_bytes_per_day is not None and write_bytes_per_day < least_bytes_per_day(layout.slot_bytes):
+            raise TierConfigError(
+                f"a write budget of {write_bytes_per_day} bytes a day lets no block of {layout.slot_bytes} bytes be written; "
+                f"give at least {least_bytes_per_day(layout.slot_bytes)}"
             )
         recorder = TierRecorder(layout.block_bytes)
         report = _reporter(recorder, directories)

@@ -13,10 +13,10 @@ import xxhash
 
 from dynamo.tiers.errors import TierConfigError
 
-__all__ = ["WriteBudget", "WriteBudgetStats"]
+__all__ = ["WriteBudget", "WriteBudgetStats", "least_bytes_per_day"]
 
 _DAY_S = 86_400.0
-_BURST_SHARE = 1 / 24  # of a day's bytes may be written at once: an hour's
+_BURSTS_PER_DAY = 24  # an hour's share may be written at once
 _SAVE_SHARE = 1 / 16  # of a burst; so much is forgotten at most when the process is killed
 _MAGIC = b"DYNKVWB1"
 _BODY = struct.Struct("<8sddQ")  # magic, available bytes, wall-clock time, bytes written ever; the check follows
@@ -65,7 +65,7 @@ class WriteBudget:
         if bytes_per_day <= 0:
             raise TierConfigError(f"a write budget of {bytes_per_day} bytes a day lets nothing be written; give more")
         self.bytes_per_day = bytes_per_day
-        self.burst_bytes = bytes_per_day * _BURST_SHARE
+        self.burst_bytes = bytes_per_day / _BURSTS_PER_DAY
         self._path = path
         self._clock, self._wall_clock = clock, wall_clock
         self._lock = Lock()
@@ -144,6 +144,11 @@ class WriteBudget:
                 os.pwrite(fd, body + _check(body), 0)
             finally:
                 os.close(fd)
+
+
+def least_bytes_per_day(unit_bytes: int) -> int:
+    """The smallest budget under which one unit may ever be written: what is written at once is only a share of it."""
+    return unit_bytes * _BURSTS_PER_DAY
 
 
 def _check(body: bytes) -> bytes:

@@ -259,7 +259,7 @@ class BlockStore:
     def pin(self, keys: Sequence[BlockKey], tier: str) -> HeldSlots:
         """Holds what "host" or "disk" has of `keys`, given in chain order, until released."""
         shelf = self._shelf
-        pool = shelf.host if tier == "host" else shelf.disk
+        pool = shelf.pool(tier)
         with shelf.changed:
             slots = pool.find_any(keys)
             pool.acquire(slots)
@@ -316,8 +316,8 @@ class BlockStore:
                 memory or disk space is given back with the next call. Or another resize still waits for such slots.
             dynamo.tiers.errors.TierError: the tier cannot have that size.
         """
-        storage: HostTier | DiskTier | None = self._disk if tier == "disk" else self._arena
-        pool = self._shelf.disk if tier == "disk" else self._shelf.host
+        storages: dict[str, HostTier | DiskTier | None] = {"host": self._arena, "disk": self._disk}
+        storage, pool = storages[tier], self._shelf.pool(tier)
         num_slots = num_bytes // self._slot_bytes
         if storage is None or not pool.num_slots:
             raise CacheConfigError(f"the cache has no {tier} tier to resize")

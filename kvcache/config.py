@@ -73,21 +73,29 @@ def check_write_budget(bytes_per_day: int, slot_bytes: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DiskPlace:
-    """Folders and the bytes the disk tier may use in them together.
+    """Directories and the bytes the disk tier may use in them together.
 
     Attributes:
-        directory: the first, which also holds the index.
-        further: more of them, on other devices; blocks are spread over all.
+        directories: one, or several on different devices, over which blocks are spread; the first also holds the index.
+
+    Raises:
+        CacheConfigError: there is no directory.
     """
 
-    directory: Path
+    directories: tuple[Path, ...]
     capacity_bytes: int
-    further: tuple[Path, ...] = ()
 
-    @property
-    def directories(self) -> tuple[Path, ...]:
-        """All of them."""
-        return (self.directory, *self.further)
+    def __post_init__(self) -> None:
+        if not self.directories:
+            raise CacheConfigError("a disk tier needs at least one directory")
+
+    def below(self, name: str) -> "DiskPlace":
+        """The directories of that name inside these, for a tier of its own."""
+        return DiskPlace(tuple(directory / name for directory in self.directories), self.capacity_bytes)
+
+    def __str__(self) -> str:
+        """Its directories, as they are named in messages."""
+        return ", ".join(str(directory) for directory in self.directories)
 
 
 def parse_disk_place(text: str) -> DiskPlace:
@@ -102,11 +110,12 @@ def parse_disk_place(text: str) -> DiskPlace:
             f"{text!r} is no disk tier; write it as PATH:SIZE, such as /mnt/nvme/kv:200GiB, or PATH,PATH:SIZE"
         )
     try:
-        directories = [Path(path).expanduser() for path in paths.split(",")]
+        directories = tuple(Path(path).expanduser() for path in paths.split(","))
     except RuntimeError as error:  # no such user
         raise CacheConfigError(f"{text!r}: {error}; write the path in full") from error
     if len({directory.absolute() for directory in directories}) < len(directories):
         raise CacheConfigError(f"{text!r} names a path twice; give each once")
-    if not parse_size(size):
+    capacity_bytes = parse_size(size)
+    if not capacity_bytes:
         raise CacheConfigError(f"{text!r} is a disk tier that holds nothing; give it a size, or leave it out")
-    return DiskPlace(directories[0], parse_size(size), tuple(directories[1:]))
+    return DiskPlace(directories, capacity_bytes)

@@ -32,16 +32,19 @@ def examine_disk(
     """Facts, advice, problems and rates of a disk tier at `place`. Nothing there is changed.
 
     Args:
-        size: bytes to measure with; written for a while.
+        size: bytes to measure with; written for a while, in the first directory.
         device: where the blocks are wanted.
     """
-    folder = nearest_folder(place.directory)
-    findings.say("disk tier", f"{place.directory}, {format_size(place.capacity_bytes)}")
-    if folder != place.directory.absolute():
+    findings.say("disk tier", f"{place}, {format_size(place.capacity_bytes)}")
+    folders = [nearest_folder(directory) for directory in place.directories]
+    folder = folders[0]
+    if folder != place.directories[0].absolute():
         findings.say("", f"does not exist yet; measured in {folder}")
-    _examine_mount(folder, findings)
+    for mounted in dict.fromkeys(folders):
+        _examine_mount(mounted, findings)
     _examine_space(place, findings)
-    holders = {lock.parent: lock_holder(lock) for lock in sorted(place.directory.glob("*/LOCK"))}
+    locks = [lock for directory in place.directories for lock in sorted(directory.glob("*/LOCK"))]
+    holders = {lock.parent: lock_holder(lock) for lock in locks}
     for owned, pid in holders.items():
         if pid is not None:
             findings.advise(
@@ -51,8 +54,10 @@ def examine_disk(
     findings.say(
         "", f"models with blocks here: {len(holders)}, in use now: {sum(p is not None for p in holders.values())}"
     )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        findings.problem(f"this user may not write to {folder}: give it the permission, or --disk-cache another folder")
+    closed = [where for where in dict.fromkeys(folders) if not os.access(where, os.W_OK | os.X_OK)]
+    for where in closed:
+        findings.problem(f"this user may not write to {where}: give it the permission, or --disk-cache another folder")
+    if closed:
         return
     if shutil.disk_usage(folder).free < 2 * size:
         findings.advise(f"too little space is free in {folder} to measure; give less --size")

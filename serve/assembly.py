@@ -105,9 +105,7 @@ def _build_mocker(config: Config, folder: Path, name: str) -> Assembly:
     limits = _limits(config)
     # In a folder of its own, so that a model's blocks are not given up for simulated ones.
     place = config.cache.disk_cache
-    disk = place and DiskPlace(
-        place.directory / "mocker", place.capacity_bytes, tuple(path / "mocker" for path in place.further)
-    )
+    disk = place and place.below("mocker")
     cache = _open_cache(config, disk, mock_kv_spec(name, config.cache.block_size), torch.device("cpu"))
     max_model_len = config.model.max_model_len or MOCK_MAX_MODEL_LEN
     engine = build_mock_engine(
@@ -199,7 +197,7 @@ def _check_sizes(config: Config, spec: KVSpec, device_bytes: int | None) -> None
     disk = settings.disk_cache
     if disk is not None and disk.capacity_bytes // len(disk.directories) < slot_bytes:
         raise ConfigError(
-            f"--disk-cache {', '.join(map(str, disk.directories))}: {format_size(disk.capacity_bytes)} hold less than one "
+            f"--disk-cache {disk}: {format_size(disk.capacity_bytes)} hold less than one "
             f"block of {format_size(slot_bytes)} in each; give it more, or off for none"
         )
     if settings.disk_write_budget is not None:

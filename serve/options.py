@@ -294,7 +294,7 @@ def default_disk_place() -> DiskPlace | None:
     if existing is None:
         return None
     capacity = min(4 << 30, shutil.disk_usage(existing).free // 10 >> 20 << 20)
-    return DiskPlace(root / "dynamo" / "kv", capacity) if capacity >= 64 << 20 else None
+    return DiskPlace((root / "dynamo" / "kv",), capacity) if capacity >= 64 << 20 else None
 
 
 def default_threads() -> int:

@@ -39,9 +39,17 @@ def test_more_than_any_machine_has_is_refused(text):
 
 
 def test_a_disk_place_may_have_colons_in_its_path():
-    assert parse_disk_place("/mnt/a:b/kv:1GiB") == DiskPlace(Path("/mnt/a:b/kv"), 1 << 30)
+    assert parse_disk_place("/mnt/a:b/kv:1GiB") == DiskPlace((Path("/mnt/a:b/kv"),), 1 << 30)
     assert parse_disk_place("/a,/b,/c:1GiB").directories == (Path("/a"), Path("/b"), Path("/c"))
-    assert parse_disk_place("~/kv:1GiB").directory == Path.home() / "kv"
+    assert parse_disk_place("~/kv:1GiB").directories == (Path.home() / "kv",)
+
+
+def test_a_place_below_another_has_its_size_and_a_folder_in_each_of_its_directories():
+    place = parse_disk_place("/a,/b:1GiB").below("w")
+    assert place == DiskPlace((Path("/a/w"), Path("/b/w")), 1 << 30)
+    assert str(place) == "/a/w, /b/w"
+    with pytest.raises(CacheConfigError, match="at least one directory"):
+        DiskPlace((), 1)
 
 
 @pytest.mark.parametrize(

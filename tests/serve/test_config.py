@@ -112,7 +112,7 @@ def test_the_default_disk_tier_lies_in_the_users_cache_and_leaves_room(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not-yet"))
     disk = load_config(None, {}).config.cache.disk_cache
-    assert disk is None or (disk.directory == tmp_path / "not-yet/dynamo/kv" and disk.capacity_bytes <= 4 << 30)
+    assert disk is None or (disk.directories == (tmp_path / "not-yet/dynamo/kv",) and disk.capacity_bytes <= 4 << 30)
     usage = (100 << 30, 99 << 30, 1 << 30)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": usage[2]}))
     disk = load_config(None, {}).config.cache.disk_cache
@@ -150,7 +150,7 @@ def test_every_kind_of_option_is_read_from_the_command_line() -> None:
     ).loaded.config
     assert config.model.path == "/models/x"
     assert config.cache.disk_cache is not None
-    assert (config.cache.disk_cache.directory, config.cache.disk_cache.capacity_bytes) == (Path("/a:b"), 10 << 30)
+    assert (config.cache.disk_cache.directories, config.cache.disk_cache.capacity_bytes) == ((Path("/a:b"),), 10 << 30)
     assert (config.cache.device_cache, config.mocker.speedup, config.engine.engine) == (None, 2.5, "mocker")
     assert parse_command_line(["--disk-cache", "off"]).loaded.config.cache.disk_cache is None
 

@@ -62,7 +62,7 @@ def _verify(directories: list[Path]) -> int:
         )
     if not reports:
         print(
-            f"error: {directories[0]} holds no disk tier of this program and version; a folder in it, given itself, says why",
+            f"error: {directories[0]} holds no disk tier; give the directory of --disk-cache, with several all of them",
             file=sys.stderr,
         )
         return _EXIT_USAGE
@@ -74,7 +74,7 @@ def _verify(directories: list[Path]) -> int:
 
 
 def _table(reports: list[NamespaceReport]) -> Table:
-    table = Table()
+    table = Table(collapse_padding=True)  # eighty columns must do
     table.add_column("model's folder", no_wrap=True)
     for name in ("blocks", "good", "corrupt", "unreadable", "GB", "GB/s"):
         table.add_column(name, justify="right")

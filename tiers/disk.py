@@ -162,7 +162,8 @@ class DiskTier:
         except OSError as error:
             where = error.filename or ", ".join(str(directory) for directory in directories)
             raise TierUnavailableError(
-                f"the disk tier's folder {where} cannot be used: {error}; check that this user may write there",
+                f"the disk tier cannot use {where}: {error.strerror or error}; check that this user may write there, and that "
+                "nobody else changed its files",
                 path=Path(str(error.filename or directories[0])),
             ) from error
         _warn_of_shortage(directories, capacity_bytes)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from dynamo.kernels.checks import SlotIds, check_ids
 from dynamo.tiers.errors import JournalFormatError, TierClosedError
 from dynamo.tiers.name_table import Names
+from dynamo.tiers.plain_file import open_plain
 from dynamo.tiers.records import (
     DROP,
     HEADER_BYTES,
@@ -325,7 +326,7 @@ class Journal:
             _sync_directory(self.path.parent)
 
     def _load(self) -> None:
-        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = open_plain(self.path, os.O_RDWR)
         try:
             header = Header.from_bytes(os.pread(fd, HEADER_BYTES, 0), self._fingerprint, self.path)
             self._check_length(fd, header)

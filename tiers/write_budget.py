@@ -12,6 +12,7 @@ from threading import Lock
 import xxhash
 
 from dynamo.tiers.errors import TierConfigError
+from dynamo.tiers.plain_file import open_plain
 
 __all__ = ["WriteBudget", "WriteBudgetStats", "least_bytes_per_day"]
 
@@ -121,7 +122,11 @@ class WriteBudget:
 
     def _load(self, path: Path) -> None:
         try:
-            data = path.read_bytes()
+            fd = open_plain(path, os.O_RDONLY)
+            try:
+                data = os.pread(fd, 2 * _BODY.size, 0)
+            finally:
+                os.close(fd)
         except OSError:
             return
         if len(data) != _BODY.size + 8 or data[_BODY.size :] != _check(data[: _BODY.size]):
@@ -139,7 +144,7 @@ class WriteBudget:
         self._unsaved_bytes = 0
         body = _BODY.pack(_MAGIC, self._available_bytes, self._wall_clock(), max(0, self._written_bytes))
         with contextlib.suppress(OSError):  # a disk that cannot keep this keeps no blocks either
-            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = open_plain(self._path, os.O_WRONLY | os.O_CREAT)
             try:
                 os.pwrite(fd, body + _check(body), 0)
             finally:

@@ -97,9 +97,65 @@ def test_wrong_paths_are_said_in_a_sentence(tmp_path: Path, capsys: pytest.Captu
         verify_directories([tmp_path / "nowhere"])
     (tmp_path / "0123456789abcdef").mkdir()
     (tmp_path / "0123456789abcdef" / "thesis.txt").write_text("x")
-    assert verify_directories([tmp_path]) == []
-    assert main(["verify", str(tmp_path)]) == 2
-    assert "holds no disk tier of this program" in capsys.readouterr().err
+    (report,) = verify_directories([tmp_path])
+    assert report.problems == (
+        f"{tmp_path / '0123456789abcdef' / 'thesis.txt'} is no file of a disk tier; move it away",
+    )
+    assert main(["verify", str(tmp_path)]) == 1
+    (tmp_path / "empty").mkdir()
+    assert main(["verify", str(tmp_path / "empty")]) == 2
+    assert "empty holds no disk tier; give the directory of --disk-cache" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_used_does_not_hide_beside_one_that_can(
+    tmp_path: Path, layout: BlockLayout, rows: Rows
+) -> None:
+    fill([tmp_path], layout, rows).close()
+    other = fill([tmp_path], layout, rows, b"model-b.")
+    other.close()
+    (other.folder / "LOCK").unlink()
+    reports = {report.folder: report.problems for report in verify_directories([tmp_path])}
+    assert len(reports) == 2
+    assert reports.pop(other.folder)[0].startswith(f"{other.folder / 'LOCK'} is missing")
+    assert list(reports.values()) == [()]
+
+
+@pytest.mark.parametrize("name", ["STRIPE", "LOCK", "journal.log", "blocks.dat", "budget.dat"])
+def test_a_pipe_in_the_place_of_a_file_holds_nobody_up(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, name: str
+) -> None:
+    tier = fill([tmp_path], layout, rows)
+    tier.close()
+    pipe = tier.folder / name
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    (report,) = verify_directories([tmp_path])
+    assert report.problems[0].startswith(f"{pipe} is no plain file")
+    if name == "budget.dat":  # nothing of value is in it
+        assert verify_directories([tier.folder])[0].problems == ()
+        DiskTier.open(tmp_path, layout, 64 * layout.slot_bytes, b"model-a.", write_bytes_per_day=1 << 30).close()
+        return
+    with pytest.raises(TierUnavailableError, match=f"{name}.* is no plain file"):
+        verify_directories([tier.folder])
+    with pytest.raises(TierUnavailableError, match=f"the disk tier cannot use {pipe}: is no plain file"):
+        DiskTier.open(tmp_path, layout, 64 * layout.slot_bytes, b"model-a.")
+
+
+def test_an_index_that_is_cut_short_is_said_so(tmp_path: Path, layout: BlockLayout, rows: Rows) -> None:
+    tier = fill([tmp_path], layout, rows)
+    tier.close()
+    os.truncate(tier.folder / "journal.log", 9)
+    (report,) = verify_directories([tmp_path])
+    assert report.problems == (f"{tier.folder / 'journal.log'} is cut short: 9 of its first 64 bytes are left",)
+
+
+def test_the_table_fits_into_eighty_columns(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill([tmp_path], layout, rows).close()
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["verify", str(tmp_path)]) == 0
+    assert "unreadable" in capsys.readouterr().out
 
 
 def test_directories_that_do_not_belong_together_are_said_so(tmp_path: Path, layout: BlockLayout, rows: Rows) -> None:

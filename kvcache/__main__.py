@@ -1,6 +1,7 @@
 """`python -m dynamo.kvcache verify PATH...` checks a disk tier's blocks; it changes nothing."""
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ _EXIT_INTERRUPTED = 130
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; 0 when all is well, 1 when something is bad, 2 when there was nothing to check."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have any bytes, and a terminal any encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         return _verify(options.path)

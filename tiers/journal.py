@@ -346,6 +346,11 @@ class Journal:
         if good.size:
             self._next_sequence = int(good["sequence"].max()) + 1
         self._adopt(header, live, records.size)
+        if not is_here.all():  # or they would be missed, or read as damaged, when the tier is made larger again
+            try:
+                self._rewrite(live)
+            except OSError as error:
+                self._log_failure(error)
         self._compact()
 
     def _check_length(self, fd: int, header: Header) -> None:

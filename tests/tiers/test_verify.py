@@ -1,5 +1,6 @@
 """The offline check of a disk tier, and its command line."""
 
+import io
 import os
 from pathlib import Path
 
@@ -147,6 +148,33 @@ def test_an_index_that_is_cut_short_is_said_so(tmp_path: Path, layout: BlockLayo
     os.truncate(tier.folder / "journal.log", 9)
     (report,) = verify_directories([tmp_path])
     assert report.problems == (f"{tier.folder / 'journal.log'} is cut short: 9 of its first 64 bytes are left",)
+
+
+def test_a_tier_that_was_started_smaller_is_whole_and_grows_again_without_a_fault(
+    tmp_path: Path, layout: BlockLayout, rows: Rows
+) -> None:
+    fill([tmp_path], layout, rows).close()
+    DiskTier.open(tmp_path, layout, 4 * layout.slot_bytes, b"model-a.").close()
+    (report,) = verify_directories([tmp_path])
+    assert (report.num_blocks, report.num_good, report.problems) == (4, 4, ())
+    tier = DiskTier.open(tmp_path, layout, NUM_SLOTS * layout.slot_bytes, b"model-a.")
+    assert len(tier.recovered) == 4
+    assert tier.stats().faults == {}
+    tier.close()
+
+
+def test_paths_of_any_bytes_are_named_in_any_encoding(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / os.fsdecode(b"k\xff\xc3\xbc")
+    tier = fill([place], layout, rows)
+    tier.close()
+    (tier.folder / "LOCK").unlink()
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    assert main(["verify", str(place)]) == 1
+    out.flush()
+    assert b"k\\udcff\\xfc/6d6f64656c2d612e/LOCK is missing" in out.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_table_fits_into_eighty_columns(

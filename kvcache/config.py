@@ -10,7 +10,7 @@ from dynamo.tiers.write_budget import least_bytes_per_day
 
 __all__ = ["DiskPlace", "check_write_budget", "format_size", "parse_disk_place", "parse_size"]
 
-_UNITS = {
+_UNITS: dict[str, int] = {
     "": 1,
     "B": 1,
     **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},

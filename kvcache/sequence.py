@@ -16,9 +16,12 @@ from dynamo.kvcache.errors import CacheClosedError, SequenceStateError
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, pack_tokens
 from dynamo.kvcache.layerwise import LayerLoad, LayerSave
+from dynamo.kvcache.load_decision import LoadDecision, LoadQuestion
+from dynamo.kvcache.load_watch import LoadWatch
 from dynamo.kvcache.offload import SaveRequest
 from dynamo.kvcache.onboard import SOURCES, Load, LoadRequest
-from dynamo.kvcache.planner import LoadPlanner, LoadQuestion, LoadWatch
+from dynamo.kvcache.overlap import OverlappedLoad
+from dynamo.kvcache.planner import LoadPlanner
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
 from dynamo.kvcache.window import RequestHits, RequestWindow
@@ -37,7 +40,7 @@ class Sequence:
     Its blocks, by position:
 
         [0, matched)            found in device memory, shared and never written again
-        [matched, loaded)       on their way from a lower tier until `wait`; shared after it
+        [matched, loaded)       on their way from a lower tier until `wait`, or `next_span`; shared after it
         [.., committed)         computed and committed by this sequence, shared
         [committed, num_blocks) reserved; the caller writes them
 
@@ -57,6 +60,7 @@ class Sequence:
         num_cacheable_blocks: int,
         spare_blocks: int,
         load_timeout_s: float,
+        overlap: bool = False,
         begin_use: Callable[[list[BlockKey]], OpenUse] | None = None,
         priority: Priority = Priority.LOAD,
         window: RequestWindow | None = None,
@@ -66,6 +70,7 @@ class Sequence:
         Args:
             planner: decides what of it is loaded; None: all that can be, however long it takes.
             chain: keys of all full blocks of `tokens`.
+            overlap: see `KVCache.open`; needs a planner.
             begin_use: called with the chain's keys once the blocks are reserved; None: nobody's use.
             priority: who waits for the loads.
             window: is told, at `close`, what the sequence got from which tier; None: the sequence is no request.
@@ -82,6 +87,8 @@ class Sequence:
         self._table = np.empty(0, dtype=np.int32)
         self._num_blocks = 0
         self._planner = planner
+        self._overlap = overlap
+        self._overlapped: OverlappedLoad | None = None
         self._transfer: Load | None = None
         self._watch: LoadWatch | None = None
         self._layers: LayerLoad | None = None
@@ -102,11 +109,11 @@ class Sequence:
         try:
             if begin_use is not None:
                 self._use = begin_use(chain.keys)
+            self._num_matched_blocks = self._num_shared_blocks
             num_loadable = self._start_loading(keys, reservation.fresh, load_timeout_s, priority)
         except BaseException:
             pool.release(self.block_table.astype(np.int64))
             raise
-        self._num_matched_blocks = self._num_shared_blocks
         self._num_missed_blocks = len(keys) - self._num_shared_blocks - num_loadable
 
     def __enter__(self) -> Self:
@@ -136,17 +143,28 @@ class Sequence:
     @property
     def is_ready(self) -> bool:
         """True once `wait` would return at once."""
+        if self._overlapped is not None:
+            return self._overlapped.is_ready
         return self._transfer is None or self._transfer.is_due
+
+    @property
+    def patience_left_s(self) -> float:
+        """Seconds until `is_ready` at the latest, as things stand: what arrives meanwhile may make it more or less."""
+        if self._overlapped is not None:
+            return self._overlapped.patience_left_s
+        return self._transfer.remaining_s if self._transfer is not None else 0.0
 
     @property
     def num_cached_tokens(self) -> int:
         """Leading tokens whose KV need not be computed; whole blocks, and fewer than `num_tokens` at the time of `open`.
 
+        With `overlap`: tokens that `next_span` has passed over until now, wherever they lie.
+
         Raises:
-            SequenceStateError: before `wait` or `ready`, since a load may still fail.
+            SequenceStateError: before `wait` or `ready`, since a load may still fail; with `overlap`, before `next_span`.
         """
         if self._num_cached_tokens is None:
-            raise SequenceStateError("num_cached_tokens is known only after wait() or ready()")
+            raise SequenceStateError("num_cached_tokens is known only after wait() or ready(), or next_span()")
         return self._num_cached_tokens
 
     @property
@@ -157,10 +175,15 @@ class Sequence:
     def wait(self, timeout_s: float | None = None) -> None:
         """Blocks until the loads that `open` started have ended; what failed, or is late, is not cached.
 
+        With `overlap`, blocks for as long as loading is much faster than computing, and ends nothing.
+
         Args:
             timeout_s: what has not arrived by then is computed instead; at most, and by default, the cache's
                 `load_timeout_s` since `open`, or until waiting on would cost more than computing.
         """
+        if self._overlapped is not None:
+            self._check_open()
+            self._overlapped.wait(timeout_s)
         transfer = self._transfer
         if transfer is None:
             return
@@ -177,8 +200,7 @@ class Sequence:
 
     async def ready(self) -> None:
         """`wait` without blocking the event loop."""
-        transfer = self._transfer
-        if transfer is not None and not transfer.is_ended:
+        if not self.is_ready:
             loop = asyncio.get_running_loop()
             ended = asyncio.Event()
 
@@ -186,12 +208,52 @@ class Sequence:
                 with contextlib.suppress(RuntimeError):  # the loop was closed, and with it whoever waited
                     loop.call_soon_threadsafe(ended.set)
 
-            transfer.when_ended(tell_loop)
-            while not transfer.is_due:  # the deadline may move while waiting
+            self.when_ready(tell_loop)
+            while not self.is_ready:  # the deadline may move while waiting
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(transfer.remaining_s):
+                    async with asyncio.timeout(self.patience_left_s):
                         await ended.wait()
         self.wait(0.0)
+
+    def next_span(self, num_computed: int, max_tokens: int) -> tuple[int, int]:
+        """Which tokens to compute next, where the caller computes in pieces: with `overlap`, while the others are loaded.
+
+        To be called before each piece, when those before it are committed. The caller writes the KV of the tokens it is
+        given, and only those.
+
+        Args:
+            num_computed: tokens from the start on whose KV is written, or came from the cache.
+            max_tokens: of the piece, at least 1.
+
+        Returns:
+            First token and end of the piece. What lies between `num_computed` and it came from the cache. Both are
+            `num_tokens` when nothing is left.
+
+        Raises:
+            SequenceStateError: loads that somebody has to `wait` for are under way.
+        """
+        self._check_open()
+        size, load = self._block_size, self._overlapped
+        if self._transfer is not None:
+            raise SequenceStateError("next_span() before wait(): blocks are still being loaded")
+        start = max(num_computed, self._num_shared_blocks * size)
+        if (
+            load is not None
+            and start % size == 0
+            and (count := load.pass_over(start // size - self._num_matched_blocks))
+        ):
+            self._share(start // size + count)
+            start += count * size
+        end = min(self.num_tokens, start + max_tokens)
+        if load is not None:
+            start_block, end_block = -(-start // size), -(-end // size)
+            claimed = self._num_matched_blocks + load.claim(
+                start_block - self._num_matched_blocks, end_block - self._num_matched_blocks
+            )
+            end = min(end, claimed * size)
+            self._hit_blocks = np.bincount(self._sources[load.used], minlength=len(SOURCES)).tolist()
+            self._num_cached_tokens = (self._num_matched_blocks + sum(self._hit_blocks)) * size
+        return start, end
 
     def begin_layerwise(self) -> int:
         """Instead of `wait`: settles at once which blocks are cached, and loads them layer by layer.
@@ -202,7 +264,12 @@ class Sequence:
 
         Returns:
             Leading blocks of the sequence whose KV need not be computed, those found in device memory included.
+
+        Raises:
+            SequenceStateError: the sequence was opened with `overlap`.
         """
+        if self._overlapped is not None:
+            raise SequenceStateError("begin_layerwise() of a sequence that was opened with overlap; open it without")
         transfer = self._transfer
         if transfer is not None and self._store is not None:
             self._check_open()
@@ -308,6 +375,8 @@ class Sequence:
         try:
             if self._transfer is not None:
                 self._transfer.cancel()
+            if self._overlapped is not None:
+                self._overlapped.finish()
             if self._layers is not None:
                 self._layers.cancel()
             if self._store is not None:
@@ -327,39 +396,64 @@ class Sequence:
             )
 
     def when_ready(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` once, on some thread, when the loads have ended; at once if there are none."""
-        if self._transfer is None:
+        """Calls `callback` once, on some thread, when the loads have ended; at once if there are none.
+
+        Not when patience ends: `patience_left_s` tells when that is.
+        """
+        load = self._overlapped or self._transfer
+        if load is None:
             callback()
         else:
-            self._transfer.when_ended(callback)
+            load.when_ended(callback)
 
     def _start_loading(self, keys: list[BlockKey], fresh: SlotIds, timeout_s: float, priority: Priority) -> int:
         """Starts to load what follows the matched blocks, as far as that is worth it; returns how many could be loaded."""
         first, store, planner = self._num_shared_blocks, self._store, self._planner
         runs = store.find_runs(keys[first:]) if store else []
-        num_loadable = num_loading = sum(run.num_blocks for run in runs)
-        decision = planner.plan(LoadQuestion(tuple(runs), first, len(self._tokens))) if planner and runs else None
-        first_timeout_s = timeout_s
-        if decision is not None:
+        question = LoadQuestion(tuple(runs), first, len(self._tokens))
+        num_loading, decision = question.num_blocks, None
+        if planner is not None and runs:
+            decision = planner.plan_overlapped(question) if self._overlap else planner.plan(question)
             num_loading = decision.num_blocks_to_load
-            if decision.patience_s is not None:
-                first_timeout_s = min(timeout_s, decision.patience_s)
         if num_loading and store:
             self._sources = np.zeros(num_loading, dtype=np.uint8)
             request = LoadRequest(
-                keys, first, fresh[:num_loading], self._pool.tier.fences(), self._sources, self._use, priority
+                keys,
+                first,
+                fresh[:num_loading],
+                self._pool.tier.fences(),
+                self._sources,
+                self._use,
+                priority,
+                from_end=self._overlap,
             )
-            started_s = time.perf_counter()
-            self._transfer = store.load(request, first_timeout_s)
-            counters, lowest = self._counters, SOURCES[int(self._sources.max())]
-            self._transfer.when_ended(lambda: counters.count_load(lowest, time.perf_counter() - started_s))
-            if planner is not None and decision is not None:
-                self._watch = planner.watch(decision, self._transfer, timeout_s)
+            self._watch_over(store, request, planner, decision, timeout_s)
         else:
             self._num_cached_tokens = first * self._block_size
         if keys and store:
             store.touch(keys, self._use)
-        return num_loadable
+        return question.num_blocks
+
+    def _watch_over(
+        self,
+        store: BlockStore,
+        request: LoadRequest,
+        planner: LoadPlanner | None,
+        decision: LoadDecision | None,
+        timeout_s: float,
+    ) -> None:
+        """Starts a load, and sees to it that it does not cost more than it saves."""
+        patience_s = None if decision is None or self._overlap else decision.patience_s
+        started_s = time.perf_counter()
+        load = store.load(request, timeout_s if patience_s is None else min(timeout_s, patience_s))
+        counters, lowest = self._counters, SOURCES[int(self._sources.max())]
+        load.when_ended(lambda: counters.count_load(lowest, time.perf_counter() - started_s))
+        if planner is None or decision is None:
+            self._transfer = load
+        elif self._overlap:
+            self._overlapped = OverlappedLoad(load, decision, planner, block_size=self._block_size)
+        else:
+            self._transfer, self._watch = load, planner.watch(decision, load, timeout_s)
 
     def _num_cached_blocks(self, method: str) -> int:
         """Leading blocks that need not be computed, or are committed."""

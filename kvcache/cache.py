@@ -20,6 +20,7 @@ from dynamo.kvcache.leases import HeldSlots, Lease, LeaseBook, PinInfo
 from dynamo.kvcache.planner import LoadPlanner
 from dynamo.kvcache.policies import AdmissionName, BeginUse, EvictionName, Policies
 from dynamo.kvcache.pool import BlockPlace
+from dynamo.kvcache.prefix_load import PrefixLoader
 from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.sequence import Sequence
 from dynamo.kvcache.spec import KVSpec
@@ -479,18 +480,26 @@ class KVCache:
         self._check_open()
         chain = KeyChain(self._root(salt, lora), self.block_size)
         chain.extend(memoryview(packed).cast("B"))
+        loader = None
+        if self._store:
+            loader = PrefixLoader(
+                self._store,
+                planner,
+                self._counters,
+                block_size=self.block_size,
+                overlap=overlap,
+                timeout_s=self.load_timeout_s,
+            )
         return Sequence(
             self._pool,
             self._store,
             self._counters,
-            planner,
+            loader,
             packed,
             chain,
             block_size=self.block_size,
             num_cacheable_blocks=num_cacheable_blocks,
             spare_blocks=spare_blocks,
-            load_timeout_s=self.load_timeout_s,
-            overlap=overlap,
             begin_use=begin_use,
             priority=priority,
             window=window,

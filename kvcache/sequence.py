@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +15,11 @@ from dynamo.kvcache.errors import CacheClosedError, SequenceStateError
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, pack_tokens
 from dynamo.kvcache.layerwise import LayerLoad, LayerSave
-from dynamo.kvcache.load_decision import LoadDecision, LoadQuestion
-from dynamo.kvcache.load_watch import LoadWatch
+from dynamo.kvcache.load_decision import LoadQuestion
 from dynamo.kvcache.offload import SaveRequest
-from dynamo.kvcache.onboard import SOURCES, Load, LoadRequest
+from dynamo.kvcache.onboard import SOURCES, LoadRequest
 from dynamo.kvcache.overlap import OverlappedLoad
-from dynamo.kvcache.planner import LoadPlanner
+from dynamo.kvcache.prefix_load import PrefixLoader, WaitedLoad
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
 from dynamo.kvcache.window import RequestHits, RequestWindow
@@ -52,15 +50,13 @@ class Sequence:
         pool: DevicePool,
         store: BlockStore | None,
         counters: CacheCounters,
-        planner: LoadPlanner | None,
+        loader: PrefixLoader | None,
         tokens: "array[int]",
         chain: KeyChain,
         *,
         block_size: int,
         num_cacheable_blocks: int,
         spare_blocks: int,
-        load_timeout_s: float,
-        overlap: bool = False,
         begin_use: Callable[[list[BlockKey]], OpenUse] | None = None,
         priority: Priority = Priority.LOAD,
         window: RequestWindow | None = None,
@@ -68,9 +64,8 @@ class Sequence:
         """Reserves blocks for all `tokens`, of which the first `num_cacheable_blocks` may come from the cache.
 
         Args:
-            planner: decides what of it is loaded; None: all that can be, however long it takes.
+            loader: brings up what lies in the store; None where there is no store.
             chain: keys of all full blocks of `tokens`.
-            overlap: see `KVCache.open`; needs a planner.
             begin_use: called with the chain's keys once the blocks are reserved; None: nobody's use.
             priority: who waits for the loads.
             window: is told, at `close`, what the sequence got from which tier; None: the sequence is no request.
@@ -86,11 +81,7 @@ class Sequence:
         self._block_size = block_size
         self._table = np.empty(0, dtype=np.int32)
         self._num_blocks = 0
-        self._planner = planner
-        self._overlap = overlap
-        self._overlapped: OverlappedLoad | None = None
-        self._transfer: Load | None = None
-        self._watch: LoadWatch | None = None
+        self._load: WaitedLoad | OverlappedLoad | None = None
         self._layers: LayerLoad | None = None
         self._saving: LayerSave | None = None
         self._num_cached_tokens: int | None = None
@@ -110,7 +101,9 @@ class Sequence:
             if begin_use is not None:
                 self._use = begin_use(chain.keys)
             self._num_matched_blocks = self._num_shared_blocks
-            num_loadable = self._start_loading(keys, reservation.fresh, load_timeout_s, priority)
+            num_loadable = self._start_loading(loader, keys, reservation.fresh, priority) if loader is not None else 0
+            if self._load is None:
+                self._num_cached_tokens = self._num_matched_blocks * block_size
         except BaseException:
             pool.release(self.block_table.astype(np.int64))
             raise
@@ -143,16 +136,12 @@ class Sequence:
     @property
     def is_ready(self) -> bool:
         """True once `wait` would return at once."""
-        if self._overlapped is not None:
-            return self._overlapped.is_ready
-        return self._transfer is None or self._transfer.is_due
+        return self._load is None or self._load.is_ready
 
     @property
     def patience_left_s(self) -> float:
         """Seconds until `is_ready` at the latest, as things stand: what arrives meanwhile may make it more or less."""
-        if self._overlapped is not None:
-            return self._overlapped.patience_left_s
-        return self._transfer.remaining_s if self._transfer is not None else 0.0
+        return 0.0 if self._load is None else self._load.patience_left_s
 
     @property
     def num_cached_tokens(self) -> int:
@@ -181,21 +170,18 @@ class Sequence:
             timeout_s: what has not arrived by then is computed instead; at most, and by default, the cache's
                 `load_timeout_s` since `open`, or until waiting on would cost more than computing.
         """
-        if self._overlapped is not None:
-            self._check_open()
-            self._overlapped.wait(timeout_s)
-        transfer = self._transfer
-        if transfer is None:
+        load = self._load
+        if load is None:
             return
         self._check_open()
-        arrived = transfer.wait(timeout_s)
-        if transfer.is_expired:
-            self._counters.count_fault("late", transfer.num_blocks - arrived)
-        if self._watch is not None:
-            self._watch.settle(arrived, gave_up=transfer.is_expired)
+        if isinstance(load, OverlappedLoad):
+            load.wait(timeout_s)
+            return
+        arrived = load.wait(timeout_s)
+        self._counters.count_fault("late", load.num_late)
         self._hit_blocks = np.bincount(self._sources[:arrived], minlength=len(SOURCES)).tolist()
         self._share(self._num_shared_blocks + arrived)
-        self._transfer = self._watch = None
+        self._load = None
         self._num_cached_tokens = self._num_shared_blocks * self._block_size
 
     async def ready(self) -> None:
@@ -233,26 +219,18 @@ class Sequence:
             SequenceStateError: loads that somebody has to `wait` for are under way.
         """
         self._check_open()
-        size, load = self._block_size, self._overlapped
-        if self._transfer is not None:
+        size, load, first = self._block_size, self._load, self._num_matched_blocks
+        if isinstance(load, WaitedLoad):
             raise SequenceStateError("next_span() before wait(): blocks are still being loaded")
         start = max(num_computed, self._num_shared_blocks * size)
-        if (
-            load is not None
-            and start % size == 0
-            and (count := load.pass_over(start // size - self._num_matched_blocks))
-        ):
+        if load is not None and start % size == 0 and (count := load.pass_over(start // size - first)):
             self._share(start // size + count)
             start += count * size
         end = min(self.num_tokens, start + max_tokens)
         if load is not None:
-            start_block, end_block = -(-start // size), -(-end // size)
-            claimed = self._num_matched_blocks + load.claim(
-                start_block - self._num_matched_blocks, end_block - self._num_matched_blocks
-            )
-            end = min(end, claimed * size)
+            end = min(end, (first + load.claim(-(-start // size) - first, -(-end // size) - first)) * size)
             self._hit_blocks = np.bincount(self._sources[load.used], minlength=len(SOURCES)).tolist()
-            self._num_cached_tokens = (self._num_matched_blocks + sum(self._hit_blocks)) * size
+            self._num_cached_tokens = (first + sum(self._hit_blocks)) * size
         return start, end
 
     def begin_layerwise(self) -> int:
@@ -268,14 +246,14 @@ class Sequence:
         Raises:
             SequenceStateError: the sequence was opened with `overlap`.
         """
-        if self._overlapped is not None:
+        load = self._load
+        if isinstance(load, OverlappedLoad):
             raise SequenceStateError("begin_layerwise() of a sequence that was opened with overlap; open it without")
-        transfer = self._transfer
-        if transfer is not None and self._store is not None:
+        if load is not None and self._store is not None:
             self._check_open()
-            self._layers = self._store.begin_layerwise(transfer)
-            self._transfer = None
-            self._counters.count_fault("late", transfer.num_blocks - self._layers.num_blocks)
+            self._layers = self._store.begin_layerwise(load.load)
+            self._load = None
+            self._counters.count_fault("late", load.load.num_blocks - self._layers.num_blocks)
             num_blocks = self._num_shared_blocks + self._layers.num_blocks
             self._num_cached_tokens = num_blocks * self._block_size
         return self.num_cached_tokens // self._block_size
@@ -373,10 +351,8 @@ class Sequence:
             return
         self._is_closed = True
         try:
-            if self._transfer is not None:
-                self._transfer.cancel()
-            if self._overlapped is not None:
-                self._overlapped.finish()
+            if self._load is not None:
+                self._load.finish()
             if self._layers is not None:
                 self._layers.cancel()
             if self._store is not None:
@@ -400,60 +376,30 @@ class Sequence:
 
         Not when patience ends: `patience_left_s` tells when that is.
         """
-        load = self._overlapped or self._transfer
-        if load is None:
+        if self._load is None:
             callback()
         else:
-            load.when_ended(callback)
+            self._load.when_ended(callback)
 
-    def _start_loading(self, keys: list[BlockKey], fresh: SlotIds, timeout_s: float, priority: Priority) -> int:
-        """Starts to load what follows the matched blocks, as far as that is worth it; returns how many could be loaded."""
-        first, store, planner = self._num_shared_blocks, self._store, self._planner
-        runs = store.find_runs(keys[first:]) if store else []
-        question = LoadQuestion(tuple(runs), first, len(self._tokens))
-        num_loading, decision = question.num_blocks, None
-        if planner is not None and runs:
-            decision = planner.plan_overlapped(question) if self._overlap else planner.plan(question)
-            num_loading = decision.num_blocks_to_load
-        if num_loading and store:
-            self._sources = np.zeros(num_loading, dtype=np.uint8)
-            request = LoadRequest(
-                keys,
-                first,
-                fresh[:num_loading],
-                self._pool.tier.fences(),
-                self._sources,
-                self._use,
-                priority,
-                from_end=self._overlap,
-            )
-            self._watch_over(store, request, planner, decision, timeout_s)
-        else:
-            self._num_cached_tokens = first * self._block_size
-        if keys and store:
-            store.touch(keys, self._use)
-        return question.num_blocks
-
-    def _watch_over(
+    def _start_loading(
         self,
-        store: BlockStore,
-        request: LoadRequest,
-        planner: LoadPlanner | None,
-        decision: LoadDecision | None,
-        timeout_s: float,
-    ) -> None:
-        """Starts a load, and sees to it that it does not cost more than it saves."""
-        patience_s = None if decision is None or self._overlap else decision.patience_s
-        started_s = time.perf_counter()
-        load = store.load(request, timeout_s if patience_s is None else min(timeout_s, patience_s))
-        counters, lowest = self._counters, SOURCES[int(self._sources.max())]
-        load.when_ended(lambda: counters.count_load(lowest, time.perf_counter() - started_s))
-        if planner is None or decision is None:
-            self._transfer = load
-        elif self._overlap:
-            self._overlapped = OverlappedLoad(load, decision, planner, block_size=self._block_size)
-        else:
-            self._transfer, self._watch = load, planner.watch(decision, load, timeout_s)
+        loader: PrefixLoader,
+        keys: list[BlockKey],
+        fresh: SlotIds,
+        priority: Priority,
+    ) -> int:
+        """Starts to load what follows the matched blocks, as far as that is worth it; returns how many could be loaded."""
+        first = self._num_matched_blocks
+        question = LoadQuestion(tuple(loader.store.find_runs(keys[first:])), first, len(self._tokens))
+        num_loading, decision = loader.decide(question)
+        if num_loading:
+            self._sources = np.zeros(num_loading, dtype=np.uint8)
+            slots, fences = fresh[:num_loading], self._pool.tier.fences()
+            request = LoadRequest(keys, first, slots, fences, self._sources, self._use, priority, loader.overlap)
+            self._load = loader.start(request, decision)
+        if keys:
+            loader.store.touch(keys, self._use)
+        return question.num_blocks
 
     def _num_cached_blocks(self, method: str) -> int:
         """Leading blocks that need not be computed, or are committed."""

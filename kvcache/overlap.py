@@ -106,7 +106,8 @@ class OverlappedLoad:
         """Makes the blocks from `position` to `stop` the caller's, or fewer where later ones have come.
 
         Returns:
-            The first block that is not the caller's: it and those after it may still be loaded.
+            The first block that is not the caller's: it and those after it may still be loaded. `position` itself where
+            that one has come since `pass_over`.
         """
         self._end_waiting()
         met = _first_run(self._load.arrived[position:], self._least_run)

@@ -41,7 +41,7 @@ FAST_SHARE = 0.25
 """Of the time that computing takes: loads in less are waited for where computing meanwhile would be possible."""
 
 _GUESSED_COST = PrefillCost(step_s=0.0, token_s=2e-4, pair_s=0.0, step_tokens=512, sure=1.0)
-_GUESSED_PATIENCE_S = 0.025  # for the first prompts of an engine, which pay for cold threads as well
+_GUESSED_PATIENCE_S = 0.025  # for the first loads of an engine, which pay for cold threads as well
 _MIN_PATIENCE_S = 0.002  # what a wait for a thread costs anyway
 _TRUSTING_PATIENCE_S = 0.010  # likewise on a busy machine; only where the tier's last load came in time
 _FIRST_PART = 0.01  # of a load: two parts run at once, so the first has come when the patience ends
@@ -153,7 +153,9 @@ class LoadPlanner:
             speeds = {run.tier: self._lane(run.tier).last_speed() for run in question.runs}
             known = {tier: speed for tier, speed in speeds.items() if speed is not None}
             load_s = float(self._expected(question, cost, known)[1][-1])
-            least_s = _GUESSED_PATIENCE_S if cost is _GUESSED_COST else 0.0
+            least_s = 0.0
+            if cost is _GUESSED_COST:
+                least_s = min(_GUESSED_PATIENCE_S, 2 * load_s) if len(known) == len(speeds) else _GUESSED_PATIENCE_S
             if all(self._lane(run.tier).is_trusted for run in question.runs):
                 least_s = max(least_s, _MIN_PATIENCE_S)
         saved_s = compute_s - left_s

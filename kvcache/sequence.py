@@ -223,14 +223,17 @@ class Sequence:
         if isinstance(load, WaitedLoad):
             raise SequenceStateError("next_span() before wait(): blocks are still being loaded")
         start = max(num_computed, self._num_shared_blocks * size)
-        if load is not None and start % size == 0 and (count := load.pass_over(start // size - first)):
-            self._share(start // size + count)
-            start += count * size
         end = min(self.num_tokens, start + max_tokens)
-        if load is not None:
+        while load is not None:
+            if start % size == 0 and (count := load.pass_over(start // size - first)):
+                self._share(start // size + count)
+                start += count * size
+            end = min(self.num_tokens, start + max_tokens)
             end = min(end, (first + load.claim(-(-start // size) - first, -(-end // size) - first)) * size)
             self._hit_blocks = np.bincount(self._sources[load.used], minlength=len(SOURCES)).tolist()
             self._num_cached_tokens = (first + sum(self._hit_blocks)) * size
+            if end > start or start == self.num_tokens:  # else more has come in between
+                break
         return start, end
 
     def begin_layerwise(self) -> int:

@@ -10,6 +10,7 @@ import pytest
 
 from dynamo.kvcache import KVCache
 from dynamo.kvcache.errors import SequenceStateError
+from dynamo.kvcache.overlap import OverlappedLoad
 from dynamo.tiers.aio import RequestQueue
 
 TOKENS = list(range(257))  # 64 full blocks and one token to compute
@@ -206,6 +207,23 @@ def test_a_damaged_block_is_computed_and_those_after_it_are_not(cache, content, 
         content.run_in_pieces(cache, sequence, TOKENS, 500)
         assert sequence.num_cached_tokens == 252
     assert cache.stats().load_faults["corrupt"] == 1
+
+
+def test_blocks_that_come_while_a_piece_is_chosen_are_passed_over_too(cache, content, monkeypatch):
+    observe(cache, token_s=0.05)
+    pass_over = OverlappedLoad.pass_over
+
+    def pass_over_late(load: OverlappedLoad, position: int) -> int:
+        count = pass_over(load, position)
+        ended = threading.Event()
+        load.when_ended(ended.set)
+        assert ended.wait(20.0)
+        return count
+
+    with cache.open(TOKENS, overlap=True) as sequence:
+        monkeypatch.setattr(OverlappedLoad, "pass_over", pass_over_late)
+        assert sequence.next_span(0, 64) == (256, 257)
+        content.check(cache, sequence, TOKENS, 256)
 
 
 def test_who_computes_meanwhile_waits_for_everything_without_patience(make_cache, content, slow_reads, tmp_path):

@@ -57,7 +57,7 @@ class PlannerStats:
         decisions: number by kind: "loaded" all that there was, "split" into loaded and computed, "computed" although it
             could have been loaded, and "gave_up" a load that was too slow, with what had come until then.
         regret_s: time to first token lost by decisions, as far as is known afterwards, by the tier they were about.
-        declined_blocks: blocks that a tier held and that were computed because that was faster.
+        declined_blocks: blocks that a tier held and that were computed because that was faster, or sooner.
         lane_bytes_per_s: measured speed of each tier's loads.
         prefill_tokens_per_s: measured speed of computing a step of a new prompt; None before it is known.
     """

@@ -84,6 +84,12 @@ class LaneMeter:
             return None
         return LaneSpeed(self._latency_s, _block_s(self._samples), tuple(self._loads.values()))
 
+    def last_speed(self) -> LaneSpeed | None:
+        """What was last known, however long ago; None where nothing was. For loads that are started in any case."""
+        return (
+            LaneSpeed(self._latency_s, _block_s(self._samples), tuple(self._loads.values())) if self._samples else None
+        )
+
     def speed_since(self, moment_s: float) -> LaneSpeed | None:
         """What has been measured since a moment, for one load alone; None if nothing."""
         samples = [sample for sample in self._samples if sample.is_whole and sample.at_s > moment_s]

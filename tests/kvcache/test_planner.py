@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo.kvcache.planner import LoadPlanner, LoadQuestion, TierRun, growing_parts
+from dynamo.kvcache.load_decision import LoadQuestion, TierRun
+from dynamo.kvcache.planner import LoadPlanner, growing_parts
 from dynamo.tiers.transfer import Transfer
 
 SIZE = 16
@@ -169,7 +170,7 @@ def test_nothing_to_load_is_no_decision():
 
 def arrive(transfer: Transfer, positions: range) -> None:
     places = np.array(positions, dtype=np.int64)
-    assert transfer.deliver(places, lambda: np.ones(len(places), dtype=np.bool_))
+    assert transfer.deliver(places, lambda wanted: wanted)
 
 
 def hedged_load(num_blocks: int, num_tokens: int) -> tuple[LoadPlanner, Transfer, float, float]:

@@ -256,7 +256,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.ends[number] += 1
 
         load.when_ended(tell)
-        load.on_progress(lambda _: load.extend(time.monotonic() + 0.001))
+        load.on_progress(lambda: load.extend(time.monotonic() + 0.001))
         self.loads.append(load)
 
     def settle(self, load, timeout_s) -> None:

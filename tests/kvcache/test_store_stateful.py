@@ -274,9 +274,29 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(pick=PICKS, count=st.integers(1, 8))
     def compute_meanwhile(self, pick, count):
-        if not self.loads:
-            return
-        load = self.loads[pick % len(self.loads)]
+        if self.loads:
+            self.compute(self.loads[pick % len(self.loads)], count)
+
+    @rule(chain=CHAINS, count=st.integers(1, 8))
+    def compute_while_a_read_is_under_way(self, chain, count):
+        self.settle_offloads()
+        self.store.clear("host")
+        self.disk.script.clear()
+        self.disk.script.append(("read", "hold", 0))
+        before = len(self.loads)
+        self.begin_load(chain, 10.0, Priority.LOAD, from_end=True)
+        if len(self.loads) > before:
+            load = self.loads.pop()
+            deadline = time.monotonic() + TIMEOUT_S
+            while not (self.disk.held or load.is_ended) and time.monotonic() < deadline:
+                time.sleep(0.0001)
+            self.compute(load, count)
+            self.open_all()
+            self.settle(load, None)
+            self.disk.is_open = False
+
+    def compute(self, load, count) -> None:
+        """What a caller does with the next `count` blocks of a load that comes from the end."""
         first = self.num_computed[load]
         end = min(load.num_blocks, first + count)
         load.raise_floor(end)

@@ -36,6 +36,11 @@ def examine_disk(
         device: where the blocks are wanted.
     """
     findings.say("disk tier", f"{place}, {format_size(place.capacity_bytes)}")
+    obstacles = [obstacle for directory in place.directories if (obstacle := _obstacle(directory)) is not None]
+    for obstacle in obstacles:
+        findings.problem(f"{obstacle} is no folder, so no disk tier can be there: give --disk-cache another path")
+    if obstacles:
+        return
     folders = [nearest_folder(directory) for directory in place.directories]
     folder = folders[0]
     if folder != place.directories[0].absolute():
@@ -67,6 +72,13 @@ def examine_disk(
             yield from _measure(Path(scratch), io_threads, size, device, findings)
     except (OSError, TierError, BenchmarkError) as error:
         findings.problem(f"the disk tier could not be measured in {folder}: {error}")
+
+
+def _obstacle(directory: Path) -> Path | None:
+    """What lies in the way of a folder, such as a file of its name."""
+    directory = directory.absolute()
+    found = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    return None if found.is_dir() else found
 
 
 def _examine_mount(folder: Path, findings: Findings) -> None:

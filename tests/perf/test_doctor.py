@@ -85,6 +85,14 @@ def test_a_budget_that_cannot_be_counted_is_a_problem_and_ends_nothing(
     assert any("PROBLEM: what KV caches hold of their budget cannot be counted" in line for line in report.epilogue)
 
 
+def test_a_file_in_the_place_of_a_directory_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "kv"):
+        report = examine("--disk-cache", f"{place}:64MiB", "--host-cache", "0", "--device", "cpu")
+        assert f"PROBLEM: {tmp_path / 'file'} is no folder" in "\n".join(report.epilogue)
+        assert report.exit_status == 1
+
+
 def test_user_data_is_left_alone(tmp_path: Path) -> None:
     model = tmp_path / "0123456789abcdef"
     model.mkdir()

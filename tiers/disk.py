@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -415,9 +416,12 @@ class DiskTier:
 def _check_directories(directories: Sequence[Path]) -> None:
     if not directories:
         raise TierConfigError("a disk tier needs at least one directory")
+    real = [os.path.realpath(directory) for directory in directories]
     for i, directory in enumerate(directories):
-        if directory.absolute() in [other.absolute() for other in directories[:i]]:
-            raise TierConfigError(f"the disk tier's directory {directory} is given twice; give each once")
+        if real[i] in real[:i]:
+            other = directories[real.index(real[i])]
+            same = "" if other == directory else f", which is {other},"
+            raise TierConfigError(f"the disk tier's directory {directory}{same} is given twice; give each once")
 
 
 def _warn_of_shortage(directories: Sequence[Path], capacity_bytes: int) -> None:

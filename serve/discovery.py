@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
@@ -51,8 +51,12 @@ class Discovery(Protocol):
         """
         ...
 
-    def watch(self) -> AsyncGenerator[Joined | Left, None]:
-        """First the workers that are there, then every change. Never ends by itself."""
+    def watch(self, known: Iterable[Registration] = ()) -> AsyncGenerator[Joined | Left, None]:
+        """First the workers that are there, then every change. Never ends by itself.
+
+        Args:
+            known: workers that an earlier watch has told of: of these, only what has changed since is told.
+        """
         ...
 
 
@@ -71,11 +75,16 @@ class MemoryDiscovery:
         self.put(registration)
         return _MemoryEntry(self, registration.worker_id)
 
-    async def watch(self) -> AsyncGenerator[Joined | Left, None]:
+    async def watch(self, known: Iterable[Registration] = ()) -> AsyncGenerator[Joined | Left, None]:
         """See `Discovery.watch`."""
         queue: asyncio.Queue[Joined | Left] = asyncio.Queue()
-        for registration in self._workers.values():
-            queue.put_nowait(Joined(registration))
+        before = {registration.worker_id: registration for registration in known}
+        for worker_id, registration in before.items():
+            if self._workers.get(worker_id) != registration:
+                queue.put_nowait(Left(worker_id, "it has left"))
+        for worker_id, registration in self._workers.items():
+            if before.get(worker_id) != registration:
+                queue.put_nowait(Joined(registration))
         self._watchers.append(queue)
         try:
             while True:
@@ -147,9 +156,9 @@ class FolderDiscovery:
         entry.beating = asyncio.create_task(entry.beat(self._silence_s / 3))
         return entry
 
-    async def watch(self) -> AsyncGenerator[Joined | Left, None]:
+    async def watch(self, known: Iterable[Registration] = ()) -> AsyncGenerator[Joined | Left, None]:
         """See `Discovery.watch`. Looks four times a second, and as soon as a worker's process has ended."""
-        seen = FolderView(self._folder, silence_s=self._silence_s, poll_s=_POLL_S)
+        seen = FolderView(self._folder, silence_s=self._silence_s, poll_s=_POLL_S, known=known)
         look_now = asyncio.Event()
         with _ProcessEnds(look_now.set) as ends:
             while True:

@@ -114,10 +114,14 @@ class ExternalServer:
 
 
 class RegisteredMember:
-    """A worker of ours, as long as one registration of it stands. Implements `Member`."""
+    """A worker of ours, as long as one registration of it stands. Implements `Member`.
+
+    Attributes:
+        registration: what it says of itself where workers are looked for.
+    """
 
     def __init__(self, registration: Registration, around: Surroundings) -> None:
-        self._registration = registration
+        self.registration = registration
         self._around = around
         self._session: WorkerSession | None = None
         self._stay: Stay | None = None
@@ -126,16 +130,16 @@ class RegisteredMember:
 
     @property
     def worker_id(self) -> str:
-        return self._registration.worker_id
+        return self.registration.worker_id
 
     @property
     def pid(self) -> int:
         """The worker's process, where it runs."""
-        return self._registration.pid
+        return self.registration.pid
 
     @property
     def card(self) -> WorkerCard | None:
-        return self._registration.card
+        return self.registration.card
 
     @property
     def link(self) -> WorkerLink | None:
@@ -192,14 +196,14 @@ class RegisteredMember:
         """See `Member.drain`."""
         if self._stay is not None:
             self._stay.drain()
-        await request_drain(self._registration.address, self.worker_id, self._registration.key)
+        await request_drain(self.registration.address, self.worker_id, self.registration.key)
 
     async def fetch_metrics(self) -> bytes | None:
         """See `Member.fetch_metrics`."""
-        return await fetch_metrics(self._registration.address, self.worker_id, self._registration.key)
+        return await fetch_metrics(self.registration.address, self.worker_id, self.registration.key)
 
     async def _connect(self) -> None:
-        registration, around = self._registration, self._around
+        registration, around = self.registration, self._around
         card = registration.card
         if card.model != around.model:
             raise IncompatibleWorkerError(

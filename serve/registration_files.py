@@ -5,7 +5,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,14 +115,16 @@ class FolderView:
     Args:
         silence_s: a worker whose file does not change for so long is gone.
         poll_s: how often the folder is looked at.
+        known: workers that are taken to be there until the first look.
     """
 
-    def __init__(self, folder: Path, *, silence_s: float, poll_s: float) -> None:
+    def __init__(self, folder: Path, *, silence_s: float, poll_s: float, known: Iterable[Registration] = ()) -> None:
         self._folder = folder
         self._silence_s = silence_s
         self._poll_s = poll_s
         self._machine = machine_id()
         self._is_readable = True
+        self._before = {registration.worker_id: registration for registration in known}
         self._known: dict[str, _Known] = {}
         self._looked_s: float | None = None
 
@@ -176,6 +178,13 @@ class FolderView:
         self._looked_s = now_s
         if found is None:
             return
+        before, self._before = self._before, {}
+        for worker_id, registration in before.items():
+            if worker_id not in found or found[worker_id].entry.registration != registration:
+                yield Left(worker_id, "its registration is gone or another one")
+            else:
+                entry, mtime_ns, _ = found[worker_id]
+                self._known[worker_id] = _Known(entry, mtime_ns, now_s, has_joined=True)
         for worker_id in [*self._known]:
             if worker_id not in found:
                 yield from self._drop(worker_id, "its registration is gone, or its process has ended")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -67,11 +67,11 @@ class Watch:
 
 
 @asynccontextmanager
-async def watching(discovery: Discovery) -> AsyncIterator[Watch]:
+async def watching(discovery: Discovery, known: Iterable[Registration] = ()) -> AsyncIterator[Watch]:
     watch = Watch()
 
     async def listen() -> None:
-        async for change in discovery.watch():
+        async for change in discovery.watch(known):
             watch.changes.append(change)
 
     task = asyncio.create_task(listen())
@@ -128,6 +128,29 @@ def test_a_worker_that_says_something_else_leaves_and_joins(discovery: Discovery
             await asyncio.wait_for(_until(lambda: len(watch.changes) == 3), 5)
             assert watch.changes[2] == Joined(registration("a", address="unix:/b"))
         await registered.close()
+
+    run(test())
+
+
+def test_who_looked_before_is_told_only_what_has_changed_since(discovery: Discovery, run: Any) -> None:
+    async def test() -> None:
+        names = ("stays", "changes", "leaves")
+        registered = {name: await discovery.register(registration(name)) for name in names}
+        async with watching(discovery) as watch:
+            await watch.until({*names})
+        known = [change.registration for change in watch.changes if isinstance(change, Joined)]
+        changed, new = registration("changes", address="unix:/b"), registration("new")
+        await registered["changes"].update(changed)
+        await registered.pop("leaves").close()
+        registered["new"] = await discovery.register(new)
+        async with watching(discovery, known) as later:
+            await _until(lambda: len(later.changes) == 4)
+            assert {change.worker_id for change in later.changes if isinstance(change, Left)} == {"changes", "leaves"}
+            assert [change.registration for change in later.changes if isinstance(change, Joined)] == [changed, new]
+            await registered.pop("stays").close()
+            await _until(lambda: len(later.changes) == 5)
+        for one in registered.values():
+            await one.close()
 
     run(test())
 

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.process_identity import is_running, machine_id
 from dynamo.serve.registration import Joined, Left, Registration
-from dynamo.serve.registration_files import FILE_SUFFIX, FolderView, read_entry, write_entry
+from dynamo.serve.registration_files import FILE_SUFFIX, FolderView, make_private, read_entry, write_entry
 
 __all__ = ["Discovery", "FolderDiscovery", "Joined", "Left", "MemoryDiscovery", "Registered", "Registration"]
 
@@ -138,7 +138,7 @@ class FolderDiscovery:
         self._folder = folder
         self._silence_s = silence_s
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(folder)
             found = folder.stat()
         except OSError as error:
             raise ConfigError(f"the discovery folder {folder} cannot be used: {error.strerror or error}") from error
@@ -230,6 +230,7 @@ class _FolderEntry:
             return
         if is_loud:
             logger.warning("the registration %s was removed or replaced by somebody; it is written anew", self._path)
+        make_private(self._path.parent)
         write_entry(self._path, self._registration)
 
     def _is_ours(self) -> bool:

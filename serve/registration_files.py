@@ -16,7 +16,7 @@ import msgspec
 from dynamo.serve.process_identity import is_running, machine_id, start_ticks
 from dynamo.serve.registration import Joined, Left, Registration
 
-__all__ = ["FILE_SUFFIX", "Entry", "FolderView", "read_entry", "write_entry"]
+__all__ = ["FILE_SUFFIX", "Entry", "FolderView", "make_private", "read_entry", "write_entry"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,15 @@ class Entry(msgspec.Struct, frozen=True):
 _decoder = msgspec.json.Decoder(Entry)
 # What msgspec raises on bytes that it cannot read; the last ones for text that is no UTF-8, and for nesting without end.
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder for this user only, where it is missing.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def read_entry(path: Path) -> Entry | None:

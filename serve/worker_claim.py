@@ -23,6 +23,7 @@ from typing import Final, Self
 import xxhash
 
 from dynamo.serve.errors import ConfigError
+from dynamo.serve.registration_files import make_private
 
 __all__ = ["MAX_SOCKET_PATH_BYTES", "WorkerClaim"]
 
@@ -44,6 +45,7 @@ class WorkerClaim:
         """Takes over `lock_fd`, which is locked; see `take`."""
         self.worker_id = worker_id
         self.folder = _private_folder(directory, worker_id)
+        self._directory = directory
         self._lock_path = _lock_path(directory, worker_id)
         self._lock_fd = lock_fd
 
@@ -59,7 +61,7 @@ class WorkerClaim:
             ConfigError: the name is taken, or the folder cannot be used.
         """
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(directory)
             for name in [worker_id] if worker_id is not None else _numbered():
                 lock_fd = _try_lock(_lock_path(directory, name))
                 if lock_fd is not None:
@@ -86,6 +88,22 @@ class WorkerClaim:
         with contextlib.suppress(OSError):
             self._lock_path.unlink()
         os.close(self._lock_fd)
+
+    def renew(self) -> None:
+        """Makes folder and lock again where somebody has removed them, unless the name is another worker's by now.
+
+        Raises:
+            OSError: they cannot be made.
+        """
+        make_private(self._directory)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(self._lock_path.lstat(), os.fstat(self._lock_fd)):
+                return
+        lock_fd = _try_lock(self._lock_path)
+        if lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = lock_fd
 
     def socket_path(self, name: str) -> str:
         """Where a socket of this name lies, such as "http"."""

@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,27 @@ def test_a_registration_that_was_removed_is_written_anew(
     assert "a.json was removed or replaced by somebody; it is written anew" in caplog.text
 
 
+def test_registrations_come_back_when_their_folder_was_removed(tmp_path: Path, run: Any) -> None:
+    folder = tmp_path / "deep" / "fleet"
+
+    async def test() -> None:
+        discovery = FolderDiscovery(folder, silence_s=0.3)
+        registered = [await discovery.register(registration(name)) for name in ("a", "b")]
+        async with watching(discovery) as watch:
+            await watch.until({"a", "b"})
+            shutil.rmtree(folder.parent)
+            await _until(lambda: (folder / "a.json").exists() and (folder / "b.json").exists())
+            assert folder.stat().st_mode & 0o777 == 0o700
+            async with watching(discovery) as later:
+                await later.until({"a", "b"})
+            await watch.until({"a", "b"})
+            await registered[0].close()
+            await watch.until({"b"})
+        await registered[1].close()
+
+    run(test())
+
+
 def test_a_registration_that_cannot_be_written_is_told_once_and_written_when_it_can(
     tmp_path: Path, run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -247,9 +269,10 @@ def test_a_registration_that_cannot_be_written_is_told_once_and_written_when_it_
     async def test() -> None:
         registered = await FolderDiscovery(folder, silence_s=0.15).register(registration("a"))
         folder.rename(tmp_path / "gone")
+        folder.touch()
         await _until(lambda: "cannot be kept up" in caplog.text)
         await asyncio.sleep(0.3)
-        folder.mkdir(mode=0o700)
+        folder.unlink()
         await _until(lambda: "is kept up again" in caplog.text)
         assert (folder / "a.json").exists()
         await registered.close()

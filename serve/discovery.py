@@ -202,7 +202,7 @@ class _FolderEntry:
             raise ConfigError(f"{self._path} cannot be read: {error.strerror or error}") from error
         if other is not None and other.machine == self._machine:
             pid, started = other.registration.pid, other.started
-            if pid != self._registration.pid and started is not None and is_running(pid, started):
+            if pid != self._registration.pid and is_running(pid, started):
                 raise _name_taken(self._registration.worker_id)
         try:
             write_entry(self._path, self._registration)

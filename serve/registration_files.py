@@ -223,4 +223,4 @@ class FolderView:
     def _has_ended(self, entry: Entry) -> bool:
         if entry.machine != self._machine:
             return False
-        return entry.started is None or not is_running(entry.registration.pid, entry.started)
+        return not is_running(entry.registration.pid, entry.started)

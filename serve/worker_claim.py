@@ -29,7 +29,7 @@ from dynamo.serve.errors import ConfigError
 from dynamo.serve.process_identity import is_running, machine_id
 from dynamo.serve.registration_files import FILE_SUFFIX, make_private, read_entry
 
-__all__ = ["MAX_SOCKET_PATH_BYTES", "WorkerClaim"]
+__all__ = ["MAX_SOCKET_PATH_BYTES", "WorkerClaim", "any_worker_in"]
 
 MAX_SOCKET_PATH_BYTES: Final = 107
 """Longest path of a Unix socket on Linux: `sun_path` less the zero at its end."""
@@ -117,6 +117,20 @@ class WorkerClaim:
     def socket_path(self, name: str) -> str:
         """Where a socket of this name lies, such as "http"."""
         return str(self.folder / f"{name}.sock")
+
+
+def any_worker_in(directory: Path) -> bool:
+    """Whether a worker runs that has its name in this folder.
+
+    Raises:
+        OSError: that cannot be found out.
+    """
+    for lock_path in directory.glob("*.lock"):
+        lock_fd = _try_lock(lock_path)
+        if lock_fd is None:
+            return True
+        os.close(lock_fd)
+    return False
 
 
 def _numbered() -> Iterator[str]:

@@ -1,8 +1,9 @@
 """Requests over workers that fail: a real router, and links that do what a script says."""
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -310,6 +311,41 @@ def test_without_workers_a_request_waits_a_while_for_one(run: Any, worker: Any, 
         front = house(wait_s=0.05)
         with pytest.raises(NoWorkerError):
             await front.collect(ask())
+
+    run(work())
+
+
+def test_who_excludes_all_workers_is_told_at_once_unless_one_may_be_about_to_come(
+    run: Any, worker: Any, house: Any
+) -> None:
+    now_s = 1000.0
+    excluding = ask(routing=RoutingHints(exclude=frozenset("abz")))
+
+    async def is_refused(asking: Callable[[GenerationRequest], Awaitable[object]]) -> None:
+        with pytest.raises(RequestError, match="all workers are excluded, a, b; leave one of them out") as refused:
+            await asking(excluding)
+        error = refused.value
+        assert (error.status, error.code, error.param) == (404, "worker_not_found", "dynamo.exclude")
+
+    async def work() -> None:
+        nonlocal now_s
+        front = house(worker("a"), worker("b"), worker("c"), wait_s=8.0, clock=lambda: now_s)
+        front.workers.leave("c")
+        await is_refused(front.engine.explain)
+        waiting = asyncio.create_task(front.collect(excluding))
+        await asyncio.sleep(0.01)
+        front.workers.join(worker("c"), epoch=2)
+        assert told(await waiting)[0] == worker.reply
+        front.workers.leave("c")
+        waiting = asyncio.create_task(is_refused(front.collect))
+        await asyncio.sleep(0.01)
+        assert not waiting.done(), "it may be restarted"
+        now_s += 8.0
+        front.router.tick()
+        await waiting
+        begun_s = time.monotonic()
+        await is_refused(front.collect)
+        assert time.monotonic() - begun_s < 4
 
     run(work())
 

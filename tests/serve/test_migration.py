@@ -1,6 +1,7 @@
 """Requests over workers that fail: a real router, and links that do what a script says."""
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -256,6 +257,32 @@ def test_a_stream_without_an_end_is_a_lost_one(run: Any, worker: Any, house: Any
         assert front.engine.migrations.succeeded["ongoing"] == 1
 
     run(work())
+
+
+def test_the_log_has_a_line_for_each_lost_worker_and_not_for_each_request(
+    run: Any, worker: Any, house: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> None:
+        front = house(worker("a", [(1, lost("a"))] * 30), worker("b"), limit=1)
+        pinned = ask(routing=RoutingHints(worker="a"))
+        asked = [front.collect(ask()) for _ in range(20)] + [front.collect(pinned) for _ in range(3)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert sum(isinstance(answer, RequestError) for answer in answers) == 3
+        assert not caplog.records
+        await front.engine.stop()
+        num_lost = front.engine.migrations.detected.total()
+        assert num_lost > 10
+        assert [record.getMessage() for record in caplog.records] == [
+            f"requests of worker a that go on elsewhere: {num_lost - 3}; worker a is lost: the script says so",
+            "requests of worker a that are given up: 3; worker a is lost: the script says so",
+        ]
+        front = house(worker("a", [(1, lost("a"))]), worker("b"))
+        while not front.engine.migrations.detected:
+            await front.collect(ask())
+        await asyncio.to_thread(eventually, lambda: "that go on elsewhere: 1; worker" in caplog.text)
+
+    with caplog.at_level(logging.WARNING):
+        run(work())
 
 
 @pytest.mark.parametrize("after", [0, 3])

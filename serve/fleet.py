@@ -17,8 +17,8 @@ from dynamo.router.workers import LoadReport, WorkerCard
 from dynamo.serve.discovery import Discovery, Joined, Left
 from dynamo.serve.engine.request import EngineStats
 from dynamo.serve.errors import WorkerLostError
-from dynamo.serve.external_member import ExternalMember
-from dynamo.serve.members import ExternalServer, Member, RegisteredMember
+from dynamo.serve.external_member import ExternalMember, ExternalServer
+from dynamo.serve.members import Member, RegisteredMember
 from dynamo.serve.plane.link import WorkerLink
 from dynamo.serve.stay import FleetTimes, Surroundings
 

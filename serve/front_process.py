@@ -35,6 +35,7 @@ from dynamo.serve.engine.request import SamplingDefaults
 from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.external import ExternalWorker
+from dynamo.serve.external_member import ExternalServer
 from dynamo.serve.fleet import Fleet
 from dynamo.serve.fleet_settings import router_config
 from dynamo.serve.frontend import Frontend
@@ -48,7 +49,6 @@ from dynamo.serve.http_server import (
     stop_signals,
     use_all_descriptors,
 )
-from dynamo.serve.members import ExternalServer
 from dynamo.serve.migration import RoutedEngine
 from dynamo.serve.model_place import find_model
 from dynamo.serve.private_folder import private_folder

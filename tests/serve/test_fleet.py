@@ -25,9 +25,9 @@ from dynamo.serve.discovery import FolderDiscovery, Joined, Left, MemoryDiscover
 from dynamo.serve.engine.request import GenerationRequest, OutputDelta, SamplingParams
 from dynamo.serve.errors import WorkerLostError
 from dynamo.serve.external import ExternalModel
+from dynamo.serve.external_member import ExternalServer
 from dynamo.serve.fleet import Fleet
 from dynamo.serve.http_server import use_all_descriptors
-from dynamo.serve.members import ExternalServer
 from dynamo.serve.plane.front_session import SessionTimes
 from dynamo.serve.plane.worker_app import WorkerApp
 from dynamo.serve.stay import FleetTimes

@@ -13,7 +13,8 @@ import uvloop
 
 from dynamo.serve.engine.request import GenerationRequest, SamplingParams
 from dynamo.serve.errors import ConfigError, WorkerLostError
-from dynamo.serve.plane.session import WorkerSession, fetch_snapshot
+from dynamo.serve.plane.questions import fetch_snapshot
+from dynamo.serve.plane.session import WorkerSession
 from dynamo.serve.worker_claim import WorkerClaim
 
 SLOW_MOCKER = ("--engine", "mocker", "--mocker-step-time", "0.05")

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn speaks it, with limits where its parser has none: how long a request's head may be, and may take.
+"""HTTP/1.1 as uvicorn speaks it, with limits where it has none: on what comes beside bodies, and on waiting for a client.
 
 A body is handed on piece by piece, and read no faster than it is taken. All else that a client sends, such as headers,
 trailers and what may stand beside a chunk's size, is kept in memory until it is complete.
@@ -16,6 +16,7 @@ __all__ = ["BoundedProtocol"]
 
 _MAX_HEAD_BYTES: Final = 64 << 10
 _HEAD_TIMEOUT_S: Final = 60.0
+_UNREAD_TIMEOUT_S: Final = 300.0  # people stop clients in debuggers
 _LINGER_S: Final = 1.0
 _SPARE_PER_BODY_BYTE: Final = 16  # a chunk of one byte comes with five others
 _REFUSAL_BODY: Final = envelope(
@@ -28,12 +29,16 @@ _REFUSAL: Final = (
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. A head of more than 64 KiB is answered with 431, one that takes a minute not at all."""
+    """One connection. A head of more than 64 KiB is answered with 431, one that takes a minute not at all.
+
+    A client that reads nothing for five minutes, while much is there for it, counts as gone: what its requests hold is needed.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._num_spare = _MAX_HEAD_BYTES  # bytes that may still come beside bodies
         self._head_due: asyncio.TimerHandle | None = None
+        self._read_due: asyncio.TimerHandle | None = None
         self._is_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -42,7 +47,18 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        if self._read_due is not None:
+            self._read_due.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._read_due = self.loop.call_later(_UNREAD_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._read_due is not None:
+            self._read_due.cancel()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:

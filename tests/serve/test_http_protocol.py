@@ -29,9 +29,9 @@ async def count(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def connection() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def connection(app: Any = count) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        async with serving(count, listener):
+        async with serving(app, listener):
             reader, writer = await asyncio.open_connection(*listener.getsockname())
             try:
                 yield reader, writer
@@ -100,5 +100,32 @@ def test_a_head_that_does_not_come_ends_the_connection(run: Any, monkeypatch: py
             if b"\r\n\r\n" in start:
                 assert await answer(reader) == (200, b"1 0")
             assert await reader.read() == b""
+
+    run(work())
+
+
+def test_a_client_that_reads_nothing_counts_as_gone_and_a_slow_one_does_not(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamo.serve.http_protocol._UNREAD_TIMEOUT_S", 0.3)
+    gone = asyncio.Event()
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        leaving = asyncio.create_task(receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not leaving.done():
+            await send({"type": "http.response.body", "body": bytes(100_000), "more_body": True})
+            await asyncio.sleep(0)
+        gone.set()
+
+    async def work() -> None:
+        async with connection(endless) as (reader, writer):
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            for _ in range(6):
+                await asyncio.sleep(0.1)
+                await reader.readexactly(4_000_000)
+            assert not gone.is_set()
+            await gone.wait()
 
     run(work())

@@ -20,6 +20,7 @@ from dynamo.kvcache.leases import HeldSlots, Lease, LeaseBook, PinInfo
 from dynamo.kvcache.planner import LoadPlanner
 from dynamo.kvcache.policies import AdmissionName, BeginUse, EvictionName, Policies
 from dynamo.kvcache.pool import BlockPlace
+from dynamo.kvcache.prefix_load import PrefixLoader
 from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.sequence import Sequence
 from dynamo.kvcache.spec import KVSpec
@@ -166,6 +167,7 @@ class KVCache:
         spare_blocks: int = 0,
         priority: int = 0,
         ttl_s: float | None = None,
+        overlap: bool = False,
     ) -> Sequence:
         """Reserves blocks for all of `tokens`, shares the longest cached prefix and starts loading what lies below.
 
@@ -179,6 +181,8 @@ class KVCache:
             spare_blocks: device blocks that must stay available for the sequences that are open already.
             priority: what the sequence was the last to use outlives what sequences of a lower priority used.
             ttl_s: after so many seconds what the sequence was the last to use is the first to go; None: never.
+            overlap: the caller computes from the start while the rest is loaded from the end, and asks `Sequence.next_span`
+                before each piece.
 
         Raises:
             OutOfBlocksError: the device pool cannot hold the sequence now; nothing was reserved.
@@ -191,7 +195,15 @@ class KVCache:
         num_cacheable_blocks = (len(packed) - 1) // self.block_size
         begin_use = self._policies.begin_use(len(packed), priority, ttl_s)
         sequence = self._open(
-            packed, salt, lora, num_cacheable_blocks, spare_blocks, self._planner, begin_use, window=self._window
+            packed,
+            salt,
+            lora,
+            num_cacheable_blocks,
+            spare_blocks,
+            self._planner,
+            begin_use,
+            window=self._window,
+            overlap=overlap,
         )
         self._counters.count_request(num_cacheable_blocks, sequence.num_missed_blocks)
         return sequence
@@ -463,21 +475,31 @@ class KVCache:
         begin_use: BeginUse | None = None,
         priority: Priority = Priority.LOAD,
         window: RequestWindow | None = None,
+        overlap: bool = False,
     ) -> Sequence:
         self._check_open()
         chain = KeyChain(self._root(salt, lora), self.block_size)
         chain.extend(memoryview(packed).cast("B"))
+        loader = None
+        if self._store:
+            loader = PrefixLoader(
+                self._store,
+                planner,
+                self._counters,
+                block_size=self.block_size,
+                overlap=overlap,
+                timeout_s=self.load_timeout_s,
+            )
         return Sequence(
             self._pool,
             self._store,
             self._counters,
-            planner,
+            loader,
             packed,
             chain,
             block_size=self.block_size,
             num_cacheable_blocks=num_cacheable_blocks,
             spare_blocks=spare_blocks,
-            load_timeout_s=self.load_timeout_s,
             begin_use=begin_use,
             priority=priority,
             window=window,

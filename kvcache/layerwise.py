@@ -122,7 +122,7 @@ class LayerLoad:
     def _copy(self, layer: int, which: slice, is_last: bool) -> None:
         device_slots, row_ids = self._device_slots[which], self._row_ids[which]
 
-        def write() -> Outcomes:
+        def write(_: Outcomes) -> Outcomes:
             layers = range(layer, layer + 1)
             self._device.write_layers(device_slots, self._rows, row_ids, layers, after=self._fences)
             return np.empty(0, dtype=np.bool_)

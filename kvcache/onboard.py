@@ -52,6 +52,7 @@ class LoadRequest:
             `SOURCES`.
         use: what the sequence uses its chain for.
         priority: who wants them.
+        from_end: the last ones first, for a caller who computes from the start meanwhile.
     """
 
     chain: list[BlockKey]
@@ -61,6 +62,7 @@ class LoadRequest:
     sources: npt.NDArray[np.uint8]
     use: OpenUse | None = None
     priority: Priority = Priority.LOAD
+    from_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +205,13 @@ class Onboarder:
         if num_blocks:
             self._planner.expect(tier, number, num_blocks)
         sizes = growing_parts(num_blocks, self._first_part_blocks, self._part_blocks)
-        cuts = [places.cut(slice(end - size, end)) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        ends = accumulate(sizes)
+        cuts = [
+            places.cut(
+                slice(num_blocks - end, num_blocks - end + size) if load.request.from_end else slice(end - size, end)
+            )
+            for end, size in zip(ends, sizes, strict=True)
+        ]
         run: Callable[[Load, _Places], int]
         match route(source, Medium.DEVICE, CAPABILITIES):
             case Direct():
@@ -236,7 +244,8 @@ class Onboarder:
         disk = shelf.disk_tier
         assert disk is not None, "blocks lie on disk only with a disk tier"
         pools = (shelf.host, shelf.staging)
-        start = 0
+        start = int(np.searchsorted(whole.positions, load.floor))  # what lies below it has been computed meanwhile
+        num_moved = 0
         while start < len(whole.slots) and not load.is_ended:
             num_left = len(whole.slots) - start
             rows = shelf.take_rows(num_left, math.inf, pools, load.hold, lambda: load.is_due)
@@ -244,6 +253,7 @@ class Onboarder:
                 break
             places = whole.cut(slice(start, start + len(rows)))
             start += len(rows)
+            num_moved += len(rows)
             try:
                 good = self._read_checked(disk, load.keys(places), places.slots, rows)
                 self._deliver("disk", load, places.cut(good), rows[good])
@@ -253,7 +263,7 @@ class Onboarder:
                     rows = np.concatenate((kept_rows, rows[~good]))
             finally:
                 shelf.release_rows(rows)
-        return start
+        return num_moved
 
     def _read_checked(self, disk: DiskTier, keys: list[BlockKey], slots: SlotIds, rows: SlotIds) -> Outcomes:
         """Reads blocks into rows; returns bool [n], True where the bytes are those once written. Forgets the others."""
@@ -286,11 +296,14 @@ class Onboarder:
         request, shelf = load.request, self._shelf
         device_slots = request.device_slots[places.positions]
         started_s = time.perf_counter()
-        if load.deliver(
-            places.positions, lambda: self._device.write(device_slots, shelf.rows, rows, after=request.fences)
-        ):
-            shelf.counters.count_hits(tier, len(rows))
-            shelf.count_host_read(rows, time.perf_counter() - started_s)
+
+        def write(wanted: Outcomes) -> Outcomes:
+            written = self._device.write(device_slots[wanted], shelf.rows, rows[wanted], after=request.fences)
+            shelf.counters.count_hits(tier, len(written))
+            shelf.count_host_read(rows[wanted], time.perf_counter() - started_s)
+            return written
+
+        load.deliver(places.positions, write)
 
 
 def _places(pairs: list[tuple[int, int]]) -> _Places:

@@ -1,17 +1,19 @@
 """Load or compute: how much of a cached prefix is worth loading, and when waiting for it has cost enough.
 
-Blocks of a prefix that lie in lower tiers can be loaded or computed again. Leading ones are loaded and the rest is
-computed, since a block can be used only behind its prefix:
+Blocks of a prefix that lie in lower tiers can be loaded or computed again. There are two ways to do some of both:
 
-    [first ........ first + k)  loaded, by each tier's lane beside the others
-    [first + k .... end)        computed when the loads have ended
+    one after the other   [first ... first + k)  loaded, by each tier's lane beside the others
+                          [first + k ..... end)  computed when the loads have ended
+    from both ends        [first ...... meeting) computed, from the start on
+                          [meeting ........ end) loaded meanwhile, from the end on, where computing is dearest
 
-`LoadPlanner.plan` takes the k with the least expected time to the first token. Loading and computing a prefix from its two
-ends at once is Cake's idea (https://arxiv.org/abs/2410.03065); here one follows the other, as attention needs the prefix.
+One after the other is for callers who wait for what they load: `LoadPlanner.plan` takes the k with the least expected time to
+the first token. The prediction may be wrong, as a disk gets slow; then a `LoadWatch` lets the load go on for as long as it
+would have taken to compute what has arrived, and a little patience more. Time waited <= time saved + patience.
 
-The prediction may be wrong: a disk gets slow. Then a `LoadWatch` keeps the promise that a cached prompt is never much slower
-than one computed whole: it lets the load go on for as long as it would have taken to compute what has arrived, and a little
-patience more. Whatever happens, time waited ≤ time saved + patience.
+From both ends is for callers who compute in pieces: blocks that are loaded stay good whoever computes what precedes them, so
+nobody needs to choose. Here `LoadPlanner.plan_overlapped` only says how long a load is so fast that computing meanwhile would
+be a waste of the device; see `overlap`. The idea is Cake's (https://arxiv.org/abs/2410.03065).
 """
 
 import logging
@@ -20,100 +22,32 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from dynamo.kvcache.lane_meter import LaneMeter, LaneSpeed
+from dynamo.kvcache.load_decision import LoadDecision, LoadKind, LoadQuestion
+from dynamo.kvcache.load_watch import LoadWatch
 from dynamo.kvcache.prefill_model import PrefillCost, PrefillModel
+from dynamo.tiers.tier import Outcomes
 from dynamo.tiers.transfer import Transfer
 
-__all__ = [
-    "LoadDecision",
-    "LoadKind",
-    "LoadPlanner",
-    "LoadQuestion",
-    "LoadWatch",
-    "PlannerStats",
-    "TierRun",
-    "growing_parts",
-]
+__all__ = ["FAST_SHARE", "LoadPlanner", "PlannerStats", "growing_parts"]
 
 logger = logging.getLogger(__name__)
 
-LoadKind = Literal["loaded", "split", "computed", "gave_up"]
+FAST_SHARE = 0.25
+"""Of the time that computing takes: loads in less are waited for where computing meanwhile would be possible."""
 
+_GUESSED_COST = PrefillCost(step_s=0.0, token_s=2e-4, pair_s=0.0, step_tokens=512, sure=1.0)
+_GUESSED_PATIENCE_S = 0.025  # for the first loads of an engine, which pay for cold threads as well
 _MIN_PATIENCE_S = 0.002  # what a wait for a thread costs anyway
-_TRUSTING_PATIENCE_S = 0.010  # likewise on a busy machine; only where the tier's last load came in time
+_TRUSTING_PATIENCE_S = 0.010  # likewise on a busy machine; only where the tier's last load came in time,
+_TRUSTING_PATIENCE = 0.04  # and no more than this share of the time to compute
 _FIRST_PART = 0.01  # of a load: two parts run at once, so the first has come when the patience ends
 _PART_GROWTH = 0.25  # of what precedes it: a part has come before what precedes it is used up
 _MAX_UNSETTLED = 256
-
-
-@dataclass(frozen=True, slots=True)
-class TierRun:
-    """`num_blocks` blocks that follow one another in a chain and lie in `tier`."""
-
-    tier: str
-    num_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class LoadQuestion:
-    """What a decision is about.
-
-    Attributes:
-        runs: where the loadable blocks lie, in chain order.
-        first: position in the chain of the first of them; what precedes it is in device memory.
-        num_tokens: of the whole prompt.
-    """
-
-    runs: tuple[TierRun, ...]
-    first: int
-    num_tokens: int
-
-    @property
-    def num_blocks(self) -> int:
-        """Loadable blocks."""
-        return sum(run.num_blocks for run in self.runs)
-
-    def tiers(self, num_blocks: int) -> set[str]:
-        """Where the first `num_blocks` loadable blocks lie."""
-        starts = accumulate((run.num_blocks for run in self.runs), initial=0)
-        return {run.tier for start, run in zip(starts, self.runs, strict=False) if start < num_blocks}
-
-    def tier_at(self, position: int) -> str:
-        """Tier of the loadable block at `position`, or of the last one."""
-        for run in self.runs:
-            if position < run.num_blocks:
-                return run.tier
-            position -= run.num_blocks
-        return self.runs[-1].tier
-
-
-@dataclass(frozen=True, slots=True)
-class LoadDecision:
-    """What is loaded of a prefix.
-
-    Attributes:
-        question: what it is about.
-        decided_s: when it was made.
-        num_blocks_to_load: leading ones.
-        expected_load_s: until they have all come; None where a tier's speed is not known.
-        expected_compute_s: computing the same blocks instead; None where that is not known.
-        patience_s: what the load may cost beyond the computing that it saves; None for as long as it takes.
-        reason: for the log.
-    """
-
-    question: LoadQuestion
-    decided_s: float
-    num_blocks_to_load: int
-    expected_load_s: float | None
-    expected_compute_s: float | None
-    patience_s: float | None
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +58,7 @@ class PlannerStats:
         decisions: number by kind: "loaded" all that there was, "split" into loaded and computed, "computed" although it
             could have been loaded, and "gave_up" a load that was too slow, with what had come until then.
         regret_s: time to first token lost by decisions, as far as is known afterwards, by the tier they were about.
-        declined_blocks: blocks that a tier held and that were computed because that was faster.
+        declined_blocks: blocks that a tier held and that were computed because that was faster, or sooner.
         lane_bytes_per_s: measured speed of each tier's loads.
         prefill_tokens_per_s: measured speed of computing a step of a new prompt; None before it is known.
     """
@@ -203,6 +137,71 @@ class LoadPlanner:
         )
         return decision
 
+    def plan_overlapped(self, question: LoadQuestion) -> LoadDecision:
+        """Decides how long a load of all there is may be waited for, before computing begins beside it.
+
+        Returns:
+            `patience_s` is 0 where the load is known not to be much faster than computing.
+        """
+        num_blocks = question.num_blocks
+        with self._lock:
+            now = self._clock()
+            if self._patience is None:
+                return LoadDecision(question, now, num_blocks, None, None, None, "loads are always waited for")
+            cost = self._prefill.cost() or _GUESSED_COST
+            starts = (question.first + np.array([0, num_blocks])) * self._block_size
+            compute_s, left_s = (cost.sure * cost.seconds(starts, question.num_tokens)).tolist()
+            speeds = {run.tier: self._lane(run.tier).last_speed() for run in question.runs}
+            known = {tier: speed for tier, speed in speeds.items() if speed is not None}
+            load_s = float(self._expected(question, cost, known)[1][-1])
+            least_s = 0.0
+            if cost is _GUESSED_COST:
+                least_s = min(_GUESSED_PATIENCE_S, 2 * load_s) if len(known) == len(speeds) else _GUESSED_PATIENCE_S
+            if all(self._lane(run.tier).is_trusted for run in question.runs):
+                least_s = max(least_s, _MIN_PATIENCE_S)
+        saved_s = compute_s - left_s
+        patience_s = max(least_s, self._patience * compute_s)
+        reason = (
+            f"loading takes {1e3 * load_s:.1f} ms, as far as is known, and computing the same {1e3 * saved_s:.1f} ms"
+        )
+        if load_s > patience_s + FAST_SHARE * saved_s:
+            patience_s = 0.0
+        logger.debug("%d blocks are loaded, and waited for %.1f ms first: %s", num_blocks, 1e3 * patience_s, reason)
+        return LoadDecision(question, now, num_blocks, load_s, saved_s, patience_s, reason)
+
+    def block_savings(self, question: LoadQuestion) -> npt.NDArray[np.float64]:
+        """float64 [num_blocks]: seconds of computing that each of the loadable blocks saves, nearly for sure."""
+        with self._lock:
+            cost = self._prefill.cost() or _GUESSED_COST
+        starts = (question.first + np.arange(question.num_blocks + 1)) * self._block_size
+        return -cost.sure * np.diff(cost.seconds(starts, question.num_tokens))
+
+    def end_waiting(self, decision: LoadDecision, elapsed_s: float, arrived: Outcomes, *, ended: bool) -> None:
+        """Learns from an overlapped load that has `ended`, or has not been worth waiting for any longer."""
+        question = decision.question
+        with self._lock:
+            if arrived.all():
+                for tier in question.tiers(len(arrived)):
+                    self._lane(tier).load_ended()
+            elif not ended and decision.patience_s:
+                tiers = question.tier_of_each
+                for tier in set(tiers[~arrived].tolist()):
+                    wanted = tiers == tier
+                    num_arrived = int(np.count_nonzero(arrived & wanted))
+                    self._lane(tier).give_up(self._clock(), int(np.count_nonzero(wanted)), num_arrived, elapsed_s)
+
+    def settle_overlapped(self, decision: LoadDecision, waited_s: float, used: Outcomes) -> None:
+        """Books an overlapped load that is over: `used` says which of its blocks were not computed."""
+        saved_s = float(self.block_savings(decision.question)[used].sum())
+        num_used = int(np.count_nonzero(used))
+        kind: LoadKind = "loaded" if num_used == len(used) else "split"
+        if not num_used:
+            kind = "gave_up" if decision.patience_s else "computed"
+        with self._lock:
+            self._decisions[kind] += 1
+            self._declined_blocks += len(used) - num_used
+            self._regret_s[decision.question.tier_at(len(used))] += max(0.0, waited_s - saved_s)
+
     def watch(self, decision: LoadDecision, transfer: Transfer, timeout_s: float) -> "LoadWatch":
         """Watches over a load that was decided for: its deadline grows with what arrives, up to `timeout_s` in all."""
         with self._lock:
@@ -213,7 +212,7 @@ class LoadPlanner:
             starts = (question.first + np.arange(transfer.num_blocks + 1)) * self._block_size
             left_s = cost.seconds(starts, question.num_tokens)
             savings_s = cost.sure * (left_s[0] - left_s)
-        return LoadWatch(self, decision, transfer, timeout_s, savings_s, self._clock)
+        return LoadWatch(self.settle, decision, transfer, timeout_s, savings_s, self._clock)
 
     def settle(self, decision: LoadDecision, waited_s: float, num_arrived: int, *, gave_up: bool) -> None:
         """Books a load that has ended. Called by its `LoadWatch`."""
@@ -270,7 +269,9 @@ class LoadPlanner:
         left_s = cost.seconds(starts, question.num_tokens)
         compute_s = float(left_s[0])
         is_trusted = all(self._lane(run.tier).is_trusted for run in question.runs)
-        least_s = _TRUSTING_PATIENCE_S if is_trusted else _MIN_PATIENCE_S
+        least_s = _MIN_PATIENCE_S
+        if is_trusted:
+            least_s = max(least_s, min(_TRUSTING_PATIENCE_S, _TRUSTING_PATIENCE * compute_s))
         patience_s = max(least_s, patience * cost.sure * compute_s)
         speeds = {run.tier: self._lane(run.tier).speed(now) for run in question.runs}
         known = {tier: speed for tier, speed in speeds.items() if speed is not None}
@@ -336,49 +337,6 @@ class LoadPlanner:
         if lane is None:
             lane = self._lanes[tier] = LaneMeter()
         return lane
-
-
-class LoadWatch:
-    """Keeps one load from costing more than it saves. Made by `LoadPlanner.watch`; ended by `settle`, or just forgotten."""
-
-    def __init__(
-        self,
-        planner: LoadPlanner,
-        decision: LoadDecision,
-        transfer: Transfer,
-        timeout_s: float,
-        savings_s: npt.NDArray[np.float64] | None,
-        clock: Callable[[], float],
-    ) -> None:
-        """Listens to `transfer`; `savings_s[k]` is what its first k blocks save, None for a load without patience."""
-        self._planner = planner
-        self._decision = decision
-        self._transfer = transfer
-        self._last_deadline = decision.decided_s + timeout_s
-        self._savings_s = savings_s
-        self._clock = clock
-        self._ended_s: float | None = None
-        if savings_s is not None:
-            transfer.on_progress(self._extend)
-        transfer.when_ended(self._note_end)
-
-    def settle(self, num_arrived: int, *, gave_up: bool) -> None:
-        """Books what became of the load: `num_arrived` leading blocks came, and the others never will.
-
-        Args:
-            gave_up: it was ended before it was complete.
-        """
-        ended_s = self._clock() if self._ended_s is None else self._ended_s
-        self._planner.settle(self._decision, ended_s - self._decision.decided_s, num_arrived, gave_up=gave_up)
-
-    def _extend(self, num_arrived: int) -> None:
-        decision = self._decision
-        assert self._savings_s is not None, "without known savings there is no deadline to move"
-        deadline = decision.decided_s + (decision.patience_s or 0.0) + float(self._savings_s[num_arrived])
-        self._transfer.extend(min(deadline, self._last_deadline))
-
-    def _note_end(self) -> None:
-        self._ended_s = self._clock()
 
 
 def growing_parts(num_blocks: int, first: int, most: int) -> list[int]:

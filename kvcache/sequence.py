@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +15,11 @@ from dynamo.kvcache.errors import CacheClosedError, SequenceStateError
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, pack_tokens
 from dynamo.kvcache.layerwise import LayerLoad, LayerSave
+from dynamo.kvcache.load_decision import LoadQuestion
 from dynamo.kvcache.offload import SaveRequest
-from dynamo.kvcache.onboard import SOURCES, Load, LoadRequest
-from dynamo.kvcache.planner import LoadPlanner, LoadQuestion, LoadWatch
+from dynamo.kvcache.onboard import SOURCES, LoadRequest
+from dynamo.kvcache.overlap import OverlappedLoad
+from dynamo.kvcache.prefix_load import PrefixLoader, WaitedLoad
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
 from dynamo.kvcache.window import RequestHits, RequestWindow
@@ -37,7 +38,7 @@ class Sequence:
     Its blocks, by position:
 
         [0, matched)            found in device memory, shared and never written again
-        [matched, loaded)       on their way from a lower tier until `wait`; shared after it
+        [matched, loaded)       on their way from a lower tier until `wait`, or `next_span`; shared after it
         [.., committed)         computed and committed by this sequence, shared
         [committed, num_blocks) reserved; the caller writes them
 
@@ -49,14 +50,13 @@ class Sequence:
         pool: DevicePool,
         store: BlockStore | None,
         counters: CacheCounters,
-        planner: LoadPlanner | None,
+        loader: PrefixLoader | None,
         tokens: "array[int]",
         chain: KeyChain,
         *,
         block_size: int,
         num_cacheable_blocks: int,
         spare_blocks: int,
-        load_timeout_s: float,
         begin_use: Callable[[list[BlockKey]], OpenUse] | None = None,
         priority: Priority = Priority.LOAD,
         window: RequestWindow | None = None,
@@ -64,7 +64,7 @@ class Sequence:
         """Reserves blocks for all `tokens`, of which the first `num_cacheable_blocks` may come from the cache.
 
         Args:
-            planner: decides what of it is loaded; None: all that can be, however long it takes.
+            loader: brings up what lies in the store; None where there is no store.
             chain: keys of all full blocks of `tokens`.
             begin_use: called with the chain's keys once the blocks are reserved; None: nobody's use.
             priority: who waits for the loads.
@@ -81,9 +81,7 @@ class Sequence:
         self._block_size = block_size
         self._table = np.empty(0, dtype=np.int32)
         self._num_blocks = 0
-        self._planner = planner
-        self._transfer: Load | None = None
-        self._watch: LoadWatch | None = None
+        self._load: WaitedLoad | OverlappedLoad | None = None
         self._layers: LayerLoad | None = None
         self._saving: LayerSave | None = None
         self._num_cached_tokens: int | None = None
@@ -102,11 +100,13 @@ class Sequence:
         try:
             if begin_use is not None:
                 self._use = begin_use(chain.keys)
-            num_loadable = self._start_loading(keys, reservation.fresh, load_timeout_s, priority)
+            self._num_matched_blocks = self._num_shared_blocks
+            num_loadable = self._start_loading(loader, keys, reservation.fresh, priority) if loader is not None else 0
+            if self._load is None:
+                self._num_cached_tokens = self._num_matched_blocks * block_size
         except BaseException:
             pool.release(self.block_table.astype(np.int64))
             raise
-        self._num_matched_blocks = self._num_shared_blocks
         self._num_missed_blocks = len(keys) - self._num_shared_blocks - num_loadable
 
     def __enter__(self) -> Self:
@@ -136,17 +136,24 @@ class Sequence:
     @property
     def is_ready(self) -> bool:
         """True once `wait` would return at once."""
-        return self._transfer is None or self._transfer.is_due
+        return self._load is None or self._load.is_ready
+
+    @property
+    def patience_left_s(self) -> float:
+        """Seconds until `is_ready` at the latest, as things stand: what arrives meanwhile may make it more or less."""
+        return 0.0 if self._load is None else self._load.patience_left_s
 
     @property
     def num_cached_tokens(self) -> int:
         """Leading tokens whose KV need not be computed; whole blocks, and fewer than `num_tokens` at the time of `open`.
 
+        With `overlap`: tokens that `next_span` has passed over until now, wherever they lie.
+
         Raises:
-            SequenceStateError: before `wait` or `ready`, since a load may still fail.
+            SequenceStateError: before `wait` or `ready`, since a load may still fail; with `overlap`, before `next_span`.
         """
         if self._num_cached_tokens is None:
-            raise SequenceStateError("num_cached_tokens is known only after wait() or ready()")
+            raise SequenceStateError("num_cached_tokens is known only after wait() or ready(), or next_span()")
         return self._num_cached_tokens
 
     @property
@@ -157,28 +164,29 @@ class Sequence:
     def wait(self, timeout_s: float | None = None) -> None:
         """Blocks until the loads that `open` started have ended; what failed, or is late, is not cached.
 
+        With `overlap`, blocks for as long as loading is much faster than computing, and ends nothing.
+
         Args:
             timeout_s: what has not arrived by then is computed instead; at most, and by default, the cache's
                 `load_timeout_s` since `open`, or until waiting on would cost more than computing.
         """
-        transfer = self._transfer
-        if transfer is None:
+        load = self._load
+        if load is None:
             return
         self._check_open()
-        arrived = transfer.wait(timeout_s)
-        if transfer.is_expired:
-            self._counters.count_fault("late", transfer.num_blocks - arrived)
-        if self._watch is not None:
-            self._watch.settle(arrived, gave_up=transfer.is_expired)
+        if isinstance(load, OverlappedLoad):
+            load.wait(timeout_s)
+            return
+        arrived = load.wait(timeout_s)
+        self._counters.count_fault("late", load.num_late)
         self._hit_blocks = np.bincount(self._sources[:arrived], minlength=len(SOURCES)).tolist()
         self._share(self._num_shared_blocks + arrived)
-        self._transfer = self._watch = None
+        self._load = None
         self._num_cached_tokens = self._num_shared_blocks * self._block_size
 
     async def ready(self) -> None:
         """`wait` without blocking the event loop."""
-        transfer = self._transfer
-        if transfer is not None and not transfer.is_ended:
+        if not self.is_ready:
             loop = asyncio.get_running_loop()
             ended = asyncio.Event()
 
@@ -186,12 +194,47 @@ class Sequence:
                 with contextlib.suppress(RuntimeError):  # the loop was closed, and with it whoever waited
                     loop.call_soon_threadsafe(ended.set)
 
-            transfer.when_ended(tell_loop)
-            while not transfer.is_due:  # the deadline may move while waiting
+            self.when_ready(tell_loop)
+            while not self.is_ready:  # the deadline may move while waiting
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(transfer.remaining_s):
+                    async with asyncio.timeout(self.patience_left_s):
                         await ended.wait()
         self.wait(0.0)
+
+    def next_span(self, num_computed: int, max_tokens: int) -> tuple[int, int]:
+        """Which tokens to compute next, where the caller computes in pieces: with `overlap`, while the others are loaded.
+
+        To be called before each piece, when those before it are committed. The caller writes the KV of the tokens it is
+        given, and only those.
+
+        Args:
+            num_computed: tokens from the start on whose KV is written, or came from the cache.
+            max_tokens: of the piece, at least 1.
+
+        Returns:
+            First token and end of the piece. What lies between `num_computed` and it came from the cache. Both are
+            `num_tokens` when nothing is left.
+
+        Raises:
+            SequenceStateError: loads that somebody has to `wait` for are under way.
+        """
+        self._check_open()
+        size, load, first = self._block_size, self._load, self._num_matched_blocks
+        if isinstance(load, WaitedLoad):
+            raise SequenceStateError("next_span() before wait(): blocks are still being loaded")
+        start = max(num_computed, self._num_shared_blocks * size)
+        end = min(self.num_tokens, start + max_tokens)
+        while load is not None:
+            if start % size == 0 and (count := load.pass_over(start // size - first)):
+                self._share(start // size + count)
+                start += count * size
+            end = min(self.num_tokens, start + max_tokens)
+            end = min(end, (first + load.claim(-(-start // size) - first, -(-end // size) - first)) * size)
+            self._hit_blocks = np.bincount(self._sources[load.used], minlength=len(SOURCES)).tolist()
+            self._num_cached_tokens = (first + sum(self._hit_blocks)) * size
+            if end > start or start == self.num_tokens:  # else more has come in between
+                break
+        return start, end
 
     def begin_layerwise(self) -> int:
         """Instead of `wait`: settles at once which blocks are cached, and loads them layer by layer.
@@ -202,13 +245,18 @@ class Sequence:
 
         Returns:
             Leading blocks of the sequence whose KV need not be computed, those found in device memory included.
+
+        Raises:
+            SequenceStateError: the sequence was opened with `overlap`.
         """
-        transfer = self._transfer
-        if transfer is not None and self._store is not None:
+        load = self._load
+        if isinstance(load, OverlappedLoad):
+            raise SequenceStateError("begin_layerwise() of a sequence that was opened with overlap; open it without")
+        if load is not None and self._store is not None:
             self._check_open()
-            self._layers = self._store.begin_layerwise(transfer)
-            self._transfer = None
-            self._counters.count_fault("late", transfer.num_blocks - self._layers.num_blocks)
+            self._layers = self._store.begin_layerwise(load.load)
+            self._load = None
+            self._counters.count_fault("late", load.load.num_blocks - self._layers.num_blocks)
             num_blocks = self._num_shared_blocks + self._layers.num_blocks
             self._num_cached_tokens = num_blocks * self._block_size
         return self.num_cached_tokens // self._block_size
@@ -306,8 +354,8 @@ class Sequence:
             return
         self._is_closed = True
         try:
-            if self._transfer is not None:
-                self._transfer.cancel()
+            if self._load is not None:
+                self._load.finish()
             if self._layers is not None:
                 self._layers.cancel()
             if self._store is not None:
@@ -327,39 +375,34 @@ class Sequence:
             )
 
     def when_ready(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` once, on some thread, when the loads have ended; at once if there are none."""
-        if self._transfer is None:
+        """Calls `callback` once, on some thread, when the loads have ended; at once if there are none.
+
+        Not when patience ends: `patience_left_s` tells when that is.
+        """
+        if self._load is None:
             callback()
         else:
-            self._transfer.when_ended(callback)
+            self._load.when_ended(callback)
 
-    def _start_loading(self, keys: list[BlockKey], fresh: SlotIds, timeout_s: float, priority: Priority) -> int:
+    def _start_loading(
+        self,
+        loader: PrefixLoader,
+        keys: list[BlockKey],
+        fresh: SlotIds,
+        priority: Priority,
+    ) -> int:
         """Starts to load what follows the matched blocks, as far as that is worth it; returns how many could be loaded."""
-        first, store, planner = self._num_shared_blocks, self._store, self._planner
-        runs = store.find_runs(keys[first:]) if store else []
-        num_loadable = num_loading = sum(run.num_blocks for run in runs)
-        decision = planner.plan(LoadQuestion(tuple(runs), first, len(self._tokens))) if planner and runs else None
-        first_timeout_s = timeout_s
-        if decision is not None:
-            num_loading = decision.num_blocks_to_load
-            if decision.patience_s is not None:
-                first_timeout_s = min(timeout_s, decision.patience_s)
-        if num_loading and store:
+        first = self._num_matched_blocks
+        question = LoadQuestion(tuple(loader.store.find_runs(keys[first:])), first, len(self._tokens))
+        num_loading, decision = loader.decide(question)
+        if num_loading:
             self._sources = np.zeros(num_loading, dtype=np.uint8)
-            request = LoadRequest(
-                keys, first, fresh[:num_loading], self._pool.tier.fences(), self._sources, self._use, priority
-            )
-            started_s = time.perf_counter()
-            self._transfer = store.load(request, first_timeout_s)
-            counters, lowest = self._counters, SOURCES[int(self._sources.max())]
-            self._transfer.when_ended(lambda: counters.count_load(lowest, time.perf_counter() - started_s))
-            if planner is not None and decision is not None:
-                self._watch = planner.watch(decision, self._transfer, timeout_s)
-        else:
-            self._num_cached_tokens = first * self._block_size
-        if keys and store:
-            store.touch(keys, self._use)
-        return num_loadable
+            slots, fences = fresh[:num_loading], self._pool.tier.fences()
+            request = LoadRequest(keys, first, slots, fences, self._sources, self._use, priority, loader.overlap)
+            self._load = loader.start(request, decision)
+        if keys:
+            loader.store.touch(keys, self._use)
+        return question.num_blocks
 
     def _num_cached_blocks(self, method: str) -> int:
         """Leading blocks that need not be computed, or are committed."""

@@ -15,7 +15,7 @@ from dynamo.kvcache.clearing import clear_pool, forget_behind
 from dynamo.kvcache.events import EventLog, RunStarts
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.planner import TierRun
+from dynamo.kvcache.load_decision import TierRun
 from dynamo.kvcache.policies import Policies
 from dynamo.kvcache.pool import Allocation, BlockPlace, BlockPool
 from dynamo.kvcache.recovery import recover

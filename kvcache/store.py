@@ -21,9 +21,10 @@ from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.lanes import start_mover
 from dynamo.kvcache.layerwise import LayerLoad, LayerSave
 from dynamo.kvcache.leases import HeldSlots
+from dynamo.kvcache.load_decision import TierRun
 from dynamo.kvcache.offload import Offloader, SaveRequest
 from dynamo.kvcache.onboard import Load, LoadRequest, Onboarder
-from dynamo.kvcache.planner import LoadPlanner, TierRun
+from dynamo.kvcache.planner import LoadPlanner
 from dynamo.kvcache.policies import Policies
 from dynamo.kvcache.pool import BlockPlace, BlockPool
 from dynamo.kvcache.removals import Removal

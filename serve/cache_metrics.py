@@ -189,7 +189,7 @@ def _tier_faults(stats: CacheStats) -> Metric:
 def _load_decisions(planner: PlannerStats) -> Iterator[Metric]:
     decisions = CounterMetricFamily(
         _PREFIX + "load_decisions",
-        "Prefixes in lower tiers: loaded whole, split, computed, or given up while loading.",
+        "Prefixes in lower tiers: loaded whole, in part, computed, or waited for in vain.",
         labels=["decision"],
     )
     for kind, count in sorted(planner.decisions.items()):
@@ -197,7 +197,7 @@ def _load_decisions(planner: PlannerStats) -> Iterator[Metric]:
     yield decisions
     regret = CounterMetricFamily(
         _PREFIX + "load_regret_seconds",
-        "Time to first token lost by deciding so, as known afterwards.",
+        "Time to first token lost by waiting for blocks or computing them, as known afterwards.",
         labels=["tier"],
     )
     for tier, seconds in sorted(planner.regret_s.items()):
@@ -208,7 +208,7 @@ def _load_decisions(planner: PlannerStats) -> Iterator[Metric]:
         speed.add_metric([tier], rate)
     yield speed
     yield CounterMetricFamily(
-        _PREFIX + "declined_blocks", "Blocks a tier held that were faster to compute.", planner.declined_blocks
+        _PREFIX + "declined_blocks", "Blocks a tier held that were sooner computed.", planner.declined_blocks
     )
     if planner.prefill_tokens_per_s is not None:
         yield GaugeMetricFamily(

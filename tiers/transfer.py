@@ -147,14 +147,14 @@ class Transfer:
         self._changed = threading.Condition()  # guards all below; notified when a last hop has ended
         self._arrived: Outcomes = np.zeros(num_blocks, dtype=np.bool_)
         self._num_leading = 0
-        self._num_delivering = 0
+        self._floor = 0
+        self._delivering: list[int] = []  # lowest position of each last hop that is under way
         self._closed = False
         self._expired = False
         self._ended = threading.Event()
         self._end_callbacks: list[Callable[[], None]] = []
-        self._telling = threading.Lock()  # guards the two below; taken before _changed, and held during the callbacks
-        self._num_told = 0
-        self._progress_callbacks: list[Callable[[int], None]] = []
+        self._telling = threading.Lock()  # guards the list below; taken before _changed, and held during the callbacks
+        self._progress_callbacks: list[Callable[[], None]] = []
 
     @property
     def deadline(self) -> float:
@@ -197,26 +197,51 @@ class Transfer:
         with self._changed:
             self._deadline = max(self._deadline, deadline)
 
-    def deliver(self, positions: SlotIds, write: Callable[[], Outcomes]) -> bool:
-        """Runs `write`, the last hop of the blocks at `positions`, unless the transfer has ended. Returns whether it ran.
+    @property
+    def floor(self) -> int:
+        """Position of the first block that is still wanted."""
+        return self._floor
 
-        Last hops of different parts may run at the same time.
+    def raise_floor(self, position: int) -> None:
+        """Says that blocks before `position` are not wanted any more: they are not written when this returns.
+
+        Those that have arrived stay where they are. Waits for last hops of such blocks that are under way.
         """
         with self._changed:
-            if self._closed:
+            self._floor = max(self._floor, position)
+            self._changed.wait_for(lambda: all(lowest >= position for lowest in self._delivering))
+
+    def deliver(self, positions: SlotIds, write: Callable[[Outcomes], Outcomes]) -> bool:
+        """Runs the last hop of the blocks at `positions`, unless the transfer has ended or none of them is wanted.
+
+        Last hops of different parts may run at the same time.
+
+        Args:
+            positions: int64 [n].
+            write: is given bool [n], True for the blocks that are wanted, and writes those; tells which of them it wrote.
+
+        Returns:
+            Whether `write` ran.
+        """
+        with self._changed:
+            wanted: Outcomes = positions >= self._floor
+            if self._closed or (len(wanted) and not wanted.any()):
                 return False
-            self._num_delivering += 1
+            positions = positions[wanted]
+            lowest = int(positions.min(initial=self.num_blocks))
+            self._delivering.append(lowest)
         outcomes = np.zeros(len(positions), dtype=np.bool_)
         try:
-            outcomes = write()
+            outcomes = write(wanted)
         finally:
             with self._changed:
-                self._num_delivering -= 1
+                self._delivering.remove(lowest)
                 self._arrived[positions] = outcomes
                 missing = ~self._arrived[self._num_leading :]
                 self._num_leading += int(np.argmax(missing)) if missing.any() else len(missing)
                 self._changed.notify_all()
-        self._tell_progress()
+        if outcomes.any():
+            self._tell_progress()
         return True
 
     def finish(self) -> None:
@@ -254,25 +279,27 @@ class Transfer:
                 return
         callback()
 
-    def on_progress(self, callback: Callable[[int], None]) -> None:
-        """Calls `callback(num_leading)`, on some thread, each time it has grown; at once if blocks have arrived.
+    def wait_ended(self, timeout_s: float) -> bool:
+        """Waits for the end for so long at most, without hastening it. Returns `is_ended`."""
+        return self._ended.wait(timeout_s)
 
-        One call at a time, with growing numbers. The callback may `extend` the deadline; it must not wait.
+    def on_progress(self, callback: Callable[[], None]) -> None:
+        """Calls `callback`, on some thread, each time blocks have arrived; at once if some have.
+
+        One call at a time. The callback may look what has arrived and `extend` the deadline; it must not wait.
         """
         with self._telling:
             self._progress_callbacks.append(callback)
-            if self._num_told:
-                callback(self._num_told)
+            if self.arrived.any():
+                callback()
 
     def _tell_progress(self) -> None:
         with self._telling:
-            if self._num_leading > self._num_told:
-                self._num_told = self._num_leading
-                for callback in self._progress_callbacks:
-                    try:
-                        callback(self._num_told)
-                    except Exception:
-                        logger.exception("a listener to the progress of a KV transfer failed")
+            for callback in self._progress_callbacks:
+                try:
+                    callback()
+                except Exception:
+                    logger.exception("a listener to the progress of a KV transfer failed")
 
     def _end(self, *, expired: bool) -> None:
         with self._changed:
@@ -280,7 +307,7 @@ class Transfer:
                 self._closed = True
                 self._expired = expired
             # A copy into the slots that hangs has no way out: they cannot be given to anybody else.
-            self._changed.wait_for(lambda: not self._num_delivering)
+            self._changed.wait_for(lambda: not self._delivering)
             callbacks, self._end_callbacks = self._end_callbacks, []
             self._ended.set()
         for callback in callbacks:

@@ -89,8 +89,8 @@ class Scheduler:
     Order is by arrival throughout: a sequence never overtakes an older one into the pool, and the youngest is preempted
     first. The oldest can therefore take every block of the pool, so it always goes on, and so do all after it.
 
-    A sequence whose blocks are being loaded takes no place in the batch. If it finds none when they have come, the youngest
-    one that computes gives way: it was let in only because of the wait.
+    A sequence that waits for blocks to be loaded takes no place in the batch. If it finds none when they have come, or are
+    not worth waiting for, the youngest one that computes gives way: it was let in only because of the wait.
     """
 
     def __init__(self, cache: DeviceCache, limits: SchedulerLimits) -> None:
@@ -129,6 +129,12 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._decoding or self._filling or self._waiting)
+
+    @property
+    def patience_left_s(self) -> float | None:
+        """Seconds until a sequence has waited for its loads for as long as is worth it; None if none waits."""
+        waiting = [_kv(sequence).patience_left_s for sequence in self._filling if sequence.phase is Phase.LOADING]
+        return min(waiting, default=None)
 
     def when_loaded(self, callback: Callable[[], None]) -> None:
         """Has `callback` called, on some thread, whenever a load that a sequence waits for has ended."""
@@ -172,7 +178,7 @@ class Scheduler:
             if admitted is None:
                 break
             if _kv(admitted).is_ready:
-                self._end_load(admitted)
+                admitted.phase = Phase.PREFILL
                 budget -= self._schedule_chunk(step, admitted, budget)
             elif self._on_loaded is not None:
                 _kv(admitted).when_ready(self._on_loaded)
@@ -293,7 +299,7 @@ class Scheduler:
         sequence = self._waiting[0]
         try:
             # Each running sequence will want a block before long. Taking the last ones would only lead to preemption.
-            kv = self._cache.open(sequence.tokens, salt=sequence.salt, spare_blocks=num_running)
+            kv = self._cache.open(sequence.tokens, salt=sequence.salt, spare_blocks=num_running, overlap=True)
         except OutOfBlocksError as error:
             self._admission_needs = available + error.needed_blocks - error.available_blocks
             return None
@@ -301,6 +307,7 @@ class Scheduler:
         sequence.kv = kv
         sequence.reserved = len(sequence.tokens)
         sequence.capacity = self._blocks_for(len(sequence.tokens)) * self._block_size
+        sequence.num_admissions += 1
         sequence.phase = Phase.LOADING
         self._filling.append(sequence)
         return sequence
@@ -324,21 +331,16 @@ class Scheduler:
                 if youngest.arrival < sequence.arrival:
                     return
                 self._preempt(youngest)
-            self._end_load(sequence)
-
-    def _end_load(self, sequence: SequenceState) -> None:
-        kv = _kv(sequence)
-        kv.wait(0)
-        sequence.num_computed = kv.num_cached_tokens
-        if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = min(kv.num_cached_tokens, sequence.num_prompt_tokens)
-        sequence.phase = Phase.PREFILL
+            sequence.phase = Phase.PREFILL
 
     def _schedule_chunk(self, step: ScheduledStep, sequence: SequenceState, budget: int) -> int:
-        rest = len(sequence.tokens) - sequence.num_computed
-        num_tokens = min(rest, self._limits.prefill_chunk, budget)
-        step.prefills.append(PrefillChunk(sequence, num_tokens, num_tokens == rest))
-        if num_tokens == rest:
+        kv = _kv(sequence)
+        sequence.num_computed, end = kv.next_span(sequence.num_computed, min(self._limits.prefill_chunk, budget))
+        if sequence.num_admissions == 1:
+            sequence.num_cached_tokens = min(kv.num_cached_tokens, sequence.num_prompt_tokens)
+        num_tokens, is_last = end - sequence.num_computed, end == len(sequence.tokens)
+        step.prefills.append(PrefillChunk(sequence, num_tokens, is_last))
+        if is_last:
             step.sampling.append(sequence)
         return num_tokens
 

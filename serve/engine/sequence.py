@@ -23,12 +23,14 @@ class CacheSequence(Protocol):
     @property
     def is_ready(self) -> bool: ...
     @property
+    def patience_left_s(self) -> float: ...
+    @property
     def num_cached_tokens(self) -> int: ...
     @property
     def block_keys(self) -> Sequence[BlockKey]: ...
     @property
     def block_table(self) -> npt.NDArray[np.int32]: ...
-    def wait(self, timeout_s: float | None = None) -> None: ...
+    def next_span(self, num_computed: int, max_tokens: int, /) -> tuple[int, int]: ...
     def when_ready(self, callback: Callable[[], None], /) -> None: ...
     def append(self, tokens: list[int], /) -> None: ...
     def commit(self, num_tokens: int | None = None, /) -> None: ...
@@ -44,7 +46,9 @@ class DeviceCache(Protocol):
     def num_device_blocks(self) -> int: ...
     @property
     def num_available_blocks(self) -> int: ...
-    def open(self, tokens: list[int], /, *, salt: str = "", spare_blocks: int = 0) -> CacheSequence: ...
+    def open(
+        self, tokens: list[int], /, *, salt: str = "", spare_blocks: int = 0, overlap: bool = False
+    ) -> CacheSequence: ...
 
 
 class Phase(Enum):
@@ -74,8 +78,9 @@ class SequenceState:
         tokens: prompt, then generated tokens, here or elsewhere.
         kv: its blocks in the cache; None while waiting and once finished.
         salt: see `GenerationRequest.cache_salt`.
-        num_cached_tokens: prompt tokens whose KV came from the cache when it was first admitted; None before that. Those
-            generated elsewhere are no part of the prompt.
+        num_admissions: times it was let in; more than one after preemptions.
+        num_cached_tokens: prompt tokens whose KV came from the cache, as far as is known, when it was first admitted; None
+            before that. Those generated elsewhere are no part of the prompt.
         sampling: the sampler's memory of it, made by the runner; survives preemption.
     """
 
@@ -90,6 +95,7 @@ class SequenceState:
     num_computed: int = 0
     reserved: int = 0
     capacity: int = 0
+    num_admissions: int = 0
     num_cached_tokens: int | None = None
     sampling: "SamplingState | None" = field(default=None, repr=False)
 

@@ -41,7 +41,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Blocks that a sequence waits for have come, or will not."""
+    """Blocks that a sequence waits for have all come, or will not."""
 
 
 Command = Add | Abort | Stop | Loaded
@@ -151,11 +151,14 @@ class StepLoop:
                 pass  # the next `schedule` sees it
 
     def _await_blocks(self) -> None:
-        """Nothing can be computed until loads end, which is told, or blocks that nobody here holds become available."""
+        """Nothing can be computed until loads end, which is told, or patience with them does, or blocks that nobody here
+        holds become available."""
+        patience_s = self._scheduler.patience_left_s
+        wait_s = _IDLE_WAIT_S if patience_s is None else min(_IDLE_WAIT_S, patience_s)
         if self._scheduler.num_running and not self._scheduler.num_waiting:
-            self._await_command(_IDLE_WAIT_S)
+            self._await_command(wait_s)
         else:
-            self._await_command(self._pause_s)
+            self._await_command(min(wait_s, self._pause_s))
             self._pause_s = min(2 * self._pause_s, _BLOCKS_WAIT_S[1])
         if self._scheduler.num_running:  # loads have deadlines of their own
             self._stalled_since = None

@@ -62,7 +62,7 @@ def delete_folder(path):
 @pytest.mark.parametrize(
     ("damage", "kind", "cached"),
     [
-        (flip_a_byte, 'reason="corrupt"', 80),
+        (flip_a_byte, 'reason="corrupt"', 768),
         (truncate, 'kind="truncated"', 112),
         (delete, 'kind="deleted"', 0),
         (delete_folder, 'kind="deleted"', 0),

@@ -56,6 +56,16 @@ class Content:
             sequence.commit()
         return cached
 
+    def run_in_pieces(self, cache: KVCache, sequence: Sequence, tokens: list[int], piece: int) -> None:
+        """What an engine does with a sequence opened with `overlap`: computes pieces of it, checks what lies between."""
+        computed = 0
+        while computed < len(tokens):
+            start, computed = sequence.next_span(computed, piece)
+            self.check(cache, sequence, tokens, start)
+            self.write(cache, sequence, tokens[:computed], start // self.spec.block_size)
+            sequence.commit(computed)
+        self.check(cache, sequence, tokens, len(tokens))
+
 
 @pytest.fixture
 def content() -> Content:

@@ -76,6 +76,31 @@ class CacheMachine(RuleBasedStateMachine):
         self.open_tokens.append((sequence, tokens))
         return (sequence, tokens)
 
+    @rule(
+        target=sequences,
+        prompt=PROMPTS,
+        wait=st.sampled_from([None, 0.0, 0.002]),
+        piece=st.integers(1, 12),
+        stop=st.integers(0, 33),
+    )
+    def open_and_compute_meanwhile(self, prompt, wait, piece, stop):
+        tokens = prompt_tokens(prompt)
+        try:
+            sequence = self.cache.open(tokens, overlap=True)
+        except OutOfBlocksError:
+            return multiple()
+        sequence.wait(wait)
+        if stop < len(tokens):  # a request that is given up in the middle
+            start, end = sequence.next_span(0, stop + 1)
+            self.content.check(self.cache, sequence, tokens, start)
+            self.content.write(self.cache, sequence, tokens[:end], start // 4)
+            sequence.close()
+            return multiple()
+        self.content.run_in_pieces(self.cache, sequence, tokens, piece)
+        assert sequence.num_cached_tokens < len(tokens)
+        self.open_tokens.append((sequence, tokens))
+        return (sequence, tokens)
+
     @rule(prompt=PROMPTS)
     def open_and_cancel(self, prompt):
         with contextlib.suppress(OutOfBlocksError):

@@ -3,11 +3,14 @@
 import asyncio
 import errno
 import os
+import threading
 import time
 
 import pytest
 
 from dynamo.kvcache import KVCache
+from dynamo.kvcache.errors import SequenceStateError
+from dynamo.kvcache.overlap import OverlappedLoad
 from dynamo.tiers.aio import RequestQueue
 
 TOKENS = list(range(257))  # 64 full blocks and one token to compute
@@ -138,3 +141,117 @@ def test_a_prefetch_takes_its_time(cache, slow_reads):
     slow_reads[0] = 0.1
     assert cache.prefetch(TOKENS).result(20.0) == 256
     assert not cache.stats().planner.decisions
+
+
+def use_in_pieces(cache: KVCache, content, piece: int = 16) -> tuple[float, int]:
+    """Seconds of waiting, and the cached tokens, of TOKENS computed in pieces while the others are loaded."""
+    started = time.monotonic()
+    with cache.open(TOKENS, overlap=True) as sequence:
+        sequence.wait()
+        waited_s = time.monotonic() - started
+        content.run_in_pieces(cache, sequence, TOKENS, piece)
+        return waited_s, sequence.num_cached_tokens
+
+
+def test_a_caller_who_computes_meanwhile_waits_for_a_fast_disk_and_computes_one_token(cache, content):
+    observe(cache, token_s=0.05)
+    waited_s, num_cached = use_in_pieces(cache, content)
+    assert num_cached == 256
+    assert waited_s < 5.0
+    assert cache.stats().planner.decisions == {"loaded": 1}
+    [disk] = [tier for tier in cache.stats().window.tiers if tier.tier == "disk"]
+    assert disk.hit_tokens == 256
+
+
+def test_a_slow_disk_gives_the_end_of_a_prompt_while_its_start_is_computed(cache, content, slow_reads):
+    observe(cache, token_s=0.001)
+    slow_reads[0] = 0.02
+    assert use_in_pieces(cache, content)[0] < 0.2  # an unpleasant surprise
+    leave_on_disk(cache)
+    with cache.open(TOKENS, overlap=True) as sequence:
+        assert sequence.is_ready
+        assert sequence.next_span(0, 16) == (0, 16)
+        content.write(cache, sequence, TOKENS[:16], 0)
+        sequence.commit(16)
+        ended = threading.Event()
+        sequence.when_ready(ended.set)
+        assert ended.wait(20.0)
+        assert sequence.next_span(16, 500) == (256, 257)
+        content.check(cache, sequence, TOKENS, 256)
+        assert sequence.num_cached_tokens == 240
+        sequence.commit()
+    planner = cache.stats().planner
+    assert planner.decisions["split"] >= 1
+    assert planner.declined_blocks >= 4
+    assert cache.lookup(TOKENS).device_tokens == 256
+
+
+def test_a_disk_that_hangs_holds_nobody_up_who_computes_meanwhile(cache, content, slow_reads):
+    observe(cache, token_s=0.001)
+    slow_reads[0] = 3.0
+    waited_s, num_cached = use_in_pieces(cache, content)
+    assert waited_s < 1.0
+    assert num_cached == 0
+    assert cache.stats().planner.decisions == {"gave_up": 1}
+
+
+def test_a_damaged_block_is_computed_and_those_after_it_are_not(cache, content, tmp_path):
+    [blocks] = (tmp_path / "kv").rglob("blocks.dat")
+    with blocks.open("r+b") as file:  # one of the blocks; which one lies there does not matter
+        file.seek(20 * 4096 + 100)
+        file.write(b"damaged")
+    with cache.open(TOKENS, overlap=True) as sequence:
+        ended = threading.Event()
+        sequence.when_ready(ended.set)
+        assert ended.wait(20.0)
+        content.run_in_pieces(cache, sequence, TOKENS, 500)
+        assert sequence.num_cached_tokens == 252
+    assert cache.stats().load_faults["corrupt"] == 1
+
+
+def test_blocks_that_come_while_a_piece_is_chosen_are_passed_over_too(cache, content, monkeypatch):
+    observe(cache, token_s=0.05)
+    pass_over = OverlappedLoad.pass_over
+
+    def pass_over_late(load: OverlappedLoad, position: int) -> int:
+        count = pass_over(load, position)
+        ended = threading.Event()
+        load.when_ended(ended.set)
+        assert ended.wait(20.0)
+        return count
+
+    with cache.open(TOKENS, overlap=True) as sequence:
+        monkeypatch.setattr(OverlappedLoad, "pass_over", pass_over_late)
+        assert sequence.next_span(0, 64) == (256, 257)
+        content.check(cache, sequence, TOKENS, 256)
+
+
+def test_who_computes_meanwhile_waits_for_everything_without_patience(make_cache, content, slow_reads, tmp_path):
+    made = make_cache(device_blocks=128, host="1MiB", disk=f"{tmp_path / 'kv'}:4MiB", load_patience=None)
+    content.run(made, TOKENS)
+    leave_on_disk(made)
+    observe(made, token_s=0.00001)
+    slow_reads[0] = 0.05
+    assert use_in_pieces(made, content)[1] == 256
+
+
+def test_an_overlapped_sequence_can_be_awaited(cache, slow_reads):
+    observe(cache, token_s=0.004)
+    slow_reads[0] = 0.7
+
+    async def use() -> bool:
+        with cache.open(TOKENS, overlap=True) as sequence:
+            await asyncio.wait_for(sequence.ready(), 0.6)
+            return sequence.is_ready
+
+    assert asyncio.run(use())
+
+
+def test_misuse_of_overlap_is_refused(cache):
+    with cache.open(TOKENS, overlap=True) as sequence:
+        with pytest.raises(SequenceStateError, match="next_span"):
+            _ = sequence.num_cached_tokens
+        with pytest.raises(SequenceStateError, match="overlap"):
+            sequence.begin_layerwise()
+    with cache.open(TOKENS) as sequence, pytest.raises(SequenceStateError, match="wait"):
+        sequence.next_span(0, 16)

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,7 @@ def test_blocks_arrive_whole_on_the_way_that_the_table_gives(
 
 
 def arrive(transfer: Transfer, *positions: int) -> bool:
-    return transfer.deliver(np.array(positions), lambda: np.ones(len(positions), dtype=np.bool_))
+    return transfer.deliver(np.array(positions, dtype=np.int64), lambda wanted: wanted[wanted])
 
 
 def test_what_arrived_is_counted_from_the_front() -> None:
@@ -177,18 +178,65 @@ def test_what_arrived_is_counted_from_the_front() -> None:
     assert not transfer.is_expired
 
 
-def test_progress_is_told_in_growing_numbers_and_to_late_comers() -> None:
+def test_progress_is_told_each_time_blocks_arrive_and_to_late_comers() -> None:
     transfer = Transfer(4, 10)
-    early: list[int] = []
-    late: list[int] = []
-    transfer.on_progress(early.append)
+    early: list[list[bool]] = []
+    late: list[list[bool]] = []
+    transfer.on_progress(lambda: early.append(transfer.arrived.tolist()))
     arrive(transfer, 1)
+    transfer.deliver(np.array([0]), lambda wanted: ~wanted)  # could not be written: no progress
+    transfer.on_progress(lambda: late.append(transfer.arrived.tolist()))
+    arrive(transfer, 2, 3)
+    assert early == [[False, True, False, False], [False, True, True, True]]
+    assert late == early
+
+
+def test_below_the_floor_nothing_is_written_any_more() -> None:
+    transfer = Transfer(6, 10)
+    written: list[list[bool]] = []
+
+    def write(wanted: Outcomes) -> Outcomes:
+        written.append(wanted.tolist())
+        return wanted[wanted]
+
     arrive(transfer, 0)
-    transfer.on_progress(late.append)
-    arrive(transfer, 3)
-    arrive(transfer, 2)
-    assert early == [2, 4]
-    assert late == [2, 4]
+    transfer.raise_floor(3)
+    transfer.raise_floor(1)  # it only rises
+    assert transfer.floor == 3
+    assert not transfer.deliver(np.array([1, 2]), write)
+    assert transfer.deliver(np.array([2, 3, 4]), write)
+    assert written == [[False, True, True]]
+    assert transfer.arrived.tolist() == [True, False, False, True, True, False]
+
+
+def test_raising_the_floor_waits_for_last_hops_below_it_and_for_no_others() -> None:
+    transfer = Transfer(4, 10)
+    both_run, below, above = threading.Barrier(3), threading.Event(), threading.Event()
+
+    def write(go_on: threading.Event, wanted: Outcomes) -> Outcomes:
+        both_run.wait(10)
+        assert go_on.wait(10)
+        return wanted
+
+    hops = [
+        threading.Thread(target=transfer.deliver, args=(np.array([position]), partial(write, go_on)))
+        for position, go_on in ((1, below), (3, above))
+    ]
+    for hop in hops:
+        hop.start()
+    both_run.wait(10)
+    raising = threading.Thread(target=transfer.raise_floor, args=(2,))
+    raising.start()
+    raising.join(0.05)
+    assert raising.is_alive()
+    below.set()
+    raising.join(10)
+    assert not raising.is_alive()
+    assert transfer.arrived.tolist() == [False, True, False, False]
+    above.set()
+    for hop in hops:
+        hop.join(10)
+    assert transfer.arrived.tolist() == [False, True, False, True]
 
 
 def test_a_deadline_moves_only_further_away() -> None:
@@ -202,7 +250,7 @@ def test_a_deadline_moves_only_further_away() -> None:
 
 def test_waiting_honours_a_deadline_that_moved_meanwhile() -> None:
     transfer = Transfer(2, 0.05)
-    transfer.on_progress(lambda _: transfer.extend(time.monotonic() + 30))
+    transfer.on_progress(lambda: transfer.extend(time.monotonic() + 30))
     arrive(transfer, 0)
     timer = threading.Timer(0.2, lambda: (arrive(transfer, 1), transfer.finish()))
     timer.start()
@@ -224,7 +272,7 @@ def test_the_end_waits_for_last_hops_under_way_and_those_run_side_by_side() -> N
     transfer = Transfer(2, 10)
     both_run, go_on = threading.Barrier(3), threading.Event()
 
-    def write() -> Outcomes:
+    def write(_: Outcomes) -> Outcomes:
         both_run.wait(10)
         assert go_on.wait(10)
         return np.ones(1, dtype=np.bool_)
@@ -264,7 +312,7 @@ def test_listeners_to_the_end_are_called_once_and_a_failing_one_does_not_keep_it
 def test_a_failing_last_hop_counts_as_not_arrived() -> None:
     transfer = Transfer(1, 10)
 
-    def fail() -> Outcomes:
+    def fail(_: Outcomes) -> Outcomes:
         raise ValueError("the device is gone")
 
     with pytest.raises(ValueError, match="gone"):

@@ -1,6 +1,9 @@
 """The whole engine says what transformers says, however its work is cut into steps and wherever its blocks have been."""
 
 import asyncio
+import errno
+import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ from dynamo.serve.engine.engine import InferenceEngine, build_model_engine
 from dynamo.serve.engine.loader import LoadedModel, load_model
 from dynamo.serve.engine.request import GenerationRequest, SamplingParams
 from dynamo.serve.engine.scheduler import SchedulerLimits
+from dynamo.tiers.aio import RequestQueue
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 200
@@ -42,7 +46,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make_cache(loaded: LoadedModel, *, device_blocks: int = 256, host: str | None = None) -> KVCache:
+def make_cache(
+    loaded: LoadedModel, *, device_blocks: int = 256, host: str | None = None, disk: str | None = None
+) -> KVCache:
     config = loaded.config
     spec = KVSpec(
         model=loaded.fingerprint,
@@ -51,7 +57,7 @@ def make_cache(loaded: LoadedModel, *, device_blocks: int = 256, host: str | Non
         head_dim=config.head_dim,
         dtype=loaded.dtype,
     )
-    return KVCache(spec, device="cpu", device_blocks=device_blocks, host=host)
+    return KVCache(spec, device="cpu", device_blocks=device_blocks, host=host, disk=disk)
 
 
 def make_engine(loaded: LoadedModel, cache: KVCache, limits: SchedulerLimits) -> InferenceEngine:
@@ -138,5 +144,45 @@ def test_neither_company_nor_the_cache_changes_what_is_said(make_checkpoint: Cal
                 assert tokens == expected
                 assert num_cached == (len(prompt) - 1) // 16 * 16
         await engine.stop()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("read_s", [0.0, 0.002, 0.01])
+def test_a_prompt_that_is_loaded_from_its_end_while_its_start_is_computed_says_the_same(
+    read_s: float, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(make_checkpoint("Llama"), device=CPU)
+    prompts = random_prompts([230, 201, 100])
+    read = os.preadv
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSYS, "reads shall be calls of os.preadv")
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        time.sleep(read_s)
+        return read(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(RequestQueue, "submit", refuse)
+
+    async def test() -> None:
+        cache = make_cache(loaded, host="16MiB", disk=f"{tmp_path}:64MiB")
+        engine = make_engine(loaded, cache, CHUNKED)
+        await engine.start()
+        computed = await say_together(engine, prompts)
+        monkeypatch.setattr(os, "preadv", preadv)
+        num_cached = 0
+        for _ in range(4):
+            assert cache.flush()
+            for tier in ("device", "host"):
+                cache.clear(tier)
+            answers = await asyncio.gather(*(say(engine, str(i), prompt) for i, prompt in enumerate(prompts)))
+            assert [tokens for tokens, _ in answers] == computed
+            assert all(count <= len(prompt) - 1 for (_, count), prompt in zip(answers, prompts, strict=True))
+            num_cached += sum(count for _, count in answers)
+        assert num_cached > 0
+        await engine.stop()
+        cache.check_invariants()
+        cache.close()
 
     asyncio.run(test())

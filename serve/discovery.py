@@ -205,6 +205,7 @@ class _FolderEntry:
             if pid != self._registration.pid and is_running(pid, started):
                 raise _name_taken(self._registration.worker_id)
         try:
+            make_private(self._path.parent)
             write_entry(self._path, self._registration)
         except OSError as error:
             raise ConfigError(f"{self._path} cannot be written: {error.strerror or error}") from error

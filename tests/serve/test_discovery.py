@@ -244,6 +244,7 @@ def test_registrations_come_back_when_their_folder_was_removed(tmp_path: Path, r
 
     async def test() -> None:
         discovery = FolderDiscovery(folder, silence_s=0.3)
+        shutil.rmtree(folder.parent)
         registered = [await discovery.register(registration(name)) for name in ("a", "b")]
         async with watching(discovery) as watch:
             await watch.until({"a", "b"})

@@ -60,7 +60,7 @@ class KVCache:
         host: str | int | None = None,
         disk: str | DiskPlace | None = None,
         load_timeout_s: float = 30.0,
-        load_patience: float | None = 0.02,
+        load_patience: float | None = 0.03,
         io_threads: int = 8,
         eviction: EvictionName = "hit_density",
         admission: AdmissionName = "always",

@@ -146,7 +146,7 @@ class CacheSettings:
     )
     io_threads: int = option(8, "threads that read and write the disk tier", number(int, 1, 64), metavar="N")
     load_patience: float | None = option(
-        0.02,
+        0.03,
         "share of the time to compute a prompt that waiting for its blocks may cost; off: wait for all of them",
         or_word(number(float, 0, 10), _OFF),
         metavar="SHARE",

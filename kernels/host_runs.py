@@ -11,12 +11,13 @@ Thresholds: https://sourceware.org/git/?p=glibc.git;a=blob;f=sysdeps/x86/dl-cach
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["move_run"]
+__all__ = ["LONG_BYTES", "move_run"]
 
 Bytes = npt.NDArray[np.uint8]
 
 ROW = np.dtype("V65536")
-LONG_BYTES = 1 << 20  # from here on; below, one copy is as fast as rows
+LONG_BYTES = 1 << 20
+"""Runs are moved as rows from here on; below, one copy is as fast."""
 
 
 def move_run(src: Bytes, dst: Bytes) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from dynamo.kernels.checks import KernelArgumentError, SlotIds
 from dynamo.kernels.copy_plan import Axis, CopyPlan, plan_copy
-from dynamo.kernels.driver import cuda_driver
+from dynamo.kernels.cuda_runtime import cuda_driver
 from dynamo.kernels.host_blocks import copy_on_host
 from dynamo.kernels.kernel_call import Occupancy, Target
 from dynamo.kernels.layouts import from_paged, stored

@@ -7,14 +7,13 @@ Bytes moved: every byte of the plan is read once and written once. The way is ch
     gather or scatter    rows by number, where they are dense on one side (`host_rows`), if need be only below one layer or
                          plane: from 256 KiB per run, unless strided assignment has 256 KiB per call and rows that are not of
                          0.5 to 4 KiB, which are then cut narrower
-    memmove              contiguous pieces, neighbours joined: from 128 KiB per piece
+    run by run           contiguous pieces, neighbours joined: from 128 KiB per piece (`host_runs`)
     rows by number       all other contiguous pieces on a common grid
     one by one           the rest
 
 All but assignment by number releases the GIL; large copies of these ways are shared with the helpers of `host_threads`.
 """
 
-import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamo.kernels.copy_plan import Axis, CopyPlan
+from dynamo.kernels.host_memory import array_at
 from dynamo.kernels.host_rows import Side, copy_by_number, dense_runs, gather_or_scatter, is_on_grid, voids_at
+from dynamo.kernels.host_runs import move_run
 from dynamo.kernels.host_threads import copy_in_parts, num_threads_for
 
 __all__ = ["copy_on_host"]
@@ -225,22 +226,28 @@ def _joined_borders(plan: CopyPlan) -> Int64s:
 
 
 def _move_pieces(plan: CopyPlan) -> None:
-    """One memmove per base and run of joined rows, or part of one: what threads share are the bytes, not the pieces."""
+    """One call per base and run of joined rows, or part of one: what threads share are the bytes, not the pieces."""
     borders = _joined_borders(plan)
     starts = borders[:-1]
     sizes = np.tile(np.diff(borders) * plan.row_bytes, plan.num_bases)
-    src = np.add.outer(plan.src_bases, plan.src_offsets[starts]).reshape(-1)
-    dst = np.add.outer(plan.dst_bases, plan.dst_offsets[starts]).reshape(-1)
+    src, src_memory = _pieces(np.add.outer(plan.src_bases, plan.src_offsets[starts]).reshape(-1), sizes)
+    dst, dst_memory = _pieces(np.add.outer(plan.dst_bases, plan.dst_offsets[starts]).reshape(-1), sizes)
     ends = np.cumsum(sizes)
-    memmove = ctypes.memmove
 
     def move(first: int, last: int) -> None:
         pieces = slice(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last, side="left") + 1)
         begins = ends[pieces] - sizes[pieces]
         skipped = np.maximum(first - begins, 0)
         wanted = np.minimum(ends[pieces], last) - begins - skipped
-        addresses = (dst[pieces] + skipped).tolist(), (src[pieces] + skipped).tolist()
-        for to, start, size in zip(*addresses, wanted.tolist(), strict=True):
-            memmove(to, start, size)
+        places = (src[pieces] + skipped).tolist(), (dst[pieces] + skipped).tolist(), wanted.tolist()
+        for start, to, size in zip(*places, strict=True):
+            move_run(src_memory[start : start + size], dst_memory[to : to + size])
 
     copy_in_parts(plan.num_bytes, 1, move)
+
+
+def _pieces(addresses: Int64s, sizes: Int64s) -> tuple[Int64s, npt.NDArray[np.uint8]]:
+    """One side's pieces as places in one array from the first to the last, since an array for each would cost more than
+    slices do. What lies between pieces is never touched."""
+    low = int(addresses.min())
+    return addresses - low, array_at(low, np.uint8, (int((addresses + sizes).max()) - low,), (1,))

@@ -86,26 +86,28 @@ def gather_or_scatter(plan: CopyPlan, side: Side) -> None:
         near, far = near[order], far[order]
     near_bases, far_bases = (plan.src_bases, plan.dst_bases) if side == "src" else (plan.dst_bases, plan.src_bases)
     rows, row_bytes = plan.rows_per_pair, plan.row_bytes
-    far_inner, low, high = _inner(plan, "dst" if side == "src" else "src"), int(far.min()), int(far.max())
-    num_far = (high - low) // row_bytes + int(far_inner.max()) + 1
     breaks = np.flatnonzero(np.diff(near) != rows * row_bytes) + 1
     pairs_at_a_time = max(1, min(ROWS_AT_A_TIME, CALL_BYTES // row_bytes) // rows)
-    slices = np.union1d(np.append(breaks, near.size), np.arange(0, near.size, pairs_at_a_time))
-    num_slices, bases = slices.size - 1, list(zip(near_bases.tolist(), far_bases.tolist(), strict=True))
+    slices = np.union1d(np.append(breaks, near.size), np.arange(0, near.size, pairs_at_a_time)).tolist()
+    # Made once for all calls: made in each, as little as they are, they took 3 to 6 % of the time with 256 B rows.
+    near_numbers, near_memory = _numbered(near_bases, near, np.arange(rows, dtype=np.int64), row_bytes)
+    far_inner = _inner(plan, "dst" if side == "src" else "src")
+    far_numbers, far_memory = _numbered(far_bases, far, far_inner, row_bytes)
+    num_slices = len(slices) - 1
 
     def move(first: int, last: int) -> None:
         for index in range(first, last):
-            (near_base, far_base), at = bases[index // num_slices], index % num_slices
-            start, stop = int(slices[at]), int(slices[at + 1])
-            far_rows = voids_at(far_base + low, (num_far,), (row_bytes,), row_bytes)
-            numbers = (((far[start:stop] - low) // row_bytes)[:, None] + far_inner).reshape(-1)
-            near_rows = voids_at(near_base + int(near[start]), (numbers.size,), (row_bytes,), row_bytes)
+            base, at = divmod(index, num_slices)
+            start, stop = slices[at], slices[at + 1]
+            numbers = (far_numbers[start:stop, None] + far_inner).reshape(-1)
+            place = int(near_numbers[start])
+            near_rows = near_memory[base][place : place + numbers.size]
             if side == "dst":
-                np.take(far_rows, numbers, out=near_rows, mode="clip")
+                far_memory[base].take(numbers, out=near_rows, mode="clip")
             else:
-                far_rows[numbers] = near_rows
+                far_memory[base][numbers] = near_rows
 
-    num_calls = len(bases) * num_slices
+    num_calls = plan.num_bases * num_slices
     if side == "dst":
         copy_in_parts(num_calls, plan.num_bytes // num_calls, move)
     else:
@@ -138,6 +140,14 @@ def _rows_of(bases: Int64s, offsets: Int64s, row_bytes: int) -> tuple[Voids, Int
     num_rows = (int(bases.max() + offsets.max()) - first) // row_bytes + 1
     numbers = (((bases - first)[:, None] + offsets) // row_bytes).reshape(-1)
     return voids_at(first, (num_rows,), (row_bytes,), row_bytes), numbers
+
+
+def _numbered(bases: Int64s, offsets: Int64s, inner: Int64s, row_bytes: int) -> tuple[Int64s, list[Voids]]:
+    """One side below each base as rows from its lowest offset on, and the number of each pair's first row in them."""
+    low = int(offsets.min())
+    numbers = (offsets - low) // row_bytes
+    shape = (int(numbers.max()) + int(inner.max()) + 1,)
+    return numbers, [voids_at(base + low, shape, (row_bytes,), row_bytes) for base in bases.tolist()]
 
 
 def _inner(plan: CopyPlan, side: Side) -> Int64s:

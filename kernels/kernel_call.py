@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from dynamo.kernels.checks import KernelArgumentError
-from dynamo.kernels.driver import cuda_driver
+from dynamo.kernels.cuda_runtime import cuda_driver
 from dynamo.kernels.pinned import seen_from_device
 from dynamo.kernels.view import View
 

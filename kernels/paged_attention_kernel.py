@@ -25,13 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynamo.kernels.paged_keys_kernel import attend_keys, fresh_state, load_queries, scaled_for
+
 __all__ = [
     "COMBINE_DIM",
     "LOG2_E",
     "SPLITS_PADS",
     "Tile",
     "as_loaded",
-    "attend_keys",
     "combine_kernel",
     "decode_kernel",
     "decode_tile",
@@ -39,7 +40,6 @@ __all__ = [
     "head_constants",
     "is_prefix",
     "launch_decode",
-    "load_queries",
     "scale_stride",
 ]
 
@@ -49,128 +49,6 @@ COMBINE_DIM = 128
 
 SPLITS_PADS = (8, 64)
 """Few, so that a new number of splits is not another compilation; the last is the most there can be."""
-
-
-@triton.jit
-def _widen(x, DTYPE: tl.constexpr, FP8: tl.constexpr):
-    """Float8 (e4m3) bytes as DTYPE, exactly; other dtypes pass through.
-
-    Before compute capability 8.9 there is no conversion: the seven low bits, moved under float16's wider exponent, are the
-    value divided by 2**8, subnormals included.
-    """
-    widened = x
-    if FP8 == 1:
-        widened = x.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-    if FP8 == 2:
-        bits = x.to(tl.uint16)
-        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        value = half.to(tl.float32) * 256.0
-        widened = tl.where((bits & 0x7F) == 0x7F, float("nan"), value).to(DTYPE)
-    return widened
-
-
-@triton.jit
-def load_queries(q_ptr, row_offsets, row_valid, K_DIM: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr):
-    """The two parts of the queries, [BLOCK_M, K_MAIN] and [BLOCK_M, K_REST]; without a rest, the first twice."""
-    main = tl.arange(0, K_MAIN)
-    main_valid = row_valid[:, None] & (main < K_DIM)[None, :]
-    q_main = tl.load(q_ptr + row_offsets[:, None] + main[None, :], mask=main_valid, other=0.0)
-    q_rest = q_main
-    if K_REST > 0:
-        rest = K_MAIN + tl.arange(0, K_REST)
-        rest_valid = row_valid[:, None] & (rest < K_DIM)[None, :]
-        q_rest = tl.load(q_ptr + row_offsets[:, None] + rest[None, :], mask=rest_valid, other=0.0)
-    return q_main, q_rest
-
-
-@triton.jit
-def attend_keys(
-    acc,
-    row_sum,
-    row_max,
-    q_main,
-    q_rest,
-    positions,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    first,
-    last,
-    lowest,
-    context_len,
-    max_blocks,
-    num_blocks,
-    k_block_stride,
-    k_token_stride,
-    v_block_stride,
-    v_token_stride,
-    score_scale,
-    BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    MASKED: tl.constexpr,
-    K_DIM: tl.constexpr,
-    K_MAIN: tl.constexpr,
-    K_REST: tl.constexpr,
-    V_DIM: tl.constexpr,
-    V_PAD: tl.constexpr,
-    VALUE_IS_KEY: tl.constexpr,
-    FP8: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    """Online softmax of a tile of rows over keys [first, last), `first` a multiple of BLOCK_N, none below `lowest`.
-
-    Args:
-        acc: float32 [BLOCK_M, V_PAD], sum of weighted values; with row_sum and row_max (base 2) it is the state, returned.
-        positions: int32 [BLOCK_M], the last key each row may see; read when MASKED.
-        k_ptr: at the key head; likewise v_ptr.
-        table_ptr: at the sequence's row of the block tables.
-        score_scale: includes log2(e) and the keys' scale.
-        WINDOW: keys a row sees, 0 for all.
-        MASKED: whether some row must not see some of the keys.
-    """
-    main = tl.arange(0, K_MAIN)
-    value_dims = tl.arange(0, V_PAD)
-    for start in tl.range(first, last, BLOCK_N, num_stages=NUM_STAGES):
-        tokens = start + tl.arange(0, BLOCK_N)
-        inside = (tokens >= lowest) & (tokens < context_len)
-        column = tokens // BLOCK_SIZE
-        block = tl.load(table_ptr + column, mask=inside & (column < max_blocks), other=-1).to(tl.int64)
-        # A block that does not exist is never followed; the NaN below says so.
-        known = (block >= 0) & (block < num_blocks)
-        k_rows = block * k_block_stride + (tokens % BLOCK_SIZE) * k_token_stride
-        main_valid = known[:, None] & (main < K_DIM)[None, :]
-        k_main = tl.load(k_ptr + k_rows[:, None] + main[None, :], mask=main_valid, other=0)
-        k_main = _widen(k_main, q_main.dtype, FP8)
-        scores = tl.dot(q_main, tl.trans(k_main), input_precision="ieee")
-        if K_REST > 0:
-            rest = K_MAIN + tl.arange(0, K_REST)
-            rest_valid = known[:, None] & (rest < K_DIM)[None, :]
-            k_rest = tl.load(k_ptr + k_rows[:, None] + rest[None, :], mask=rest_valid, other=0)
-            scores = tl.dot(q_rest, tl.trans(_widen(k_rest, q_main.dtype, FP8)), scores, input_precision="ieee")
-        scores = scores * score_scale
-        if MASKED:
-            visible = inside[None, :] & (tokens[None, :] <= positions[:, None])
-            if WINDOW > 0:
-                visible = visible & (tokens[None, :] > positions[:, None] - WINDOW)
-            scores = tl.where(visible, scores, float("-inf"))
-        scores = tl.where((inside & (known == 0))[None, :], float("nan"), scores)
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # A row that has seen no key yet must not subtract infinities.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(row_max - shift)
-        row_sum = row_sum * decay + tl.sum(weights, 1)
-        row_max = new_max
-        if VALUE_IS_KEY:
-            values = k_main
-        else:
-            v_rows = block * v_block_stride + (tokens % BLOCK_SIZE) * v_token_stride
-            v_valid = known[:, None] & (value_dims < V_DIM)[None, :]
-            values = tl.load(v_ptr + v_rows[:, None] + value_dims[None, :], mask=v_valid, other=0)
-            values = _widen(values, q_main.dtype, FP8)
-        acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
-    return acc, row_sum, row_max
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -232,12 +110,9 @@ def decode_kernel(
     split_tiles = tl.cdiv(num_tiles, num_splits)
     first = (first_tile + split * split_tiles) * BLOCK_N
     last = tl.minimum(first + split_tiles * BLOCK_N, context_len)
-    if k_scale_ptr is not None:
-        score_scale = score_scale * tl.load(k_scale_ptr + kv_head * k_scale_stride)
+    score_scale = scaled_for(kv_head, score_scale, k_scale_ptr, k_scale_stride)
     q_main, q_rest = load_queries(q_ptr + seq * q_seq_stride, head * q_head_stride, row_valid, K_DIM, K_MAIN, K_REST)
-    acc = tl.zeros([BLOCK_M, V_PAD], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc, row_sum, row_max = fresh_state(BLOCK_M, V_PAD)
     positions = tl.zeros([BLOCK_M], tl.int32) + context_len - 1
     acc, row_sum, row_max = attend_keys(
         acc, row_sum, row_max, q_main, q_rest, positions, k_ptr + kv_head * k_head_stride,
@@ -245,9 +120,7 @@ def decode_kernel(
         max_blocks, num_blocks, k_block_stride, k_token_stride, v_block_stride, v_token_stride, score_scale,
         BLOCK_SIZE, WINDOW, True, K_DIM, K_MAIN, K_REST, V_DIM, V_PAD, VALUE_IS_KEY, FP8, BLOCK_N, NUM_STAGES,
     )  # fmt: skip
-    result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    if v_scale_ptr is not None:
-        result = result * tl.load(v_scale_ptr + kv_head * v_scale_stride)
+    result = scaled_for(kv_head, acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None], v_scale_ptr, v_scale_stride)
     dims = tl.arange(0, V_PAD)
     valid = row_valid[:, None] & (dims < V_DIM)[None, :]
     if partial_ptr is None:

@@ -22,13 +22,12 @@ from dynamo.kernels.paged_attention_kernel import (
     LOG2_E,
     Tile,
     as_loaded,
-    attend_keys,
     fp8_mode,
     head_constants,
     is_prefix,
-    load_queries,
     scale_stride,
 )
+from dynamo.kernels.paged_keys_kernel import attend_keys, fresh_state, load_queries, scaled_for
 
 __all__ = ["launch_prefill", "prefill_kernel", "prefill_tile"]
 
@@ -98,14 +97,11 @@ def prefill_kernel(
         if WINDOW > 0:
             lowest = tl.maximum(first_position - WINDOW + 1, 0)
             full = lowest // BLOCK_N * BLOCK_N
-        if k_scale_ptr is not None:
-            score_scale = score_scale * tl.load(k_scale_ptr + kv_head * k_scale_stride)
+        score_scale = scaled_for(kv_head, score_scale, k_scale_ptr, k_scale_stride)
         q_main, q_rest = load_queries(
             q_ptr, token * q_token_stride + head * q_head_stride, row_valid, K_DIM, K_MAIN, K_REST
         )
-        acc = tl.zeros([BLOCK_M, V_PAD], tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        acc, row_sum, row_max = fresh_state(BLOCK_M, V_PAD)
         k_ptr += kv_head * k_head_stride
         v_ptr += kv_head * v_head_stride
         table_ptr += seq * table_stride
@@ -120,9 +116,7 @@ def prefill_kernel(
             max_blocks, num_blocks, k_block_stride, k_token_stride, v_block_stride, v_token_stride, score_scale,
             BLOCK_SIZE, WINDOW, True, K_DIM, K_MAIN, K_REST, V_DIM, V_PAD, VALUE_IS_KEY, FP8, BLOCK_N, NUM_STAGES,
         )  # fmt: skip
-        result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-        if v_scale_ptr is not None:
-            result = result * tl.load(v_scale_ptr + kv_head * v_scale_stride)
+        result = scaled_for(kv_head, acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None], v_scale_ptr, v_scale_stride)
         dims = tl.arange(0, V_PAD)
         places = token * out_token_stride + head * out_head_stride
         valid = row_valid[:, None] & (dims < V_DIM)[None, :]

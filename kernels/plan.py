@@ -25,7 +25,8 @@ from dynamo.kernels.checks import KernelArgumentError, SlotIds
 from dynamo.kernels.copy_blocks import copy_blocks
 from dynamo.kernels.copy_engine import copy_runs
 from dynamo.kernels.copy_plan import plan_copy
-from dynamo.kernels.driver import CudaDriver, Memory, cuda_driver, wait_for_event
+from dynamo.kernels.cuda_runtime import cuda_driver
+from dynamo.kernels.driver import CudaDriver, Memory, wait_for_event
 from dynamo.kernels.pairing import Range, cut_views
 from dynamo.kernels.pinned import memory_of_view
 from dynamo.kernels.runs import Runs, in_host_order, runs_of

@@ -10,7 +10,8 @@ import torch
 
 from dynamo.kernels.copy_blocks import copy_blocks
 from dynamo.kernels.copy_engine import copy_pieces
-from dynamo.kernels.driver import CudaDriver, cuda_driver
+from dynamo.kernels.cuda_runtime import cuda_driver
+from dynamo.kernels.driver import CudaDriver
 from dynamo.kernels.staged import Staging
 from dynamo.kernels.view import View
 from dynamo.perf.harness import median

@@ -18,7 +18,8 @@ from dynamo.kernels.calibration import Calibration, Direction, Route
 from dynamo.kernels.copy_blocks import copy_blocks, kernel_launch
 from dynamo.kernels.copy_engine import copy_pieces
 from dynamo.kernels.copy_plan import plan_copy
-from dynamo.kernels.driver import AccessOrder, CudaDriver, cuda_driver
+from dynamo.kernels.cuda_runtime import cuda_driver
+from dynamo.kernels.driver import AccessOrder, CudaDriver
 from dynamo.kernels.layouts import from_paged, stored
 from dynamo.kernels.pieces import Pieces
 from dynamo.kernels.plan import Submission, plan, run

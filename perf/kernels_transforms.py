@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dynamo.kernels.compact import compact, plan_compaction
+from dynamo.kernels.cuda_runtime import cuda_driver
 from dynamo.kernels.digest_blocks import copy_blocks_digest, digest_blocks
-from dynamo.kernels.driver import cuda_driver
 from dynamo.kernels.layouts import from_paged
 from dynamo.kernels.quantize import QuantizedLayout, dequantize_blocks, quantize_blocks
 from dynamo.kernels.rope_shift import Rope, rope_shift

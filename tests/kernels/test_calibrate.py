@@ -209,7 +209,7 @@ def test_the_table_shows_rates_by_size_and_count() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_real_gpu_can_be_calibrated(tmp_path: Path) -> None:
-    from dynamo.kernels.driver import cuda_driver
+    from dynamo.kernels.cuda_runtime import cuda_driver
 
     calibration = calibrate(cuda_driver(), folder=tmp_path)
     assert load_calibration(calibration.device, calibration.driver_version, tmp_path) == calibration

@@ -109,10 +109,12 @@ def test_a_row_written_twice_is_refused() -> None:
         copy_rows(src[:, :0], ids(0, 1, 2), np.zeros((10_000, 0), dtype=np.uint8), ids(3, 5, 3))
 
 
-@pytest.mark.parametrize("row_bytes", [4 << 10, 96 << 10])
+@pytest.mark.parametrize(
+    "row_bytes", [4 << 10, 40 << 10, 96 << 10, (96 << 10) + 4, 2 << 20]
+)  # 2 MiB in pieces of 32 KiB
 @pytest.mark.parametrize("order", ["gather", "scatter", "sparse scatter", "runs", "runs to runs", "one run"])
 def test_copies_large_enough_to_share_with_other_threads(row_bytes: int, order: str) -> None:
-    count = (24 << 20) // row_bytes
+    count = (24 << 20) // row_bytes // 4 * 4
     numbers = np.arange(count, dtype=np.int64)
     shuffled = np.random.default_rng(3).permutation(count).astype(np.int64)
     runs = numbers.reshape(-1, 4)[::-1].reshape(-1)

@@ -273,6 +273,26 @@ def test_wide_rows_of_a_rank_on_the_cpu(row: int, is_gather: bool) -> None:
         assert torch.equal(whole, expected)
 
 
+@pytest.mark.parametrize("block_bytes", [160 << 10, 2 << 20, (2 << 20) + 36, 1_500_001])
+@pytest.mark.parametrize("skipped", [0, 3])
+@pytest.mark.parametrize("dst_ids", [(4, 0, 1, 2), (0, 1, 2, 3), (5, 2, 4, 0)])
+def test_blocks_that_are_long_runs_on_the_cpu(block_bytes: int, skipped: int, dst_ids: tuple[int, ...]) -> None:
+    """Runs of any length, at any address, alone and joined, in memory that holds other bytes before, between and behind."""
+    rng = np.random.default_rng(11)
+    src_memory, dst_memory = (
+        torch.from_numpy(rng.integers(0, 256, 6 * block_bytes + 8, dtype=np.uint8)) for _ in range(2)
+    )
+    expected = dst_memory.clone()
+    src, dst, wanted = (
+        memory[start : start + 6 * block_bytes].view(6, block_bytes)
+        for memory, start in ((src_memory, skipped), (dst_memory, 1), (expected, 1))
+    )
+    src_ids = (5, 2, 3, 1)
+    wanted[list(dst_ids)] = src[list(src_ids)]
+    copy_blocks(from_paged(src, "BD"), ids(src_ids), from_paged(dst, "BD"), ids(dst_ids))
+    assert torch.equal(dst_memory, expected)
+
+
 @pytest.mark.parametrize("heads", [8, 32])
 @pytest.mark.parametrize("axes", [("PBTHD", "PBHTD"), ("PBHTD", "PBTHD"), ("PBTHD", "BPTHD"), ("BPHTD", "PBTHD")])
 @pytest.mark.parametrize("order", ["all", "gaps in the source", "gaps in the destination", "gaps in both"])

@@ -224,7 +224,7 @@ def test_the_stand_in_refuses_a_pitched_copy_across_two_allocations() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("num_pieces", "size"), [(1, 7), (5000, 512), (65536, 1000), (300, 64 << 10)])
 def test_real_copy_engines_move_scattered_pieces_both_ways(num_pieces: int, size: int) -> None:
-    from dynamo.kernels.driver import cuda_driver
+    from dynamo.kernels.cuda_runtime import cuda_driver
 
     driver = cuda_driver()
     host = driver.pinned_buffer_new(num_pieces * size)

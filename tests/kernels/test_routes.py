@@ -159,7 +159,7 @@ def test_layers_heads_head_groups_and_block_sizes_are_reconciled(route: Route) -
 @pytest.mark.parametrize("route", [None, Route.COPY_ENGINE, Route.KERNEL, Route.STAGED])
 @pytest.mark.parametrize("to_host", [True, False])
 def test_every_route_moves_the_same_bytes_on_a_gpu(route: Route | None, to_host: bool) -> None:
-    from dynamo.kernels.driver import cuda_driver
+    from dynamo.kernels.cuda_runtime import cuda_driver
 
     driver = cuda_driver()
     generator = torch.Generator().manual_seed(0)

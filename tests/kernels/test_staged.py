@@ -219,7 +219,7 @@ def test_a_buffer_whose_kernel_could_not_be_queued_is_not_reused_before_its_copi
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_real_gpu_reuses_buffers_only_when_they_are_free() -> None:
-    from dynamo.kernels.driver import cuda_driver
+    from dynamo.kernels.cuda_runtime import cuda_driver
 
     driver = cuda_driver()
     count = 2000

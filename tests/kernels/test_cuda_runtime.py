@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dynamo.kernels.driver import (
-    AccessOrder,
-    CudaError,
-    CudaRuntime,
-    Memory,
-    cuda_driver,
-    wait_for_event,
-)
+from dynamo.kernels.cuda_runtime import CudaRuntime, cuda_driver
+from dynamo.kernels.driver import AccessOrder, CudaError, Memory, wait_for_event
 from dynamo.kernels.fake_driver import FakeDriver
 from dynamo.kernels.registrations import has_gap
 

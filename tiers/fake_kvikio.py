@@ -56,14 +56,14 @@ class _FakeFile:
 
     def _read(self, buf: object, size: int | None, offset: int) -> int:
         assert isinstance(buf, torch.Tensor)
-        count = os.preadv(self._fd, [buf.view(-1).numpy()[:size]], offset)
+        count = os.preadv(self._fd, [buf.view(-1).numpy()[:size].data], offset)
         told = self._spoil("read", buf)
         return count if told is None else told
 
     def _write(self, buf: object, size: int | None, offset: int) -> int:
         assert isinstance(buf, torch.Tensor)
         told = self._spoil("write", buf)
-        count = os.pwritev(self._fd, [buf.view(-1).numpy()[:size]], offset)
+        count = os.pwritev(self._fd, [buf.view(-1).numpy()[:size].data], offset)
         return count if told is None else told
 
 

@@ -17,6 +17,7 @@ still in the ring, and at last (b"", b"", -1, b"").
 
 import contextlib
 import logging
+import os
 import socket
 import threading
 import time
@@ -38,6 +39,7 @@ END_OF_REPLAY: Final = (-1).to_bytes(8, "big", signed=True)
 _log = logging.getLogger(__name__)
 _GATHER_S: Final = 0.002
 _FOLLOW_S: Final = 10.0  # only a backstop: events and close() end the wait
+_LOOK_S: Final = 0.5  # at most a heartbeat more
 _LINGER_MS: Final = 200
 # Of one batch, unless a single event has more: a few milliseconds of a router's time, between which it serves others.
 _MAX_EVENTS: Final = 512
@@ -72,7 +74,7 @@ class PublisherStats:
 
 
 class EventPublisher:
-    """Two threads and two sockets, from construction to `close`.
+    """Two threads and two sockets, from construction to `close`. A Unix socket that somebody removes is made anew.
 
     Args:
         log: followed from its beginning. Only one publisher should follow a log, but nothing breaks if there are more.
@@ -232,7 +234,7 @@ class EventPublisher:
         poller = zmq.Poller()
         for source in (self._wake_receiver, self._stream, self._replay):
             poller.register(source, zmq.POLLIN)
-        due_s = time.monotonic()
+        due_s = look_s = time.monotonic()
         while True:
             ready = dict(poller.poll(max(0, round(1000 * (due_s - time.monotonic())))))
             is_closing = self._closing.is_set()  # read first: what was told before it was set is still published
@@ -244,6 +246,9 @@ class EventPublisher:
             while self._load:
                 self._send(LOAD_TOPIC, self._load_seq, self._load.popleft())
                 self._load_seq += 1
+            if time.monotonic() >= look_s:
+                self._bind_anew()
+                look_s = time.monotonic() + _LOOK_S
             num_sent = self._publish_events()
             if num_sent == 0 and (is_greeting or time.monotonic() >= due_s):
                 self._publish((), self._published)
@@ -252,6 +257,14 @@ class EventPublisher:
                 due_s = time.monotonic() + self._heartbeat_s
             if is_closing:
                 return
+
+    def _bind_anew(self) -> None:
+        """Binds the endpoints whose files have been removed: nobody could find the sockets any more."""
+        for source, endpoint in ((self._stream, self._endpoint), (self._replay, self._replay_endpoint)):
+            path = endpoint.removeprefix("ipc://")
+            if path.startswith("/") and not os.path.exists(path):
+                with contextlib.suppress(zmq.ZMQError):  # the folder may not be there again yet
+                    source.bind(endpoint)
 
     def _drain_pokes(self) -> None:
         with contextlib.suppress(BlockingIOError):

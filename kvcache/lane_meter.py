@@ -69,7 +69,7 @@ class LaneMeter:
 
     @property
     def is_trusted(self) -> bool:
-        """Whether the last load came in time."""
+        """Whether the last load came in time, or the tier has shown since how fast it is."""
         return not self._num_give_ups
 
     @property
@@ -131,6 +131,7 @@ class LaneMeter:
         self._open_s += seconds
         if self._open_parts == _SAMPLE_PARTS or not self._num_running:
             self._add(_Sample(self._open_blocks, self._open_s, self._open_blocks, now, is_whole=True))
+            self._num_give_ups = 0
             self._open_parts, self._open_blocks, self._open_s = 0, 0, 0.0
 
     def give_up(self, now: float, num_wanted: int, num_arrived: int, seconds: float) -> None:

@@ -43,7 +43,8 @@ FAST_SHARE = 0.25
 _GUESSED_COST = PrefillCost(step_s=0.0, token_s=2e-4, pair_s=0.0, step_tokens=512, sure=1.0)
 _GUESSED_PATIENCE_S = 0.025  # for the first loads of an engine, which pay for cold threads as well
 _MIN_PATIENCE_S = 0.002  # what a wait for a thread costs anyway
-_TRUSTING_PATIENCE_S = 0.010  # likewise on a busy machine; only where the tier's last load came in time
+_TRUSTING_PATIENCE_S = 0.010  # likewise on a busy machine; only where the tier's last load came in time,
+_TRUSTING_PATIENCE = 0.04  # and no more than this share of the time to compute
 _FIRST_PART = 0.01  # of a load: two parts run at once, so the first has come when the patience ends
 _PART_GROWTH = 0.25  # of what precedes it: a part has come before what precedes it is used up
 _MAX_UNSETTLED = 256
@@ -268,7 +269,9 @@ class LoadPlanner:
         left_s = cost.seconds(starts, question.num_tokens)
         compute_s = float(left_s[0])
         is_trusted = all(self._lane(run.tier).is_trusted for run in question.runs)
-        least_s = _TRUSTING_PATIENCE_S if is_trusted else _MIN_PATIENCE_S
+        least_s = _MIN_PATIENCE_S
+        if is_trusted:
+            least_s = max(least_s, min(_TRUSTING_PATIENCE_S, _TRUSTING_PATIENCE * compute_s))
         patience_s = max(least_s, patience * cost.sure * compute_s)
         speeds = {run.tier: self._lane(run.tier).speed(now) for run in question.runs}
         known = {tier: speed for tier, speed in speeds.items() if speed is not None}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, repeat, takewhile
+from operator import itemgetter
 from typing import cast
 
 import numpy as np
@@ -465,12 +466,18 @@ class BlockPool:
     def _register_within(
         self, keys: Sequence[BlockKey], slots: SlotIds, parents: Sequence[BlockKey | None]
     ) -> Registration:
-        """`register` for those of the blocks that lie in the pool's slots."""
+        """`register` where some slots are the pool's no more: what lies there can only be given up for a block that is known."""
         places = np.flatnonzero(slots < self.num_slots)
         numbers = places.tolist()
         within = self.register([keys[i] for i in numbers], slots[places], parents=[parents[i] for i in numbers])
         canonical = slots.copy()
         canonical[places] = within.slots
+        beyond = np.array(
+            [i for i in np.flatnonzero(slots >= self.num_slots).tolist() if keys[i] in self._index], np.int64
+        )
+        canonical[beyond] = [self._index[keys[i]] for i in beyond.tolist()]
+        self.acquire(canonical[beyond])
+        self.release(slots[beyond])
         return Registration(canonical, [numbers[i] for i in within.new])
 
     def _register_unknown(self, keys: Sequence[BlockKey], slots: SlotIds) -> Registration:
@@ -597,7 +604,9 @@ class BlockPool:
     def _names(self, slots: SlotIds) -> list[BlockKey]:
         """Keys of registered slots."""
         names = self._keys
-        return cast("list[BlockKey]", [names[slot] for slot in slots.tolist()])
+        if len(slots) < 2:
+            return cast("list[BlockKey]", [names[slot] for slot in slots.tolist()])
+        return cast("list[BlockKey]", list(itemgetter(*slots.tolist())(names)))
 
 
 def _parts(use: Use | None, num_blocks: int) -> list[tuple[int, int, Use]]:

@@ -134,7 +134,9 @@ class ReuseTracker:
         """
         with self._lock:
             marks, estimator = self._marks, self._estimator
-            passed = list(compress(count(), map(marks.__contains__, keys)))
+            passed: list[int] = []
+            if not marks.keys().isdisjoint(keys):  # a chain that nobody has seen is told apart at half the cost
+                passed = list(compress(count(), map(marks.__contains__, keys)))
             deepest = marks[keys[passed[-1]]] if passed else None
             past, turn = None, 0
             if deepest is not None:
@@ -184,7 +186,8 @@ class ReuseTracker:
         Returns:
             The use with all that is known of it, to file its blocks with.
         """
-        use = replace(use, num_output_tokens=num_output_tokens)
+        if num_output_tokens != use.num_output_tokens:
+            use = replace(use, num_output_tokens=num_output_tokens)
         with self._lock:
             current = self._open.pop(use.number, None)
             if current is not None:

@@ -356,6 +356,7 @@ class Sequence:
         try:
             if self._load is not None:
                 self._load.finish()
+                self._counters.count_fault("late", self._load.num_late)
             if self._layers is not None:
                 self._layers.cancel()
             if self._store is not None:

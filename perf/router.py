@@ -28,6 +28,15 @@ _HOLE_CASE = "hit, one with a hole"
 _CALLS = 20
 _ROUTE_CALLS = 50
 _ROUTE_WORKERS = (8, 64, 512)
+_NOTES = (
+    "medians of processor time of the whole process; hit: 8 workers at 8 depths, one at the end; partial: the same "
+    "over the first quarter; worst: every worker at a depth of its own; miss: nobody",
+    f"events: chains of {CHAIN_BLOCKS} blocks, half of them at one worker and half at 8; ours from lists of keys, or "
+    "from the bytes that workers send (msgpack, one event a message); ai-dynamo from JSON",
+    "ours takes tokens as a buffer of u32, ai-dynamo as a list; its hash column makes block hashes only",
+    "memory: what a fresh process grows by, for each (worker, block) pair",
+    "route: new prompts, half of each held by a tenth of the workers; predicted, booked, and freed again",
+)
 
 
 @dataclass(slots=True)
@@ -71,32 +80,14 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     Raises:
         BenchmarkError: the sizes do not fit together, the peer does not run, or it finds other scores.
     """
-    least = CHAIN_BLOCKS * options.workers
-    if options.workers < 2 or options.blocks < least or min(options.prompts) < 8 or options.repeats < 1:
-        raise BenchmarkError(
-            f"--workers {options.workers}, --blocks {options.blocks}, --prompts {min(options.prompts)}, --repeats "
-            f"{options.repeats}: give at least 2 workers, {CHAIN_BLOCKS} blocks for each, 8 blocks a prompt and 1 repeat"
-        )
+    _check(options)
     machine = machine_record()
     workload = RouterWorkload.make(options.workers, options.blocks, options.prompts)
-    ours, theirs, name = _Samples(), _Samples(), None
-    extra: list[Result] = []
+    ours, theirs = _Samples(), _Samples()
     with tempfile.TemporaryDirectory(prefix="dynamo-perf-router-") as folder, quiet_collector():
-        timer = RouterTimer(workload)
-        peer = None
-        try:
-            if options.dynamo_python is not None:
-                peer = _peer(options.dynamo_python, workload, Path(folder) / "workload")
-                name = f"ai-dynamo {peer.hello['version']}"
-            _measure_events(timer, peer, ours, theirs, options.repeats, console)
-            _measure_look_ups(workload, timer, peer, ours, theirs, options.repeats, console)
-            extra += _measure_forgetting(workload, timer, peer, ours, theirs, options.repeats, console)
-        finally:
-            if peer is not None:
-                peer.close()
+        name, extra = _measure_index(options, workload, Path(folder), ours, theirs, console)
         extra += _measure_memory(options, Path(folder), ours, theirs, console)
     extra += _measure_routing(options.prompts, options.repeats, console)
-    results = [*_results(workload, ours, theirs, name), *extra]
     return Report(
         benchmark="router",
         title=f"A router's index: {options.workers} workers, {workload.num_blocks:,} (worker, block) pairs, "
@@ -108,17 +99,41 @@ def run(options: argparse.Namespace, console: Console) -> Report:
             "prompts": " ".join(map(str, options.prompts)),
             "repeats": options.repeats,
         },
-        results=results,
-        notes=(
-            "medians of processor time of the whole process; hit: 8 workers at 8 depths, one at the end; partial: the same "
-            "over the first quarter; worst: every worker at a depth of its own; miss: nobody",
-            f"events: chains of {CHAIN_BLOCKS} blocks, half of them at one worker and half at 8; ours from lists of keys, or "
-            "from the bytes that workers send (msgpack, one event a message); ai-dynamo from JSON",
-            "ours takes tokens as a buffer of u32, ai-dynamo as a list; its hash column makes block hashes only",
-            "memory: what a fresh process grows by, for each (worker, block) pair",
-            "route: new prompts, half of each held by a tenth of the workers; predicted, booked, and freed again",
-        ),
+        results=[*_results(workload, ours, theirs, name), *extra],
+        notes=_NOTES,
     )
+
+
+def _check(options: argparse.Namespace) -> None:
+    least = CHAIN_BLOCKS * options.workers
+    if options.workers < 2 or options.blocks < least or min(options.prompts) < 8 or options.repeats < 1:
+        raise BenchmarkError(
+            f"--workers {options.workers}, --blocks {options.blocks}, --prompts {min(options.prompts)}, --repeats "
+            f"{options.repeats}: give at least 2 workers, {CHAIN_BLOCKS} blocks for each, 8 blocks a prompt and 1 repeat"
+        )
+
+
+def _measure_index(
+    options: argparse.Namespace,
+    workload: RouterWorkload,
+    folder: Path,
+    ours: _Samples,
+    theirs: _Samples,
+    console: Console,
+) -> tuple[str | None, list[Result]]:
+    """Measures one index of the whole workload, in turn with the peer's; the peer's name, and what is of ours alone."""
+    timer, repeats = RouterTimer(workload), options.repeats
+    name = peer = None
+    try:
+        if options.dynamo_python is not None:
+            peer = _peer(options.dynamo_python, workload, folder / "workload")
+            name = f"ai-dynamo {peer.hello['version']}"
+        _measure_events(timer, peer, ours, theirs, repeats, console)
+        _measure_look_ups(workload, timer, peer, ours, theirs, repeats, console)
+        return name, _measure_forgetting(workload, timer, peer, ours, theirs, repeats, console)
+    finally:
+        if peer is not None:
+            peer.close()
 
 
 def _peer(python: Path, workload: RouterWorkload, path: Path) -> PeerProcess:

@@ -115,7 +115,8 @@ class CostModel:
 def _loading(load: WorkerLoad, reach: Reach, num_tokens: int) -> tuple[float, int]:
     """Seconds to get the prefix back from slower tiers, and tokens that need not be computed then.
 
-    What loads slower than it computes is computed, as the worker's own planner decides. At least one token is computed, since
+    What loads slower than it computes counts as computed, although a worker that computes has a part of it loaded meanwhile. At
+    least one token is computed, since
     its result begins the answer, and with it the block that it ends.
     """
     num_blocks, load_s = reach.device, 0.0

@@ -78,9 +78,14 @@ class Member:
 
 
 class Roster:
-    """All members by name. Not thread-safe: it belongs to its Router."""
+    """All members by name. Not thread-safe: it belongs to its Router.
 
-    def __init__(self, config: RouterConfig) -> None:
+    Attributes:
+        left_s: when a member left last; before, when the roster was made.
+    """
+
+    def __init__(self, config: RouterConfig, now_s: float) -> None:
+        self.left_s = now_s
         self._config = config
         self._members: dict[str, Member] = {}
         self._ready: list[Member] = []  # whom a request without wishes may be sent to, unless busy
@@ -114,6 +119,7 @@ class Roster:
         member = self._members.pop(worker_id, None)
         if member is not None:
             self._num_busy -= member.is_busy
+            self.left_s = now_s
             self.regroup(now_s)
         return member
 

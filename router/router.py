@@ -62,7 +62,7 @@ class Router:
         self._clock = clock
         self._rng = rng or random.Random()
         self._explaining_rng = random.Random()  # explaining leaves the other one's sequence as it is
-        self._roster = Roster(config)
+        self._roster = Roster(config, clock())
         self._lookup = PromptLookup(self.index)
         self._sessions = SessionTable(config.session_ttl_s, config.max_sessions)
         self._model = CostModel(config)
@@ -80,6 +80,11 @@ class Router:
     def worker_ids(self) -> tuple[str, ...]:
         """All members, in the order they joined."""
         return self._roster.worker_ids
+
+    @property
+    def settled_s(self) -> float:
+        """How long ago a worker left last, or this router began: one that leaves may be about to come back."""
+        return self._clock() - self._roster.left_s
 
     def join(self, card: WorkerCard) -> int:
         """Takes a worker in. One that is a member with another card is replaced: its blocks and load are gone at once.

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
@@ -17,7 +17,7 @@ from typing import Final, Protocol
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.process_identity import is_running, machine_id
 from dynamo.serve.registration import Joined, Left, Registration
-from dynamo.serve.registration_files import FILE_SUFFIX, FolderView, read_entry, write_entry
+from dynamo.serve.registration_files import FILE_SUFFIX, FolderView, make_private, read_entry, write_entry
 
 __all__ = ["Discovery", "FolderDiscovery", "Joined", "Left", "MemoryDiscovery", "Registered", "Registration"]
 
@@ -51,8 +51,12 @@ class Discovery(Protocol):
         """
         ...
 
-    def watch(self) -> AsyncGenerator[Joined | Left, None]:
-        """First the workers that are there, then every change. Never ends by itself."""
+    def watch(self, known: Iterable[Registration] = ()) -> AsyncGenerator[Joined | Left, None]:
+        """First the workers that are there, then every change. Never ends by itself.
+
+        Args:
+            known: workers that an earlier watch has told of: of these, only what has changed since is told.
+        """
         ...
 
 
@@ -71,11 +75,16 @@ class MemoryDiscovery:
         self.put(registration)
         return _MemoryEntry(self, registration.worker_id)
 
-    async def watch(self) -> AsyncGenerator[Joined | Left, None]:
+    async def watch(self, known: Iterable[Registration] = ()) -> AsyncGenerator[Joined | Left, None]:
         """See `Discovery.watch`."""
         queue: asyncio.Queue[Joined | Left] = asyncio.Queue()
-        for registration in self._workers.values():
-            queue.put_nowait(Joined(registration))
+        before = {registration.worker_id: registration for registration in known}
+        for worker_id, registration in before.items():
+            if self._workers.get(worker_id) != registration:
+                queue.put_nowait(Left(worker_id, "it has left"))
+        for worker_id, registration in self._workers.items():
+            if before.get(worker_id) != registration:
+                queue.put_nowait(Joined(registration))
         self._watchers.append(queue)
         try:
             while True:
@@ -129,7 +138,7 @@ class FolderDiscovery:
         self._folder = folder
         self._silence_s = silence_s
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(folder)
             found = folder.stat()
         except OSError as error:
             raise ConfigError(f"the discovery folder {folder} cannot be used: {error.strerror or error}") from error
@@ -147,9 +156,9 @@ class FolderDiscovery:
         entry.beating = asyncio.create_task(entry.beat(self._silence_s / 3))
         return entry
 
-    async def watch(self) -> AsyncGenerator[Joined | Left, None]:
+    async def watch(self, known: Iterable[Registration] = ()) -> AsyncGenerator[Joined | Left, None]:
         """See `Discovery.watch`. Looks four times a second, and as soon as a worker's process has ended."""
-        seen = FolderView(self._folder, silence_s=self._silence_s, poll_s=_POLL_S)
+        seen = FolderView(self._folder, silence_s=self._silence_s, poll_s=_POLL_S, known=known)
         look_now = asyncio.Event()
         with _ProcessEnds(look_now.set) as ends:
             while True:
@@ -193,9 +202,10 @@ class _FolderEntry:
             raise ConfigError(f"{self._path} cannot be read: {error.strerror or error}") from error
         if other is not None and other.machine == self._machine:
             pid, started = other.registration.pid, other.started
-            if pid != self._registration.pid and started is not None and is_running(pid, started):
+            if pid != self._registration.pid and is_running(pid, started):
                 raise _name_taken(self._registration.worker_id)
         try:
+            make_private(self._path.parent)
             write_entry(self._path, self._registration)
         except OSError as error:
             raise ConfigError(f"{self._path} cannot be written: {error.strerror or error}") from error
@@ -221,6 +231,7 @@ class _FolderEntry:
             return
         if is_loud:
             logger.warning("the registration %s was removed or replaced by somebody; it is written anew", self._path)
+        make_private(self._path.parent)
         write_entry(self._path, self._registration)
 
     def _is_ours(self) -> bool:

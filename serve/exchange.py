@@ -5,9 +5,10 @@ import re
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 
 from starlette.datastructures import Headers
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from dynamo.serve.errors import RequestError
 from dynamo.serve.interruption import ClientDisconnectedError
@@ -16,6 +17,9 @@ __all__ = ["Exchange", "read_json_body", "send_body"]
 
 _CLIENT_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _BODY_TIMEOUT_S = 60.0
+_LINGER_BYTES = 64 << 20
+_LINGER_S = 4.0  # less than a server that stops leaves its connections
+_LINGER_QUIET_S = 1.0
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
 
@@ -31,7 +35,9 @@ class Exchange:
         stream_error: code of an error told inside a stream whose status was 200.
     """
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self._receive = receive
+        self._is_body_over = False
         self.headers = Headers(scope=scope)
         wanted = self.headers.get("x-request-id", "")
         self.request_id = wanted if _CLIENT_REQUEST_ID.fullmatch(wanted) else f"req_{uuid.uuid4().hex}"
@@ -50,6 +56,27 @@ class Exchange:
         all_headers = [*headers, (b"x-request-id", self.request_id.encode())]
         await send({"type": "http.response.start", "status": status, "headers": all_headers})
 
+    async def receive(self) -> Message:
+        """What the server hands over next of the request, in place of its own `receive`."""
+        message = await self._receive()
+        self._is_body_over = not message.get("more_body", False)
+        return message
+
+    async def hang_up(self, send: Send) -> None:
+        """Ends an answer after which the connection closes, once the client has had time to read it.
+
+        Many clients read nothing before they have sent all of their body. Closing while that is on its way resets the
+        connection, and the client may find nothing but that; so a part of it is received and dropped, for a short time, as
+        nginx does (https://nginx.org/en/docs/http/ngx_http_core_module.html#lingering_close).
+        """
+        num_bytes = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while not self._is_body_over and num_bytes < _LINGER_BYTES:
+                    async with asyncio.timeout(_LINGER_QUIET_S):
+                        num_bytes += len((await self.receive()).get("body", b""))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
 
 async def send_body(
     send: Send,
@@ -58,11 +85,19 @@ async def send_body(
     body: bytes,
     headers: RawHeaders = (),
     content_type: bytes = b"application/json",
+    *,
+    hangs_up: bool = False,
 ) -> None:
-    """Sends a whole answer."""
-    fixed = ((b"content-type", content_type), (b"content-length", b"%d" % len(body)))
+    """Sends a whole answer.
+
+    Args:
+        hangs_up: the connection closes after it; the caller ends it with `Exchange.hang_up`.
+    """
+    fixed = [(b"content-type", content_type), (b"content-length", b"%d" % len(body))]
+    if hangs_up:
+        fixed.append((b"connection", b"close"))
     await exchange.start(send, status, (*fixed, *headers))
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    await send({"type": "http.response.body", "body": body, "more_body": hangs_up})
 
 
 async def read_json_body(exchange: Exchange, receive: Receive, max_bytes: int) -> bytes:

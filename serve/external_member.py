@@ -3,20 +3,21 @@
 import asyncio
 import logging
 import time
-from typing import Final, NoReturn
+from dataclasses import dataclass
+from typing import Final, NoReturn, Protocol
 
 from dynamo.kvcache.hashing import HASH_VERSION
 from dynamo.router.feed import Feed
 from dynamo.router.foreign import ForeignKeys
-from dynamo.router.subscriber import Subscriber, SubscriberStats
-from dynamo.router.workers import LoadReport, WorkerCard
+from dynamo.router.subscriber import Subscriber
+from dynamo.router.workers import WorkerCard
 from dynamo.serve.errors import WorkerLostError
 from dynamo.serve.external import ExternalModel
-from dynamo.serve.members import ExternalServer
+from dynamo.serve.members import Member
 from dynamo.serve.plane.link import WorkerLink
 from dynamo.serve.stay import Stay, Surroundings
 
-__all__ = ["ExternalMember"]
+__all__ = ["ExternalLink", "ExternalMember", "ExternalServer"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +27,36 @@ _MAX_HEALTH_FAILURES: Final = 2
 _FINGERPRINT: Final = b"external"  # roots the keys of engines whose own say nothing to us
 
 
-class ExternalMember:
-    """A server of another make. Implements `Member`."""
+class ExternalLink(WorkerLink, Protocol):
+    """The way to a server of another make; see `dynamo.serve.external.ExternalWorker`."""
+
+    async def connect(self) -> ExternalModel: ...
+    async def check_health(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExternalServer:
+    """A server of another make that the fleet has as a member.
+
+    Attributes:
+        link: the way to it; the fleet closes it.
+        events: ZMQ endpoint of its KV events in vLLM's format; None: it publishes none.
+        replay: ZMQ endpoint that sends past events again; None: there is none.
+        block_size: tokens of its KV blocks.
+    """
+
+    link: ExternalLink
+    events: str | None = None
+    replay: str | None = None
+    block_size: int = 16
+
+
+class ExternalMember(Member):
+    """A server of another make."""
 
     def __init__(self, server: ExternalServer, around: Surroundings) -> None:
+        super().__init__(around)
         self._server = server
-        self._around = around
-        self._stay: Stay | None = None
-        self._complaint = ""
 
     @property
     def worker_id(self) -> str:
@@ -47,18 +70,6 @@ class ExternalMember:
     def link(self) -> WorkerLink | None:
         return self._server.link if self.is_ready else None
 
-    @property
-    def is_ready(self) -> bool:
-        return self._stay is not None and self._stay.is_ready
-
-    @property
-    def report(self) -> LoadReport | None:
-        return None
-
-    def feed_stats(self) -> SubscriberStats | None:
-        subscriber = None if self._stay is None else self._stay.subscriber
-        return None if subscriber is None else subscriber.stats()
-
     async def run(self) -> NoReturn:
         """See `Member.run`."""
         await self._clear()
@@ -67,9 +78,7 @@ class ExternalMember:
             try:
                 model = await self._server.link.connect()
             except WorkerLostError as error:
-                if str(error) != self._complaint:
-                    self._complaint = str(error)
-                    logger.warning("%s", error)
+                self._complain(str(error))
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 continue
@@ -79,11 +88,6 @@ class ExternalMember:
             await self._stay.open()
             await self._until_ill()
             await self._clear()
-
-    def leave(self) -> None:
-        """See `Member.leave`."""
-        if self._stay is not None:
-            self._stay.leave()
 
     async def close(self, *, patience_s: float) -> None:
         """See `Member.close`. It never leaves by itself, so nobody waits for its requests."""

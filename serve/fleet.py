@@ -17,8 +17,8 @@ from dynamo.router.workers import LoadReport, WorkerCard
 from dynamo.serve.discovery import Discovery, Joined, Left
 from dynamo.serve.engine.request import EngineStats
 from dynamo.serve.errors import WorkerLostError
-from dynamo.serve.external_member import ExternalMember
-from dynamo.serve.members import ExternalServer, Member, RegisteredMember
+from dynamo.serve.external_member import ExternalMember, ExternalServer
+from dynamo.serve.members import Member, RegisteredMember
 from dynamo.serve.plane.link import WorkerLink
 from dynamo.serve.stay import FleetTimes, Surroundings
 
@@ -189,20 +189,37 @@ class Fleet:
             self._around = None
 
     async def _watch(self, discovery: Discovery) -> None:
-        try:
-            async with aclosing(discovery.watch()) as changes:
-                async for change in changes:
-                    assert self._around is not None
-                    match change:
-                        case Joined(registration):
-                            logger.info("worker %s is registered, %s", registration.worker_id, registration.address)
-                            self._remove(registration.worker_id)
-                            self._add(RegisteredMember(registration, self._around))
-                        case Left(worker_id, reason):
-                            logger.info("worker %s is no longer registered: %s", worker_id, reason)
-                            self._remove(worker_id)
-        except Exception:
-            logger.critical("workers are not looked for any more; restart this front", exc_info=True)
+        """Looks for workers for ever; after an error of this front as well, since without it no worker would come back."""
+        pause_s, told = _FIRST_RETRY_S, set[type[Exception]]()
+        now = asyncio.get_running_loop().time
+        while True:
+            begun_s = now()
+            try:
+                await self._follow(discovery)
+            except Exception as error:
+                if now() - begun_s > _LONGEST_RETRY_S:  # it went well for a time
+                    pause_s = _FIRST_RETRY_S
+                    told.clear()
+                if type(error) not in told:
+                    told.add(type(error))
+                    logger.exception("workers are not looked for after an error of this front, for %g s", pause_s)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_RETRY_S)
+
+    async def _follow(self, discovery: Discovery) -> None:
+        members = self._members.values()
+        known = [member.registration for member in members if isinstance(member, RegisteredMember)]
+        async with aclosing(discovery.watch(known)) as changes:
+            async for change in changes:
+                match change:
+                    case Joined(registration):
+                        logger.info("worker %s is registered, %s", registration.worker_id, registration.address)
+                        self._remove(registration.worker_id)
+                        assert self._around is not None
+                        self._add(RegisteredMember(registration, self._around))
+                    case Left(worker_id, reason):
+                        logger.info("worker %s is no longer registered: %s", worker_id, reason)
+                        self._remove(worker_id)
 
     def _add(self, member: Member) -> None:
         if member.worker_id in self._members:

@@ -10,15 +10,12 @@ A front alone has its banner at once, and is ready, as /health tells, with its f
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
-import tempfile
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +35,7 @@ from dynamo.serve.engine.request import SamplingDefaults
 from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.external import ExternalWorker
+from dynamo.serve.external_member import ExternalServer
 from dynamo.serve.fleet import Fleet
 from dynamo.serve.fleet_settings import router_config
 from dynamo.serve.frontend import Frontend
@@ -51,16 +49,18 @@ from dynamo.serve.http_server import (
     stop_signals,
     use_all_descriptors,
 )
-from dynamo.serve.members import ExternalServer
 from dynamo.serve.migration import RoutedEngine
 from dynamo.serve.model_place import find_model
+from dynamo.serve.private_folder import private_folder
 from dynamo.serve.router_metrics import RouterCollector
 from dynamo.serve.served_model import MOCK_MAX_MODEL_LEN, ServedModel
 from dynamo.serve.supervisor import Supervisor
+from dynamo.serve.worker_claim import any_worker_in
 from dynamo.serve.worker_commands import worker_commands
 
 __all__ = ["read_model", "run_front"]
 
+_OWN_DISCOVERY = "workers"
 _LOOK_S = 0.1
 _FIRST_LOOK_S = 0.5
 
@@ -87,8 +87,8 @@ def run_front(loaded: LoadedConfig) -> int:
         supervisor = None
         directory = config.fleet.discovery
         if config.fleet.workers is not None:
-            folder = stack.enter_context(_private_folder())
-            directory = directory or folder / "workers"
+            folder = stack.enter_context(private_folder(lambda left: any_worker_in(left / _OWN_DISCOVERY)))
+            directory = directory or folder / _OWN_DISCOVERY
             supervisor = Supervisor(worker_commands(loaded, folder, directory))
         front = _Front(config, name, text, directory, supervisor)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -113,21 +113,6 @@ def read_model(config: Config) -> tuple[str, TextModel]:
     if wanted is not None and wanted > text.max_model_len:
         raise ConfigError(f"--max-model-len {wanted} is more than the model's {text.max_model_len}")
     return name, replace(text, max_model_len=wanted or text.max_model_len)
-
-
-@contextlib.contextmanager
-def _private_folder() -> Iterator[Path]:
-    """A folder of this process's own, gone at the end of the block with all that is in it."""
-    folder = Path(tempfile.mkdtemp(prefix="dynamo-"))  # 0700
-    # Whoever tidies up folders for temporary files passes over locked ones: workers that are restarted after weeks still read
-    # their settings here (https://systemd.io/TEMPORARY_DIRECTORIES/).
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 class _Front:

@@ -142,7 +142,8 @@ class Frontend:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"only HTTP is served, not {scope['type']}")
-        exchange = Exchange(scope)
+        exchange = Exchange(scope, receive)
+        hangs_up = False
         # Starlette's router raises for unknown paths and methods only when it finds an app to catch that.
         scope = {**scope, "app": self, "dynamo.exchange": exchange}
         try:
@@ -154,7 +155,7 @@ class Frontend:
                     raise _no_administration(scope["path"], is_front=self._routed is not None)
                 if self._api_key is None:
                     check_local(scope, exchange.headers.get("host", ""))
-            await self._router(scope, receive, send)
+            await self._router(scope, exchange.receive, send)
         except ClientDisconnectedError:
             self._metrics.disconnects += 1
             self._metrics.requests[exchange.endpoint, _CLIENT_LEFT_STATUS] += 1
@@ -165,10 +166,14 @@ class Frontend:
                 logger.exception("request %s to %s failed", exchange.request_id, exchange.endpoint)
                 refusal = unforeseen()
             if not exchange.response_started:
-                await _refuse(send, exchange, refusal, getattr(error, "headers", None))
+                # The rest of the body may still be on its way, and nobody will read it.
+                hangs_up = refusal.status in (408, 413) or refusal.code == "shutting_down"
+                await _refuse(send, exchange, refusal, getattr(error, "headers", None), hangs_up)
         if exchange.stream_error is not None:
             self._metrics.stream_errors[exchange.stream_error] += 1
         self._metrics.requests[exchange.endpoint, str(exchange.status)] += 1
+        if hangs_up:
+            await exchange.hang_up(send)
 
     def _routes(self) -> list[Route]:
         table: list[tuple[str, str, Handler]] = [
@@ -332,14 +337,11 @@ def _no_administration(path: str, *, is_front: bool) -> RequestError:
     return RequestError(f"there is nothing at {path}: {why}", status=404, code="unknown_url")
 
 
-async def _refuse(send: Send, exchange: Exchange, refusal: RequestError, headers: Any) -> None:
+async def _refuse(send: Send, exchange: Exchange, refusal: RequestError, headers: Any, hangs_up: bool) -> None:
     """Answers with the error; `headers` are those of Starlette's own exceptions, such as Allow."""
     extra = [(name.lower().encode(), value.encode()) for name, value in dict(headers or {}).items()]
     if refusal.status in (429, 503):
         extra.append(_RETRY_AFTER)
     if refusal.status == 401:
         extra.append((b"www-authenticate", b"Bearer"))
-    if refusal.status in (408, 413) or refusal.code == "shutting_down":
-        # The rest of the body is still on its way and nobody will read it.
-        extra.append((b"connection", b"close"))
-    await send_body(send, exchange, refusal.status, envelope(refusal), extra)
+    await send_body(send, exchange, refusal.status, envelope(refusal), extra, hangs_up=hangs_up)

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from dynamo.serve.config import API_KEY_VARIABLE, ServerSettings
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.frontend import Frontend
+from dynamo.serve.http_protocol import BoundedProtocol
 from dynamo.serve.repetition import RepetitionFilter
 
 __all__ = [
@@ -169,7 +170,7 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[HttpSe
     server = HttpServer(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=BoundedProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -32,7 +32,7 @@ class LiveRequest:
         failed: workers that were lost under it, or were about to leave, each with the way there: they are not asked again
             until there is another way, that of a new incarnation or connection.
         refused: workers that had no room for it since it last got on.
-        last_error: of the last worker that was lost.
+        last_worker, last_error: which worker was lost last, and how.
         lost_at_s: `time.perf_counter()` when it lost its worker, while no other one has delivered; None else.
         is_over: the last delta has its finish reason.
     """
@@ -46,6 +46,7 @@ class LiveRequest:
     num_failures: int = 0
     failed: dict[str, WorkerLink] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
+    last_worker: str = ""
     last_error: ServeError | None = None
     lost_at_s: float | None = None
     is_over: bool = False
@@ -105,6 +106,7 @@ class LiveRequest:
         """Notes that a worker was lost under it."""
         self.failed[worker_id] = link
         self.num_failures += 1
+        self.last_worker = worker_id
         self.last_error = error
         self.is_cached_known = self.has_delivered
         if self.lost_at_s is None:

@@ -8,10 +8,10 @@ external     ask what it serves ─┘                                          
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Final, NoReturn, Protocol
+from typing import Final, NoReturn
 
 import msgspec
 
@@ -21,13 +21,12 @@ from dynamo.router.subscriber import Subscriber, SubscriberStats
 from dynamo.router.workers import LoadEvent, LoadReport, WorkerCard
 from dynamo.serve.discovery import Registration
 from dynamo.serve.errors import WorkerLostError
-from dynamo.serve.external import ExternalModel
 from dynamo.serve.plane.link import WorkerLink
-from dynamo.serve.plane.scrape import fetch_metrics
-from dynamo.serve.plane.session import WorkerSession, fetch_snapshot, request_drain
+from dynamo.serve.plane.questions import fetch_metrics, fetch_snapshot, request_drain
+from dynamo.serve.plane.session import WorkerSession
 from dynamo.serve.stay import Stay, Surroundings
 
-__all__ = ["ExternalLink", "ExternalServer", "Member", "RegisteredMember"]
+__all__ = ["Member", "RegisteredMember"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,123 +34,112 @@ _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 1.0
 
 
-class Member(Protocol):
-    """A worker the fleet looks after."""
+class Member(ABC):
+    """A worker the fleet looks after.
+
+    Args:
+        around: what it shares with the others.
+    """
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+        self._stay: Stay | None = None  # while it is in the router, and until what that took is given back
+        self._complaint = ""
 
     @property
+    @abstractmethod
     def worker_id(self) -> str: ...
+
     @property
+    @abstractmethod
     def card(self) -> WorkerCard | None:
         """What it says of itself; None before it was reached."""
-        ...
 
     @property
+    @abstractmethod
     def link(self) -> WorkerLink | None:
         """The way to it while it is in the router."""
-        ...
 
     @property
     def is_ready(self) -> bool:
         """It takes requests, unless it drains."""
-        ...
+        return self._stay is not None and self._stay.is_ready
 
     @property
     def report(self) -> LoadReport | None:
         """How it was last; None before its first word, and for workers that say nothing."""
-        ...
+        return None
 
     def feed_stats(self) -> SubscriberStats | None:
         """How its events come; None where there are none."""
-        ...
-
-    async def run(self) -> NoReturn:
-        """Keeps it in the router whenever it can be reached, until cancelled. Again after it has failed."""
-        ...
+        subscriber = None if self._stay is None else self._stay.subscriber
+        return None if subscriber is None else subscriber.stats()
 
     def leave(self) -> None:
         """Takes it out of the router at once; its running requests go on."""
-        ...
+        if self._stay is not None:
+            self._stay.leave()
 
+    @abstractmethod
+    async def run(self) -> NoReturn:
+        """Keeps it in the router whenever it can be reached, until cancelled. Again after it has failed."""
+
+    @abstractmethod
     async def close(self, *, patience_s: float) -> None:
         """Ends all there is of it, its running requests after `patience_s` at the latest. Not while `run` runs."""
-        ...
 
+    @abstractmethod
     async def drain(self) -> None:
         """Asks it to take nothing new and to leave."""
-        ...
 
+    @abstractmethod
     async def fetch_metrics(self) -> bytes | None:
         """Its page for Prometheus; None of a server of another make, which has one of its own for all to see.
 
         Raises:
             WorkerLostError: it does not answer.
         """
-        ...
+
+    def _complain(self, message: str) -> None:
+        """Logs what was not logged last."""
+        if message != self._complaint:
+            self._complaint = message
+            logger.warning("%s", message)
 
 
-class ExternalLink(WorkerLink, Protocol):
-    """The way to a server of another make; see `dynamo.serve.external.ExternalWorker`."""
-
-    async def connect(self) -> ExternalModel: ...
-    async def check_health(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExternalServer:
-    """A server of another make that the fleet has as a member.
+class RegisteredMember(Member):
+    """A worker of ours, as long as one registration of it stands.
 
     Attributes:
-        link: the way to it; the fleet closes it.
-        events: ZMQ endpoint of its KV events in vLLM's format; None: it publishes none.
-        replay: ZMQ endpoint that sends past events again; None: there is none.
-        block_size: tokens of its KV blocks.
+        registration: what it says of itself where workers are looked for.
     """
 
-    link: ExternalLink
-    events: str | None = None
-    replay: str | None = None
-    block_size: int = 16
-
-
-class RegisteredMember:
-    """A worker of ours, as long as one registration of it stands. Implements `Member`."""
-
     def __init__(self, registration: Registration, around: Surroundings) -> None:
-        self._registration = registration
-        self._around = around
+        super().__init__(around)
+        self.registration = registration
         self._session: WorkerSession | None = None
-        self._stay: Stay | None = None
         self._report: LoadReport | None = None
-        self._complaint = ""
 
     @property
     def worker_id(self) -> str:
-        return self._registration.worker_id
+        return self.registration.worker_id
 
     @property
     def pid(self) -> int:
         """The worker's process, where it runs."""
-        return self._registration.pid
+        return self.registration.pid
 
     @property
     def card(self) -> WorkerCard | None:
-        return self._registration.card
+        return self.registration.card
 
     @property
     def link(self) -> WorkerLink | None:
-        return None if self._stay is None or not self._stay.is_ready else self._session
-
-    @property
-    def is_ready(self) -> bool:
-        return self._stay is not None and self._stay.is_ready
+        return self._session if self.is_ready else None
 
     @property
     def report(self) -> LoadReport | None:
         return self._report
-
-    def feed_stats(self) -> SubscriberStats | None:
-        subscriber = None if self._stay is None else self._stay.subscriber
-        return None if subscriber is None else subscriber.stats()
 
     async def run(self) -> NoReturn:
         """See `Member.run`."""
@@ -170,11 +158,6 @@ class RegisteredMember:
             await self._clear()
             await asyncio.sleep(pause_s)
 
-    def leave(self) -> None:
-        """See `Member.leave`."""
-        if self._stay is not None:
-            self._stay.leave()
-
     async def close(self, *, patience_s: float) -> None:
         """See `Member.close`."""
         self.leave()
@@ -192,14 +175,14 @@ class RegisteredMember:
         """See `Member.drain`."""
         if self._stay is not None:
             self._stay.drain()
-        await request_drain(self._registration.address, self.worker_id, self._registration.key)
+        await request_drain(self.registration.address, self.worker_id, self.registration.key)
 
     async def fetch_metrics(self) -> bytes | None:
         """See `Member.fetch_metrics`."""
-        return await fetch_metrics(self._registration.address, self.worker_id, self._registration.key)
+        return await fetch_metrics(self.registration.address, self.worker_id, self.registration.key)
 
     async def _connect(self) -> None:
-        registration, around = self._registration, self._around
+        registration, around = self.registration, self._around
         card = registration.card
         if card.model != around.model:
             raise IncompatibleWorkerError(
@@ -268,11 +251,6 @@ class RegisteredMember:
             self._complain(f"worker {self.worker_id} sends load events that cannot be read: {error}")
             return
         self._around.router.foreign_load(self.worker_id, event)
-
-    def _complain(self, message: str) -> None:
-        if message != self._complaint:
-            self._complaint = message
-            logger.warning("%s", message)
 
 
 _load_decoder = msgspec.msgpack.Decoder(LoadEvent)

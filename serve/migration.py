@@ -32,6 +32,7 @@ from dynamo.serve.errors import (
     WorkerLostError,
 )
 from dynamo.serve.live_request import LiveRequest
+from dynamo.serve.loss_log import LossLog
 from dynamo.serve.metrics import Histogram
 from dynamo.serve.placement import Links, Placement, Placer
 
@@ -124,6 +125,7 @@ class RoutedEngine:
         self._migration_limit = migration_limit
         self._rng = rng or random.SystemRandom()
         self.migrations = MigrationStats()
+        self._losses = LossLog()
 
     @property
     def max_model_len(self) -> int:
@@ -139,6 +141,7 @@ class RoutedEngine:
 
     async def stop(self) -> None:
         await self._fleet.close()
+        self._losses.flush()
 
     def check_healthy(self) -> None:
         """Never raises: workers come and go, and a request that finds none waits for one."""
@@ -192,7 +195,7 @@ class RoutedEngine:
             if live.last_error is None:
                 raise
             # What happened to the request is that its worker was lost; that nobody else is there only made it worse.
-            raise self._exhausted(live, live.last_error) from error
+            raise self._exhausted(live, live.last_error, error) from error
 
     def _note_failure(self, attempt: "_Attempt", error: ServeError) -> None:
         """Decides what becomes of a request whose attempt failed; returns if it is to be tried elsewhere."""
@@ -211,14 +214,14 @@ class RoutedEngine:
             error = WorkerLostError(worker_id, f"its engine has ended: {error}")
         if not isinstance(error, WorkerDrainingError | EngineOverloadedError):
             self._router.set_aside(worker_id)
-        num_tokens = len(live.output_token_ids)
-        logger.warning("request %s after %d tokens: %s", live.request.request_id, num_tokens, error)
+        logger.debug("request %s after %d tokens: %s", live.request.request_id, len(live.output_token_ids), error)
         self.migrations.detected[_phase(live)] += 1
         live.lose(worker_id, attempt.placement.link, error, time.perf_counter())
         if live.request.routing.worker is not None:
-            raise self._exhausted(live, _pinned_worker_lost(worker_id)) from error
+            raise self._exhausted(live, _pinned_worker_lost(worker_id), error) from error
         if live.num_failures > self._migration_limit:
-            raise self._exhausted(live, error)
+            raise self._exhausted(live, error, error)
+        self._losses.note(worker_id, "goes on", error)
 
     def _note_success(self, attempt: "_Attempt") -> None:
         live = attempt.live
@@ -228,9 +231,11 @@ class RoutedEngine:
         self.migrations.succeeded["ongoing" if attempt.num_taken_over else "new"] += 1
         live.lost_at_s = None
 
-    def _exhausted(self, live: LiveRequest, error: ServeError) -> ServeError:
+    def _exhausted(self, live: LiveRequest, told: ServeError, reason: ServeError) -> ServeError:
+        """Gives a request up: what its client is told, and what the log is."""
         self.migrations.exhausted[_phase(live)] += 1
-        return error
+        self._losses.note(live.last_worker, "is given up", reason)
+        return told
 
 
 class _Attempt:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from dynamo.serve.routing_hints import no_such_worker
 
 __all__ = ["Links", "Placement", "Placer", "query_of"]
 
+_MAX_LISTED = 8
 _CARRIED_ON_PRIORITY = MAX_PRIORITY + 1  # its client has been served half: it goes before all that have nothing yet
 
 
@@ -61,7 +63,8 @@ class Placer:
         """A worker for the request's next attempt; waits where all are busy, or none is there.
 
         Raises:
-            RequestError: 404 or 503, the worker it is pinned to may not serve it; 429, it waited too long for room.
+            RequestError: 404 or 503, the worker it is pinned to may not serve it; 404, it excludes all there are; 429, it
+                waited too long for room.
             EngineOverloadedError: every worker that may serve it has refused it for want of room.
             NoWorkerError: no worker may serve it, and none has joined in time.
         """
@@ -76,6 +79,8 @@ class Placer:
                 if live.refused and not live.has_delivered:
                     raise EngineOverloadedError("all workers have as many requests waiting as they accept") from error
                 live.refused.clear()
+                if self._router.settled_s >= self._no_worker_timeout_s:
+                    self._check_exclusion(live)
                 await self._wait(deadline_s, error)
                 continue
             except PinnedWorkerError as error:
@@ -93,7 +98,7 @@ class Placer:
         """Where the request would go now, with the costs at all workers. Books nothing and waits for nothing.
 
         Raises:
-            RequestError: 404 or 503, the worker it is pinned to may not serve it.
+            RequestError: 404 or 503, the worker it is pinned to may not serve it; 404, it excludes all there are.
             NoWorkerError: no worker may serve it.
         """
         try:
@@ -101,7 +106,19 @@ class Placer:
         except PinnedWorkerError as error:
             raise self._pin_refusal(error) from error
         except NoWorkersError as error:
+            self._check_exclusion(live)
             raise NoWorkerError(str(error)) from error
+
+    def _check_exclusion(self, live: LiveRequest) -> None:
+        """Refuses a request for which waiting is no use while workers neither come nor go: its client excludes them all."""
+        there = self._router.worker_ids
+        if there and live.request.routing.exclude.issuperset(there):
+            raise RequestError(
+                f"all workers are excluded, {_listed(there)}; leave one of them out of dynamo.exclude",
+                status=404,
+                param="dynamo.exclude",
+                code="worker_not_found",
+            )
 
     def _barred(self, live: LiveRequest) -> frozenset[str]:
         """Workers that failed it and have not come back since, and those that had no room for it."""
@@ -158,6 +175,11 @@ def query_of(live: LiveRequest, tokens: memoryview, barred: frozenset[str]) -> R
         exclude=request.routing.exclude | barred,
         session=request.routing.session,
     )
+
+
+def _listed(worker_ids: Sequence[str]) -> str:
+    more = len(worker_ids) - _MAX_LISTED
+    return ", ".join(sorted(worker_ids)[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _priority(live: LiveRequest) -> int:

@@ -23,6 +23,6 @@ def start_ticks(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
-def is_running(pid: int, ticks: int) -> bool:
-    """Whether the process that had this pid and start runs on this machine."""
-    return start_ticks(pid) == ticks
+def is_running(pid: int, ticks: int | None) -> bool:
+    """Whether the process that had this pid and start runs on this machine; None for a start stands for none that ran."""
+    return ticks is not None and start_ticks(pid) == ticks

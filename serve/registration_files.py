@@ -5,7 +5,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import msgspec
 from dynamo.serve.process_identity import is_running, machine_id, start_ticks
 from dynamo.serve.registration import Joined, Left, Registration
 
-__all__ = ["FILE_SUFFIX", "Entry", "FolderView", "read_entry", "write_entry"]
+__all__ = ["FILE_SUFFIX", "Entry", "FolderView", "make_private", "read_entry", "write_entry"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,15 @@ class Entry(msgspec.Struct, frozen=True):
 _decoder = msgspec.json.Decoder(Entry)
 # What msgspec raises on bytes that it cannot read; the last ones for text that is no UTF-8, and for nesting without end.
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder for this user only, where it is missing.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def read_entry(path: Path) -> Entry | None:
@@ -115,14 +124,16 @@ class FolderView:
     Args:
         silence_s: a worker whose file does not change for so long is gone.
         poll_s: how often the folder is looked at.
+        known: workers that are taken to be there until the first look.
     """
 
-    def __init__(self, folder: Path, *, silence_s: float, poll_s: float) -> None:
+    def __init__(self, folder: Path, *, silence_s: float, poll_s: float, known: Iterable[Registration] = ()) -> None:
         self._folder = folder
         self._silence_s = silence_s
         self._poll_s = poll_s
         self._machine = machine_id()
         self._is_readable = True
+        self._before = {registration.worker_id: registration for registration in known}
         self._known: dict[str, _Known] = {}
         self._looked_s: float | None = None
 
@@ -176,6 +187,13 @@ class FolderView:
         self._looked_s = now_s
         if found is None:
             return
+        before, self._before = self._before, {}
+        for worker_id, registration in before.items():
+            if worker_id not in found or found[worker_id].entry.registration != registration:
+                yield Left(worker_id, "its registration is gone or another one")
+            else:
+                entry, mtime_ns, _ = found[worker_id]
+                self._known[worker_id] = _Known(entry, mtime_ns, now_s, has_joined=True)
         for worker_id in [*self._known]:
             if worker_id not in found:
                 yield from self._drop(worker_id, "its registration is gone, or its process has ended")
@@ -205,4 +223,4 @@ class FolderView:
     def _has_ended(self, entry: Entry) -> bool:
         if entry.machine != self._machine:
             return False
-        return entry.started is None or not is_running(entry.registration.pid, entry.started)
+        return not is_running(entry.registration.pid, entry.started)

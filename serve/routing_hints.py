@@ -41,13 +41,13 @@ def read_fields(body: DynamoFields | None, headers: Mapping[str, str]) -> Dynamo
     """What body and headers say together.
 
     Args:
-        headers: by lower-case name.
+        headers: by lower-case name; one may be there several times.
 
     Raises:
-        RequestError: 400; a header's value is not what its field accepts, or header and body differ.
+        RequestError: 400; a header's value is not what its field accepts, or it and the body, or another of its name, differ.
     """
     fields = body or DynamoFields()
-    given = {name: headers[name] for name in FIELD_OF_HEADER if name in headers}
+    given = _given(headers)
     if not given:
         return fields
     merged: dict[str, Any] = {name: getattr(fields, name) for name in fields.__struct_fields__}
@@ -88,6 +88,21 @@ def no_such_worker(worker_id: str, why: str) -> RequestError:
         param="dynamo.worker",
         code="worker_not_found",
     )
+
+
+def _given(headers: Mapping[str, str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for header, text in headers.items():
+        field = FIELD_OF_HEADER.get(header)
+        if field == "exclude" and header in given:
+            given[header] += f",{text}"  # a list may be spread over several (RFC 9110, 5.3)
+        elif field is not None and given.setdefault(header, text) != text:
+            raise RequestError(
+                f"header {header} says both {_shown(given[header])} and {_shown(text)}; send one",
+                param=header,
+                code="invalid_value",
+            )
+    return given
 
 
 def _header_value(header: str, name: str, text: str) -> Any:

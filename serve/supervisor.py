@@ -14,12 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from dynamo.serve.errors import WorkerStartError
 from dynamo.serve.lifeline import LIFELINE_VARIABLE, Lifeline
+from dynamo.serve.registration_files import make_private
 
 __all__ = ["Supervisor", "WorkerCommand"]
 
@@ -43,11 +45,24 @@ class WorkerCommand:
     Attributes:
         arguments: the program and its arguments.
         environment: of the process.
+        files: what it reads while it starts, in a folder of this process's own.
     """
 
     worker_id: str
     arguments: Sequence[str]
     environment: Mapping[str, str]
+    files: Mapping[Path, str] = field(default_factory=dict)
+
+    def write_files(self) -> None:
+        """Writes those files that are not there: after weeks somebody may have tidied them up.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        for path, text in self.files.items():
+            if not path.exists():
+                make_private(path.parent)
+                path.write_text(text, encoding="utf-8")
 
 
 @dataclass(slots=True)
@@ -179,6 +194,7 @@ class Supervisor(Collector):
         """Runs the process once, to its end; its exit code."""
         kept.ready_since_s = None
         kept.last_lines.clear()
+        kept.command.write_files()
         fd = self._lifeline.child_fd
         process = await asyncio.create_subprocess_exec(
             *kept.command.arguments,

@@ -5,15 +5,18 @@ DIR/<name>.lock   locked by the worker of that name; what is locked is never tak
 DIR/<name>.d/     0700, its sockets; in the folder for temporary files where that path would be too long for a socket
 ```
 
-The kernel lets go of the lock however the process ended. What a killed worker left is cleared by the next of its name.
+The kernel lets go of the lock however the process ended. What killed workers left is removed by the next that starts, of
+whatever name; DIR itself is locked meanwhile, lest one be taken for running that only is about to be tidied up after.
 """
 
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -23,13 +26,17 @@ from typing import Final, Self
 import xxhash
 
 from dynamo.serve.errors import ConfigError
+from dynamo.serve.process_identity import is_running, machine_id
+from dynamo.serve.registration_files import FILE_SUFFIX, make_private, read_entry
 
-__all__ = ["MAX_SOCKET_PATH_BYTES", "WorkerClaim"]
+__all__ = ["MAX_SOCKET_PATH_BYTES", "WorkerClaim", "any_worker_in"]
 
 MAX_SOCKET_PATH_BYTES: Final = 107
 """Longest path of a Unix socket on Linux: `sun_path` less the zero at its end."""
 
 _LONGEST_FILE: Final = "replay.sock"
+_ALONE_TIMEOUT_S: Final = 10.0
+_ALONE_PAUSE_S: Final = 0.01
 
 
 class WorkerClaim:
@@ -44,6 +51,7 @@ class WorkerClaim:
         """Takes over `lock_fd`, which is locked; see `take`."""
         self.worker_id = worker_id
         self.folder = _private_folder(directory, worker_id)
+        self._directory = directory
         self._lock_path = _lock_path(directory, worker_id)
         self._lock_fd = lock_fd
 
@@ -59,15 +67,18 @@ class WorkerClaim:
             ConfigError: the name is taken, or the folder cannot be used.
         """
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for name in [worker_id] if worker_id is not None else _numbered():
-                lock_fd = _try_lock(_lock_path(directory, name))
-                if lock_fd is not None:
-                    try:
-                        return cls(directory, name, lock_fd)
-                    except BaseException:
-                        os.close(lock_fd)
-                        raise
+            make_private(directory)
+            with _alone_in(directory) as is_alone:
+                if is_alone:
+                    _remove_leftovers(directory)
+                for name in [worker_id] if worker_id is not None else _numbered():
+                    lock_fd = _try_lock(_lock_path(directory, name))
+                    if lock_fd is not None:
+                        try:
+                            return cls(directory, name, lock_fd)
+                        except BaseException:
+                            os.close(lock_fd)
+                            raise
         except OSError as error:
             raise ConfigError(f"--discovery {directory}: {error.strerror or error}") from error
         raise ConfigError(f"--worker-id {worker_id}: a worker of that name runs already; choose another, or auto")
@@ -87,9 +98,39 @@ class WorkerClaim:
             self._lock_path.unlink()
         os.close(self._lock_fd)
 
+    def renew(self) -> None:
+        """Makes folder and lock again where somebody has removed them, unless the name is another worker's by now.
+
+        Raises:
+            OSError: they cannot be made.
+        """
+        make_private(self._directory)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(self._lock_path.lstat(), os.fstat(self._lock_fd)):
+                return
+        lock_fd = _try_lock(self._lock_path)
+        if lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = lock_fd
+
     def socket_path(self, name: str) -> str:
         """Where a socket of this name lies, such as "http"."""
         return str(self.folder / f"{name}.sock")
+
+
+def any_worker_in(directory: Path) -> bool:
+    """Whether a worker runs that has its name in this folder.
+
+    Raises:
+        OSError: that cannot be found out.
+    """
+    for lock_path in directory.glob("*.lock"):
+        lock_fd = _try_lock(lock_path)
+        if lock_fd is None:
+            return True
+        os.close(lock_fd)
+    return False
 
 
 def _numbered() -> Iterator[str]:
@@ -98,6 +139,60 @@ def _numbered() -> Iterator[str]:
 
 def _lock_path(directory: Path, worker_id: str) -> Path:
     return directory / f"{worker_id}.lock"
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[bool]:
+    """Keeps other workers from starting in a folder, for an instant; False where folders cannot be locked, as over NFS.
+
+    Raises:
+        OSError: somebody else does so and does not end.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield _lock_soon(fd)
+    finally:
+        os.close(fd)
+
+
+def _lock_soon(fd: int) -> bool:
+    deadline_s = time.monotonic() + _ALONE_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_ALONE_PAUSE_S)
+        except OSError:
+            return False
+        else:
+            return True
+    raise OSError(errno.EBUSY, f"another process has kept the folder locked for {_ALONE_TIMEOUT_S:g} s")
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Removes the files of workers that were killed. Those of running ones are locked, and others' are left alone."""
+    for lock_path in directory.glob("*.lock"):
+        with contextlib.suppress(OSError):
+            if lock_path.lstat().st_uid == os.geteuid() and (lock_fd := _try_lock(lock_path)) is not None:
+                try:
+                    _remove_files(directory, lock_path.stem)
+                finally:
+                    os.close(lock_fd)
+
+
+def _remove_files(directory: Path, worker_id: str) -> None:
+    """All that a worker whose lock is ours has left, unless it runs elsewhere, where locks may be kept to oneself."""
+    registration = directory / f"{worker_id}{FILE_SUFFIX}"
+    entry = read_entry(registration)
+    if entry is not None and (entry.machine != machine_id() or is_running(entry.registration.pid, entry.started)):
+        return
+    shutil.rmtree(_folder_of(directory, worker_id), ignore_errors=True)
+    for path in (
+        registration,
+        *directory.glob(f".{glob.escape(worker_id)}{FILE_SUFFIX}.*"),
+        _lock_path(directory, worker_id),
+    ):
+        path.unlink(missing_ok=True)
 
 
 def _try_lock(path: Path) -> int | None:
@@ -119,8 +214,8 @@ def _try_lock(path: Path) -> int | None:
         os.close(fd)
 
 
-def _private_folder(directory: Path, worker_id: str) -> Path:
-    """Makes the folder anew. Its name follows from the worker's, so that what a killed worker left is found."""
+def _folder_of(directory: Path, worker_id: str) -> Path:
+    """Where a worker has its sockets; follows from its name, so that what a killed one left is found."""
     folder = directory.absolute() / f"{worker_id}.d"
     if len(os.fsencode(folder / _LONGEST_FILE)) > MAX_SOCKET_PATH_BYTES:
         place = xxhash.xxh3_64_hexdigest(os.fsencode(folder))
@@ -129,6 +224,11 @@ def _private_folder(directory: Path, worker_id: str) -> Path:
         raise OSError(
             errno.ENAMETOOLONG, f"the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes, unlike {folder}"
         )
+    return folder
+
+
+def _private_folder(directory: Path, worker_id: str) -> Path:
+    folder = _folder_of(directory, worker_id)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)  # fails where it is another user's
     folder.mkdir(mode=0o700)

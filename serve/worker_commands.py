@@ -18,7 +18,7 @@ _GPU = re.compile(r"nvidia\d+")
 def worker_commands(
     loaded: LoadedConfig, folder: Path, discovery: Path, environ: Mapping[str, str] = os.environ
 ) -> list[WorkerCommand]:
-    """Writes the settings into `folder` and gives a command for each worker.
+    """A command for each worker, with the settings it finds in `folder`.
 
     Sizes are each worker's, but the default of the disk tier leaves room for others: they share that.
 
@@ -40,7 +40,7 @@ def worker_commands(
         threads = max(1, config.engine.threads // count)
         config = replace(config, engine=replace(config.engine, threads=threads))
     file = folder / "workers.toml"
-    file.write_text(render_toml(LoadedConfig(config, {})), encoding="utf-8")
+    files = {file: render_toml(LoadedConfig(config, {}))}
     environment = {name: value for name, value in environ.items() if name != API_KEY_VARIABLE}
     program = (
         sys.executable,
@@ -57,7 +57,7 @@ def worker_commands(
     for number in range(count):
         device = ("--device", f"cuda:{number % num_gpus}") if num_gpus else ()
         worker_id = worker_name(number)
-        commands.append(WorkerCommand(worker_id, (*program, "--worker-id", worker_id, *device), environment))
+        commands.append(WorkerCommand(worker_id, (*program, "--worker-id", worker_id, *device), environment, files))
     return commands
 
 

@@ -16,7 +16,6 @@ from typing import Final
 import aiohttp
 import msgspec
 
-from dynamo.kvcache.event_wire import MAX_SNAPSHOT_BYTES, SnapshotMessage, decode_snapshot
 from dynamo.router.workers import LoadReport
 from dynamo.serve.engine.delivery import OutputStream
 from dynamo.serve.engine.request import GenerationRequest, OutputDelta
@@ -43,8 +42,9 @@ from dynamo.serve.plane.messages import (
     encode,
     submit_of,
 )
+from dynamo.serve.plane.questions import worker_client
 
-__all__ = ["SILENCE_S", "WorkerSession", "fetch_snapshot", "request_drain", "worker_client"]
+__all__ = ["SILENCE_S", "WorkerSession"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,30 +55,6 @@ _PING_S: Final = 1.0
 _CONNECT_TIMEOUT_S: Final = 5.0
 _MAX_PIECE_BYTES: Final = 1 << 20  # of what is sent, so that a worker that reads slowly is seen to read
 _MAX_REFUSAL_BYTES: Final = 4096
-
-
-def worker_client(address: str, key: str = "") -> aiohttp.ClientSession:
-    """A client of one worker; whoever asks for it closes it.
-
-    Args:
-        address: "unix:PATH" or "http://HOST:PORT".
-        key: what the worker asks for; empty for nothing.
-
-    Raises:
-        ValueError: the address is neither.
-    """
-    connector: aiohttp.BaseConnector
-    if address.startswith("unix:/"):
-        connector = aiohttp.UnixConnector(address.removeprefix("unix:"), force_close=True)
-        base = "http://worker"
-    elif address.startswith("http://"):
-        connector = aiohttp.TCPConnector(force_close=True)
-        base = address
-    else:
-        raise ValueError(f"a worker's address is unix:/PATH or http://HOST:PORT, not {address!r}")
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    timeout = aiohttp.ClientTimeout(total=None)  # the session lasts for ever; what must not has a limit of its own
-    return aiohttp.ClientSession(base, connector=connector, headers=headers, timeout=timeout)
 
 
 class WorkerSession:
@@ -361,40 +337,3 @@ class WorkerSession:
 
 class _ProtocolError(Exception):
     """The worker says what it must not say."""
-
-
-async def fetch_snapshot(address: str, worker_id: str, key: str = "", timeout_s: float = 30.0) -> SnapshotMessage:
-    """What the worker's tiers hold now.
-
-    Raises:
-        WorkerLostError: it does not answer in time, or with something else.
-        EventWireError: the snapshot cannot be read.
-    """
-    async with worker_client(address, key) as client:
-        body = bytearray()
-        try:
-            async with asyncio.timeout(timeout_s), client.get("/snapshot") as response:
-                if response.status != 200:
-                    raise WorkerLostError(worker_id, f"it answered {response.status} when asked for a snapshot")
-                async for piece in response.content.iter_any():
-                    body += piece
-                    if len(body) > MAX_SNAPSHOT_BYTES:
-                        raise WorkerLostError(worker_id, f"its snapshot has more than {MAX_SNAPSHOT_BYTES} bytes")
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise WorkerLostError(worker_id, f"its snapshot cannot be fetched: {error!r}") from error
-    return await asyncio.to_thread(decode_snapshot, memoryview(body))
-
-
-async def request_drain(address: str, worker_id: str, key: str = "", timeout_s: float = 5.0) -> None:
-    """Asks a worker to take nothing new, and to leave when it has nothing any more.
-
-    Raises:
-        WorkerLostError: it does not answer in time, or with something else.
-    """
-    async with worker_client(address, key) as client:
-        try:
-            async with asyncio.timeout(timeout_s), client.post("/drain") as response:
-                if response.status != 202:
-                    raise WorkerLostError(worker_id, f"it answered {response.status} when asked to drain")
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise WorkerLostError(worker_id, f"it cannot be asked to drain: {error!r}") from error

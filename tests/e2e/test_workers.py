@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from dynamo.serve.model_place import find_model
-from dynamo.serve.plane.session import fetch_snapshot
+from dynamo.serve.plane.questions import fetch_snapshot
 
 pytestmark = pytest.mark.slow
 

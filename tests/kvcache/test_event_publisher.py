@@ -1,9 +1,11 @@
 """The publisher, as a consumer of vLLM's protocol sees it: SUB, and DEALER for replay."""
 
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import zmq
@@ -197,6 +199,32 @@ def test_over_a_unix_socket_a_restart_takes_the_same_place(
             assert (publisher.endpoint, publisher.replay_endpoint) == (ends["endpoint"], ends["replay_endpoint"])
             while receive(stream)[1].epoch != epoch:  # one of before may still be on its way
                 continue
+
+
+def test_unix_sockets_that_were_removed_are_made_anew_beside_the_connections_there_are(
+    log: EventLog,
+    publish: Callable[..., EventPublisher],
+    connect: Callable[..., zmq.Socket[bytes]],
+    tmp_path: Path,
+    eventually: Callable[[Callable[[], bool]], None],
+) -> None:
+    folder = tmp_path / "sockets"
+    folder.mkdir()
+    paths = [folder / "e", folder / "r"]
+    publisher = publish(endpoint=f"ipc://{paths[0]}", replay_endpoint=f"ipc://{paths[1]}", heartbeat_s=0.1)
+    before = connect(zmq.SUB, publisher.endpoint)
+    receive(before)
+    shutil.rmtree(folder)
+    receive(before)
+    folder.mkdir()
+    eventually(lambda: all(path.exists() for path in paths))
+    receive(connect(zmq.SUB, publisher.endpoint))
+    assert replay(connect(zmq.DEALER, publisher.replay_endpoint), 0)
+    receive(before)
+    log.stored("device", [key()], None)
+    while not receive(before)[1].events:
+        pass
+    assert publisher.close()
 
 
 def test_close_publishes_what_the_log_has_and_ends_the_threads(

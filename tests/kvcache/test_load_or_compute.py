@@ -195,6 +195,22 @@ def test_a_disk_that_hangs_holds_nobody_up_who_computes_meanwhile(cache, content
     assert cache.stats().planner.decisions == {"gave_up": 1}
 
 
+def test_what_the_time_limit_cuts_off_counts_as_late(make_cache, content, slow_reads, tmp_path):
+    made = make_cache(device_blocks=128, host="1MiB", disk=f"{tmp_path / 'kv'}:4MiB", load_timeout_s=0.2)
+    content.run(made, TOKENS)
+    leave_on_disk(made)
+    observe(made, token_s=0.1)
+    slow_reads[0] = 0.6
+    with made.open(TOKENS, overlap=True) as sequence:
+        ended = threading.Event()
+        sequence.when_ready(ended.set)
+        assert ended.wait(20.0)
+        assert sequence.is_ready
+        content.run_in_pieces(made, sequence, TOKENS, 64)
+        assert sequence.num_cached_tokens == 0
+    assert made.stats().load_faults["late"] == 64
+
+
 def test_a_damaged_block_is_computed_and_those_after_it_are_not(cache, content, tmp_path):
     [blocks] = (tmp_path / "kv").rglob("blocks.dat")
     with blocks.open("r+b") as file:  # one of the blocks; which one lies there does not matter

@@ -115,8 +115,10 @@ def test_once_let_down_nobody_waits_until_the_tier_has_shown_what_it_can() -> No
         planner.begin_part("disk")
         clock.now_s += 200 * 1e-5
         planner.end_part("disk", 7, 200, 200)
-    overlapped, load = begin(planner, clock)
+    overlapped, _ = begin(planner, clock)
     assert not overlapped.is_ready
+    short, _ = begin(planner, clock, num_blocks=8)  # it is trusted again: even a short prompt waits for threads to wake
+    assert short.patience_left_s > 0.04 * 8 * SIZE * TOKEN_S
 
 
 def test_before_anything_was_measured_a_load_is_waited_for_a_moment() -> None:

@@ -153,13 +153,22 @@ def test_before_a_tier_was_measured_all_is_loaded_with_patience():
 
 def test_a_tier_that_has_let_loads_down_is_waited_for_less():
     planner, _ = make_planner()
-    question = LoadQuestion((TierRun("disk", 20),), 0, 400)
+    question = LoadQuestion((TierRun("disk", 100),), 0, 2000)
     patience_s = []
     for _ in range(2):
         decision = planner.plan(question)
         patience_s.append(decision.patience_s)
         planner.settle(decision, decision.patience_s, 0, gave_up=True)
-    assert patience_s == [0.010, 0.002]
+    compute_s = computing_s(0, 2000)
+    assert patience_s == pytest.approx([0.04 * compute_s, 0.02 * compute_s], rel=0.05)
+
+
+def test_trust_costs_a_short_prompt_no_more_than_a_few_percent():
+    planner, _ = make_planner()
+    for num_blocks in (50, 100, 400):
+        num_tokens = num_blocks * SIZE + 1
+        decision = planner.plan(LoadQuestion((TierRun("disk", num_blocks),), 0, num_tokens))
+        assert decision.patience_s <= 0.041 * computing_s(0, num_tokens)
 
 
 def test_nothing_to_load_is_no_decision():

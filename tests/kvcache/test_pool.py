@@ -320,6 +320,19 @@ def test_all_blocks_are_forgotten_at_once():
     pool.check_invariants()
 
 
+def test_a_block_that_is_known_is_shared_by_who_computed_it_in_a_slot_that_a_resize_took_away():
+    pool = BlockPool(8)
+    lower, upper = pool.allocate(4).slots, pool.allocate(4).slots
+    pool.resize(4)
+    kept = pool.register([key(1)], lower[:1]).slots
+    shared = pool.register([key(1), key(2)], upper[2:]).slots
+    assert shared.tolist() == [*kept.tolist(), upper[3]]
+    pool.release(np.concatenate((lower, upper[:2], shared)))
+    pool.check_invariants()
+    assert pool.find(key(1)) == kept[0]
+    assert pool.find(key(2)) is None
+
+
 @pytest.mark.parametrize("known", [0, 1])
 def test_blocks_that_arrive_in_slots_that_a_resize_took_away_are_not_findable(known):
     pool = BlockPool(8)

@@ -41,6 +41,7 @@ STEPS_PER_EXAMPLE = 100
 KVIKIO = FakeKvikio()
 TIMEOUT_S = 30.0
 GARBAGE = 0xEE
+COMPUTED = 0x5A
 
 CHAINS = st.tuples(st.integers(0, 1), st.integers(0, 1), st.sampled_from([1, 3, 5, 8, 9]))
 PICKS = st.integers(0, 1000)
@@ -164,6 +165,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.num_saves = 0
         self.ends: Counter[int] = Counter()
         self.loads: list = []
+        self.num_computed: Counter = Counter()  # leading blocks of a load that the caller has computed meanwhile
         self.idle: list[int] = []  # slots that nothing may write to any more
         self.savings: list = []  # by layers, not committed
 
@@ -253,15 +255,16 @@ class StoreMachine(RuleBasedStateMachine):
         before=st.sampled_from(["nothing", "settle", "cool"]),
         timeout_s=st.sampled_from([0.0, 0.002, 10.0]),
         priority=st.sampled_from(Priority),
+        from_end=st.booleans(),
     )
-    def load(self, chain, before, timeout_s, priority):
+    def load(self, chain, before, timeout_s, priority, from_end):
         if before != "nothing":
             self.settle_offloads()
         if before == "cool":
             self.store.clear("host")
-        self.begin_load(chain, timeout_s, priority)
+        self.begin_load(chain, timeout_s, priority, from_end=from_end)
 
-    def begin_load(self, chain, timeout_s, priority):
+    def begin_load(self, chain, timeout_s, priority, *, from_end=False):
         keys = chain_keys(chain)
         count = self.store.count_loadable(keys)
         slots = self.take(count)
@@ -270,7 +273,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.fill(slots, None)
         number = len(self.ends)
         self.ends[number] = 0
-        request = LoadRequest(keys, 0, slots, [], np.zeros(count, dtype=np.uint8), priority=priority)
+        request = LoadRequest(keys, 0, slots, [], np.zeros(count, dtype=np.uint8), priority=priority, from_end=from_end)
         load = self.store.load(request, timeout_s)
 
         def tell() -> None:
@@ -282,12 +285,45 @@ class StoreMachine(RuleBasedStateMachine):
 
     def settle(self, load, timeout_s) -> None:
         """Waits for a load, and looks at what it brought."""
-        arrived = load.wait(timeout_s)
-        request = load.request
+        load.wait(timeout_s)
+        request, num_computed = load.request, self.num_computed.pop(load, 0)
         found = self.content(request.device_slots)
-        for i in range(arrived):
-            assert (found[i] == payload(request.chain[i])).all(), f"block {i} of {arrived} that arrived is wrong"
+        assert (found[:num_computed] == COMPUTED).all(), "a block was written that the caller computes"
+        for i in np.flatnonzero(load.arrived[num_computed:]) + num_computed:
+            assert (found[i] == payload(request.chain[i])).all(), f"block {i} that arrived is wrong"
         self.retire(request.device_slots)
+
+    @rule(pick=PICKS, count=st.integers(1, 8))
+    def compute_meanwhile(self, pick, count):
+        if self.loads:
+            self.compute(self.loads[pick % len(self.loads)], count)
+
+    @rule(chain=CHAINS, count=st.integers(1, 8))
+    def compute_while_a_read_is_under_way(self, chain, count):
+        self.settle_offloads()
+        self.store.clear("host")
+        self.disk.script.clear()
+        self.disk.script.append(("read", "hold", 0))
+        before = len(self.loads)
+        self.begin_load(chain, 10.0, Priority.LOAD, from_end=True)
+        if len(self.loads) > before:
+            load = self.loads.pop()
+            deadline = time.monotonic() + TIMEOUT_S
+            while not (self.disk.held or load.is_ended) and time.monotonic() < deadline:
+                time.sleep(0.0001)
+            self.compute(load, count)
+            self.open_all()
+            self.settle(load, None)
+            self.disk.is_open = False
+
+    def compute(self, load, count) -> None:
+        """What a caller does with the next `count` blocks of a load that comes from the end."""
+        first = self.num_computed[load]
+        end = min(load.num_blocks, first + count)
+        load.raise_floor(end)
+        self.num_computed[load] = end
+        self.scratch[: end - first, : LAYOUT.block_bytes] = COMPUTED
+        self.device.write(load.request.device_slots[first:end], self.scratch, np.arange(end - first))
 
     @rule(pick=PICKS, timeout_s=st.sampled_from([None, 0.0, 0.001]))
     def wait(self, pick, timeout_s):
@@ -302,11 +338,12 @@ class StoreMachine(RuleBasedStateMachine):
         if self.loads:
             load = self.loads.pop(pick % len(self.loads))
             load.cancel()
+            self.num_computed.pop(load, None)
             self.retire(load.request.device_slots)
 
     @rule(pick=PICKS, num_waits=st.integers(0, 3))
     def go_on_by_layers(self, pick, num_waits):
-        if self.loads:
+        if self.loads and not self.num_computed[self.loads[pick % len(self.loads)]]:
             self.load_layers(self.loads.pop(pick % len(self.loads)), num_waits)
 
     @rule(chain=CHAINS, num_waits=st.integers(0, 3))

@@ -26,7 +26,7 @@ def member_of(config: RouterConfig, number: int, tokens: list[int], held: int, s
     load.assume(PRIORS)
     load.refresh(0.0)
     member = Member(number, load, 0)
-    Roster(config).refresh(member, 0.0, CostModel(config).base_s(load))
+    Roster(config, 0.0).refresh(member, 0.0, CostModel(config).base_s(load))
     return member
 
 

@@ -331,8 +331,15 @@ class Workers:
 class House:
     """Everything of one test."""
 
-    def __init__(self, *links: ScriptedWorker, limit: int = 3, wait_s: float = 0.3, **config: Any) -> None:
-        self.router = Router(RouterConfig(**config), rng=random.Random(1))
+    def __init__(
+        self,
+        *links: ScriptedWorker,
+        limit: int = 3,
+        wait_s: float = 0.3,
+        clock: Callable[[], float] = time.monotonic,
+        **config: Any,
+    ) -> None:
+        self.router = Router(RouterConfig(**config), clock=clock, rng=random.Random(1))
         self.workers = Workers(self.router, *links)
         self.room = WaitingRoom(self.router)
         self.engine = RoutedEngine(

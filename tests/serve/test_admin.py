@@ -1,5 +1,7 @@
 """The admin endpoints: what they do, whom they answer, and what they refuse."""
 
+import contextlib
+import http.client
 import json
 import re
 import socket
@@ -315,17 +317,62 @@ def test_junk_is_a_400(serve: Any, cache: KVCache, content: bytes) -> None:
 
 def test_huge_bodies_are_refused_unread(serve: Any, cache: KVCache) -> None:
     server = serve(cache=cache)
-    body = json.dumps({"prompt": "x" * MAX_ADMIN_BODY_BYTES}).encode()
-    headers = {"content-type": "application/json"}
-    response = httpx.post(server.url + "/admin/cache/lookup", content=body, headers=headers, timeout=30)
-    assert error_of(response) == (413, "request_too_large", None)
+    with lookup_with_body(server, b"Content-Length: %d" % (1 << 40)) as (client, answer):
+        assert answer.status == 413, "answered by what was announced, before a byte of it was there"
+        assert json.loads(answer.read())["error"]["code"] == "request_too_large"
+        assert answer.getheader("connection") == "close"
+        with pytest.raises(OSError):  # it ends somewhere, long before the whole body
+            for _ in range(1 << 10):
+                client.sendall(bytes(1 << 20))
     chunked = httpx.post(
         server.url + "/admin/cache/lookup",
         content=(b"[" * 65536 for _ in range(MAX_ADMIN_BODY_BYTES // 65536 + 1)),
-        headers=headers,
+        headers={"content-type": "application/json"},
         timeout=30,
     )
     assert error_of(chunked) == (413, "request_too_large", None)
+
+
+def test_a_client_that_sends_its_huge_body_first_reads_why_it_was_refused(serve: Any, cache: KVCache) -> None:
+    server = serve(cache=cache)
+    body = bytes(MAX_ADMIN_BODY_BYTES + 1)
+    with lookup_with_body(server, b"Content-Length: %d" % len(body)) as (client, answer):
+        client.sendall(body)  # would fail, and the answer could be lost with it, if the server closed without listening
+        assert answer.status == 413
+        assert json.loads(answer.read())["error"]["code"] == "request_too_large"
+        assert client.recv(1) == b"", "the connection ends once the body has"
+
+
+def test_a_client_that_drips_a_refused_body_is_cut_off(
+    serve: Any, cache: KVCache, monkeypatch: pytest.MonkeyPatch, eventually: Any
+) -> None:
+    monkeypatch.setattr("dynamo.serve.exchange._LINGER_S", 0.2)
+    server = serve(cache=cache)
+    with lookup_with_body(server, b"Content-Length: %d" % (1 << 40)) as (client, answer):
+        assert answer.status == 413
+
+        def is_cut_off() -> bool:
+            try:
+                client.sendall(b"x")
+            except OSError:
+                return True
+            return False
+
+        eventually(is_cut_off)
+
+
+@contextlib.contextmanager
+def lookup_with_body(server: Any, length: bytes) -> Iterator[tuple[socket.socket, http.client.HTTPResponse]]:
+    """A request whose body is not sent yet, and its answer."""
+    parts = urlsplit(server.url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=10) as client:
+        client.sendall(
+            b"POST /admin/cache/lookup HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%s\r\n\r\n"
+            % length
+        )
+        with contextlib.closing(http.client.HTTPResponse(client)) as answer:
+            answer.begin()
+            yield client, answer
 
 
 def test_wrong_methods_and_paths_are_told_apart(serve: Any, cache: KVCache) -> None:

@@ -3,11 +3,12 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -67,11 +68,11 @@ class Watch:
 
 
 @asynccontextmanager
-async def watching(discovery: Discovery) -> AsyncIterator[Watch]:
+async def watching(discovery: Discovery, known: Iterable[Registration] = ()) -> AsyncIterator[Watch]:
     watch = Watch()
 
     async def listen() -> None:
-        async for change in discovery.watch():
+        async for change in discovery.watch(known):
             watch.changes.append(change)
 
     task = asyncio.create_task(listen())
@@ -128,6 +129,29 @@ def test_a_worker_that_says_something_else_leaves_and_joins(discovery: Discovery
             await asyncio.wait_for(_until(lambda: len(watch.changes) == 3), 5)
             assert watch.changes[2] == Joined(registration("a", address="unix:/b"))
         await registered.close()
+
+    run(test())
+
+
+def test_who_looked_before_is_told_only_what_has_changed_since(discovery: Discovery, run: Any) -> None:
+    async def test() -> None:
+        names = ("stays", "changes", "leaves")
+        registered = {name: await discovery.register(registration(name)) for name in names}
+        async with watching(discovery) as watch:
+            await watch.until({*names})
+        known = [change.registration for change in watch.changes if isinstance(change, Joined)]
+        changed, new = registration("changes", address="unix:/b"), registration("new")
+        await registered["changes"].update(changed)
+        await registered.pop("leaves").close()
+        registered["new"] = await discovery.register(new)
+        async with watching(discovery, known) as later:
+            await _until(lambda: len(later.changes) == 4)
+            assert {change.worker_id for change in later.changes if isinstance(change, Left)} == {"changes", "leaves"}
+            assert [change.registration for change in later.changes if isinstance(change, Joined)] == [changed, new]
+            await registered.pop("stays").close()
+            await _until(lambda: len(later.changes) == 5)
+        for one in registered.values():
+            await one.close()
 
     run(test())
 
@@ -215,6 +239,28 @@ def test_a_registration_that_was_removed_is_written_anew(
     assert "a.json was removed or replaced by somebody; it is written anew" in caplog.text
 
 
+def test_registrations_come_back_when_their_folder_was_removed(tmp_path: Path, run: Any) -> None:
+    folder = tmp_path / "deep" / "fleet"
+
+    async def test() -> None:
+        discovery = FolderDiscovery(folder, silence_s=0.3)
+        shutil.rmtree(folder.parent)
+        registered = [await discovery.register(registration(name)) for name in ("a", "b")]
+        async with watching(discovery) as watch:
+            await watch.until({"a", "b"})
+            shutil.rmtree(folder.parent)
+            await _until(lambda: (folder / "a.json").exists() and (folder / "b.json").exists())
+            assert folder.stat().st_mode & 0o777 == 0o700
+            async with watching(discovery) as later:
+                await later.until({"a", "b"})
+            await watch.until({"a", "b"})
+            await registered[0].close()
+            await watch.until({"b"})
+        await registered[1].close()
+
+    run(test())
+
+
 def test_a_registration_that_cannot_be_written_is_told_once_and_written_when_it_can(
     tmp_path: Path, run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -224,9 +270,10 @@ def test_a_registration_that_cannot_be_written_is_told_once_and_written_when_it_
     async def test() -> None:
         registered = await FolderDiscovery(folder, silence_s=0.15).register(registration("a"))
         folder.rename(tmp_path / "gone")
+        folder.touch()
         await _until(lambda: "cannot be kept up" in caplog.text)
         await asyncio.sleep(0.3)
-        folder.mkdir(mode=0o700)
+        folder.unlink()
         await _until(lambda: "is kept up again" in caplog.text)
         assert (folder / "a.json").exists()
         await registered.close()

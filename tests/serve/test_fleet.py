@@ -3,7 +3,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
@@ -21,13 +21,13 @@ from dynamo.router.config import RouterConfig
 from dynamo.router.decision import RouteQuery
 from dynamo.router.router import Router
 from dynamo.router.workers import LoadReport, WorkerCard
-from dynamo.serve.discovery import FolderDiscovery, MemoryDiscovery, Registration
+from dynamo.serve.discovery import FolderDiscovery, Joined, Left, MemoryDiscovery, Registration
 from dynamo.serve.engine.request import GenerationRequest, OutputDelta, SamplingParams
 from dynamo.serve.errors import WorkerLostError
 from dynamo.serve.external import ExternalModel
+from dynamo.serve.external_member import ExternalServer
 from dynamo.serve.fleet import Fleet
 from dynamo.serve.http_server import use_all_descriptors
-from dynamo.serve.members import ExternalServer
 from dynamo.serve.plane.front_session import SessionTimes
 from dynamo.serve.plane.worker_app import WorkerApp
 from dynamo.serve.stay import FleetTimes
@@ -325,6 +325,54 @@ def test_an_error_of_the_front_costs_a_worker_a_moment_and_not_its_place(
 
     run(test())
     assert "worker w is out after an error of this front" in caplog.text
+
+
+def test_an_error_while_looking_for_workers_is_told_once_and_costs_none(
+    plane: Any, scripted: Any, run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dynamo.serve.fleet._FIRST_RETRY_S", 0.02)
+
+    class Failing(MemoryDiscovery):
+        num_failures = 0
+        is_failing = False
+
+        async def watch(self, known: Iterable[Registration] = ()) -> AsyncGenerator[Joined | Left, None]:
+            self.check()
+            async with aclosing(super().watch(known)) as changes:
+                async for change in changes:
+                    self.check()
+                    yield change
+
+        def check(self) -> None:
+            if self.is_failing:
+                self.num_failures += 1
+                raise RecursionError("what nobody foresaw")
+
+    async def test() -> None:
+        discovery, router = Failing(), make_router()
+        names = ("stays", "leaves", "is-replaced", "comes")
+        workers = {name: LocalWorker(name, scripted(), plane.folder) for name in names}
+        async with AsyncExitStack() as stack:
+            there = {name: await stack.enter_async_context(one.serving(plane)) for name, one in workers.items()}
+            fleet = await stack.enter_async_context(running(discovery, router))
+            registered = {name: await discovery.register(there[name]) for name in names[:3]}
+            assert await fleet.wait_ready(5, 3)
+            link = fleet.link("stays")
+            before = fleet.link("is-replaced")
+            discovery.is_failing = True
+            await registered["leaves"].close()
+            await registered["is-replaced"].update(replace(there["is-replaced"], events=""))
+            await discovery.register(there["comes"])
+            await plane.until(lambda: discovery.num_failures == 3)
+            assert {*router.worker_ids} == {*names[:3]}
+            discovery.is_failing = False
+            await plane.until(lambda: {*router.worker_ids} == {"stays", "is-replaced", "comes"})
+            assert await fleet.wait_ready(5, 3)
+            assert fleet.link("is-replaced") is not before
+            assert fleet.link("stays") is link is not None, "nothing has become of it"
+
+    run(test())
+    assert caplog.text.count("workers are not looked for") == 1
 
 
 def test_fronts_hear_of_each_others_requests_from_the_workers(plane: Any, scripted: Any, run: Any) -> None:

@@ -1,8 +1,10 @@
 """Requests over workers that fail: a real router, and links that do what a script says."""
 
 import asyncio
+import logging
+import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -257,6 +259,32 @@ def test_a_stream_without_an_end_is_a_lost_one(run: Any, worker: Any, house: Any
     run(work())
 
 
+def test_the_log_has_a_line_for_each_lost_worker_and_not_for_each_request(
+    run: Any, worker: Any, house: Any, eventually: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> None:
+        front = house(worker("a", [(1, lost("a"))] * 30), worker("b"), limit=1)
+        pinned = ask(routing=RoutingHints(worker="a"))
+        asked = [front.collect(ask()) for _ in range(20)] + [front.collect(pinned) for _ in range(3)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert sum(isinstance(answer, RequestError) for answer in answers) == 3
+        assert not caplog.records
+        await front.engine.stop()
+        num_lost = front.engine.migrations.detected.total()
+        assert num_lost > 10
+        assert [record.getMessage() for record in caplog.records] == [
+            f"requests of worker a that go on elsewhere: {num_lost - 3}; worker a is lost: the script says so",
+            "requests of worker a that are given up: 3; worker a is lost: the script says so",
+        ]
+        front = house(worker("a", [(1, lost("a"))]), worker("b"))
+        while not front.engine.migrations.detected:
+            await front.collect(ask())
+        await asyncio.to_thread(eventually, lambda: "that go on elsewhere: 1; worker" in caplog.text)
+
+    with caplog.at_level(logging.WARNING):
+        run(work())
+
+
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_pinned_request_is_not_carried_on(run: Any, worker: Any, house: Any, after: int) -> None:
     async def work() -> None:
@@ -310,6 +338,41 @@ def test_without_workers_a_request_waits_a_while_for_one(run: Any, worker: Any, 
         front = house(wait_s=0.05)
         with pytest.raises(NoWorkerError):
             await front.collect(ask())
+
+    run(work())
+
+
+def test_who_excludes_all_workers_is_told_at_once_unless_one_may_be_about_to_come(
+    run: Any, worker: Any, house: Any
+) -> None:
+    now_s = 1000.0
+    excluding = ask(routing=RoutingHints(exclude=frozenset("abz")))
+
+    async def is_refused(asking: Callable[[GenerationRequest], Awaitable[object]]) -> None:
+        with pytest.raises(RequestError, match="all workers are excluded, a, b; leave one of them out") as refused:
+            await asking(excluding)
+        error = refused.value
+        assert (error.status, error.code, error.param) == (404, "worker_not_found", "dynamo.exclude")
+
+    async def work() -> None:
+        nonlocal now_s
+        front = house(worker("a"), worker("b"), worker("c"), wait_s=8.0, clock=lambda: now_s)
+        front.workers.leave("c")
+        await is_refused(front.engine.explain)
+        waiting = asyncio.create_task(front.collect(excluding))
+        await asyncio.sleep(0.01)
+        front.workers.join(worker("c"), epoch=2)
+        assert told(await waiting)[0] == worker.reply
+        front.workers.leave("c")
+        waiting = asyncio.create_task(is_refused(front.collect))
+        await asyncio.sleep(0.01)
+        assert not waiting.done(), "it may be restarted"
+        now_s += 8.0
+        front.router.tick()
+        await waiting
+        begun_s = time.monotonic()
+        await is_refused(front.collect)
+        assert time.monotonic() - begun_s < 4
 
     run(work())
 

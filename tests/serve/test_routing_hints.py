@@ -3,6 +3,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.datastructures import Headers
 
 from dynamo.serve.engine.request import RoutingHints
 from dynamo.serve.errors import RequestError
@@ -55,6 +56,14 @@ def test_a_header_outside_its_fields_range_is_refused_by_its_name(header: str, v
         read_fields(None, {header: value})
     assert (refused.value.status, refused.value.param, refused.value.code) == (400, header, "invalid_value")
     assert header in refused.value.message and len(refused.value.message) < 300
+
+
+def test_a_header_may_be_repeated_if_that_says_nothing_else_and_a_list_may_be_spread() -> None:
+    twice = [(b"x-dynamo-exclude", b"a"), (b"x-dynamo-exclude", b"b, c"), *[(b"x-dynamo-priority", b"3")] * 2]
+    assert read_fields(None, Headers(raw=twice)) == DynamoFields(exclude=["a", "b", "c"], priority=3)
+    with pytest.raises(RequestError, match="header x-dynamo-worker says both 'a' and 'b'; send one") as refused:
+        read_fields(None, Headers(raw=[(b"x-dynamo-worker", b"a"), (b"x-dynamo-worker", b"b")]))
+    assert (refused.value.status, refused.value.param) == (400, "x-dynamo-worker")
 
 
 def test_header_and_body_that_differ_are_refused() -> None:

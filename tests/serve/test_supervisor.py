@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,16 @@ def test_output_is_shown_line_by_line_with_the_workers_name() -> None:
 
     code = 'import sys; print("on stdout", flush=True); print("on stderr", file=sys.stderr)' + WAITS
     supervised([command("a", code)], body)
+
+
+def test_what_a_worker_reads_while_it_starts_is_there_again_for_its_next_start(tmp_path: Path) -> None:
+    path = tmp_path / "own" / "settings"
+    code = f"import os; print(open({str(path)!r}).read(), flush=True); os.remove({str(path)!r}); os.rmdir({str(path.parent)!r})"
+
+    async def body(supervisor: Supervisor, output: Output) -> None:
+        await output.has(lambda text: text.count("a | wanted") >= 3)
+
+    supervised([replace(command("a", code), files={path: "wanted"})], body)
 
 
 def test_endless_lines_are_cut_instead_of_kept() -> None:

@@ -3,15 +3,19 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvloop
 
 from dynamo.serve.engine.request import GenerationRequest, SamplingParams
-from dynamo.serve.errors import WorkerLostError
-from dynamo.serve.plane.session import WorkerSession, fetch_snapshot
+from dynamo.serve.errors import ConfigError, WorkerLostError
+from dynamo.serve.plane.questions import fetch_snapshot
+from dynamo.serve.plane.session import WorkerSession
+from dynamo.serve.worker_claim import WorkerClaim
 
 SLOW_MOCKER = ("--engine", "mocker", "--mocker-step-time", "0.05")
 
@@ -38,7 +42,9 @@ def run(coroutine: Any) -> Any:
         return runner.run(coroutine)
 
 
-def test_a_worker_says_what_it_has_and_computes(start_worker: Any, discovery: Path) -> None:
+def test_a_worker_says_what_it_has_and_computes_and_can_be_found_again_when_its_folder_was_removed(
+    start_worker: Any, discovery: Path, eventually: Any
+) -> None:
     worker = start_worker("w", "--engine", "mocker", "--max-model-len", "600", "--max-running", "5")
     entry = entry_of(discovery, "w")
     card = entry["card"]
@@ -56,6 +62,13 @@ def test_a_worker_says_what_it_has_and_computes(start_worker: Any, discovery: Pa
         return tokens
 
     assert len(run(generate())) == 4
+    files = {path.relative_to(discovery) for path in discovery.rglob("*")}
+    shutil.rmtree(discovery)
+    eventually(lambda: {path.relative_to(discovery) for path in discovery.rglob("*")} >= files)
+    assert entry_of(discovery, "w") == entry
+    assert len(run(generate())) == 4
+    with pytest.raises(ConfigError, match="a worker of that name runs"):
+        WorkerClaim.take(discovery, "w")
     assert worker.stop() == 0
     assert list(discovery.iterdir()) == []
     assert "Traceback" not in worker.log

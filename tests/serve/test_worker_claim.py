@@ -3,6 +3,8 @@
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,23 +47,59 @@ def test_a_deep_folder_has_its_sockets_where_their_paths_are_short(tmp_path: Pat
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("depth", [0, 100])
-def test_what_a_killed_worker_left_is_cleared_by_the_next_of_its_name(tmp_path: Path, depth: int) -> None:
-    directory = tmp_path / ("x" * depth)
-    code = f"""
-import os, pathlib, signal
+KILLED = """
+import os, pathlib, signal, sys
+from dynamo.router.workers import WorkerCard
+from dynamo.serve.registration import Registration
+from dynamo.serve.registration_files import write_entry
 from dynamo.serve.worker_claim import WorkerClaim
-claim = WorkerClaim.take(pathlib.Path({str(directory)!r}), "w")
+directory, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+claim = WorkerClaim.take(directory, name)
 pathlib.Path(claim.socket_path("http")).touch()
+card = WorkerCard(worker_id=name, epoch=1, model="m", fingerprint="00", hash_version=1, block_size=16)
+write_entry(directory / f"{name}.json", Registration(card=card, address="unix:/x", pid=os.getpid()))
 print(claim.folder, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+sys.stdin.read()
 """
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    left = Path(done.stdout.strip())
-    assert [path.name for path in left.iterdir()] == ["http.sock"]
-    with WorkerClaim.take(directory, "w") as claim:
-        assert claim.folder == left and list(left.iterdir()) == []
-    assert not left.exists()
+
+
+@contextmanager
+def worker_in(directory: Path, name: str) -> Iterator[tuple["subprocess.Popen[str]", Path]]:
+    """A process with a claim and a registration, and its folder."""
+    command = [sys.executable, "-P", "-c", KILLED, str(directory), name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process, Path(process.stdout.readline().strip())
+        process.kill()
+
+
+@pytest.mark.parametrize("depth", [0, 100])
+@pytest.mark.parametrize("next_name", ["w", "another"])
+def test_what_killed_workers_left_is_removed_by_the_next_one_and_nothing_else(
+    tmp_path: Path, depth: int, next_name: str
+) -> None:
+    directory = tmp_path / ("x" * depth)
+    with worker_in(directory, "w") as (killed, left), worker_in(directory, "alive") as (_, kept):
+        killed.kill()
+        killed.wait(60)
+        assert [path.name for path in left.iterdir()] == ["http.sock"]
+        (directory / "mine.txt").touch()
+        with WorkerClaim.take(directory, next_name) as claim:
+            assert claim.folder == left if next_name == "w" else not left.exists()
+            assert list(claim.folder.iterdir()) == []
+            assert (kept / "http.sock").exists()
+            assert {"alive.json", "alive.lock", "mine.txt"} <= {path.name for path in directory.iterdir()}
+            assert not (directory / "w.json").exists()
+        assert not left.exists()
+        assert not (directory / "w.lock").exists()
+
+
+def test_a_worker_whose_lock_was_removed_is_not_tidied_up_after(tmp_path: Path) -> None:
+    with worker_in(tmp_path, "alive") as (_, folder):
+        (tmp_path / "alive.lock").unlink()
+        (tmp_path / "alive.lock").touch()
+        WorkerClaim.take(tmp_path, "another").close()
+        assert (tmp_path / "alive.json").exists() and folder.exists()
 
 
 def test_a_folder_that_cannot_be_used_is_one_sentence() -> None:

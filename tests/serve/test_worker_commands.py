@@ -7,11 +7,20 @@ from typing import Any
 import pytest
 
 from dynamo.serve.command_line import parse_command_line
+from dynamo.serve.config import Config
+from dynamo.serve.supervisor import WorkerCommand
 from dynamo.serve.worker_commands import count_gpus, worker_commands
 
 
 def server(*flags: str) -> Any:
     return parse_command_line(["--workers", "2", *flags]).loaded
+
+
+def settings(command: WorkerCommand) -> Config:
+    """What a worker that is started so reads."""
+    command.write_files()
+    arguments = list(command.arguments)
+    return parse_command_line(arguments[arguments.index("worker") :]).loaded.config
 
 
 def devices(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -26,8 +35,7 @@ def test_workers_are_started_with_the_servers_settings(tmp_path: Path, monkeypat
     assert [command.worker_id for command in commands] == ["worker-0", "worker-1"]
     for command in commands:
         assert command.environment == {"HOME": "/h"}
-        arguments = list(command.arguments)
-        parsed = parse_command_line(arguments[arguments.index("worker") :]).loaded.config
+        parsed = settings(command)
         assert parsed.model == config.model
         assert parsed.cache == config.cache
         assert parsed.engine.threads == 3
@@ -40,11 +48,11 @@ def test_the_default_disk_tier_is_shared_and_a_given_one_is_each_workers(tmp_pat
     loaded = server()
     whole = loaded.config.cache.disk_cache
     shared = worker_commands(loaded, tmp_path, tmp_path, {})
-    config = parse_command_line([*shared[0].arguments[4:]]).loaded.config
+    config = settings(shared[0])
     assert whole is not None and config.cache.disk_cache is not None
     assert config.cache.disk_cache.capacity_bytes == whole.capacity_bytes // 2
-    given = worker_commands(server("--disk-cache", "/kv:1GiB"), tmp_path, tmp_path, {})
-    config = parse_command_line([*given[0].arguments[4:]]).loaded.config
+    given = worker_commands(server("--disk-cache", "/kv:1GiB"), tmp_path / "other", tmp_path, {})
+    config = settings(given[0])
     assert config.cache.disk_cache is not None and config.cache.disk_cache.capacity_bytes == 1 << 30
 
 

@@ -22,7 +22,7 @@ from dynamo.serve.errors import (
 from dynamo.serve.plane.frames import FrameParser, frame
 from dynamo.serve.plane.front_session import SessionTimes
 from dynamo.serve.plane.messages import PROTOCOL_VERSION, Hello, Report, Step, Submit, Welcome, decode_down, encode
-from dynamo.serve.plane.session import worker_client
+from dynamo.serve.plane.questions import worker_client
 
 
 class StepEngine:

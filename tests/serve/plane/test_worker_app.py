@@ -8,7 +8,7 @@ from prometheus_client.registry import Collector
 from dynamo.kvcache.events import Snapshot
 from dynamo.kvcache.hashing import block_keys, chain_root
 from dynamo.serve.errors import WorkerLostError
-from dynamo.serve.plane.session import fetch_snapshot, worker_client
+from dynamo.serve.plane.questions import fetch_snapshot, worker_client
 
 KEYS = block_keys(list(range(40)), 4, chain_root(b"model", 4))
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dynamo.kernels.checks import KernelArgumentError
 from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.pool import BlockPool
@@ -31,7 +30,7 @@ from dynamo.tiers.slot_digests import DigestKind, DigestKinds, Digests, digest_s
 from dynamo.tiers.tier import Outcomes, SlotIds
 from dynamo.tiers.transfer import Capabilities, Direct, Medium, route
 
-__all__ = ["DevicePath", "DevicePaths", "DirectPath", "HostPath", "find_device_path"]
+__all__ = ["DevicePaths", "DirectPath", "HostPath", "PathChoice", "find_device_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ _KEEPS_IN_HOST = "GPUDirect Storage works here, but blocks are kept in the host 
 
 
 @dataclass(frozen=True, slots=True)
-class DevicePath:
+class PathChoice:
     """What was found.
 
     Attributes:
@@ -51,7 +50,7 @@ class DevicePath:
     description: str
 
 
-def find_device_path(disk: DiskTier, device: DeviceTier, *, keeps_in_host: bool, num_rows: int) -> DevicePath:
+def find_device_path(disk: DiskTier, device: DeviceTier, *, keeps_in_host: bool, num_rows: int) -> PathChoice:
     """Finds out which path blocks of `disk` are to take to and from `device`, and says it and the reason in the log.
 
     With a GPU this writes and reads a file of a mebibyte in each of the tier's directories, unless that was done before.
@@ -70,7 +69,7 @@ def find_device_path(disk: DiskTier, device: DeviceTier, *, keeps_in_host: bool,
     else:
         description = f"two hops through host memory: {reason}"
     logger.info("disk tier %s to %s: %s", disk.folder, device.device, description)
-    return DevicePath(staging, description)
+    return PathChoice(staging, description)
 
 
 class HostPath:
@@ -197,16 +196,25 @@ def _stage(device: DeviceTier, num_rows: int) -> tuple[DeviceTier | None, str | 
         staging = device.new_like(num_rows)
     except TierMemoryError as error:
         return None, f"GPUDirect Storage works here, but device memory does not suffice for it: {error}"
-    content = torch.frombuffer(bytearray(os.urandom(device.layout.slot_bytes)), dtype=torch.uint8).view(1, -1)
+    content = np.frombuffer(bytearray(os.urandom(device.layout.slot_bytes)), dtype=np.uint8).reshape(1, -1)
     slot, seed = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.uint64)
     try:
-        staging.storage[:1] = content.to(device.device)
+        staging.write(slot, content, slot)
         found = staging.digest(slot, seed)
-    except (ImportError, RuntimeError, KernelArgumentError) as error:  # torch's and Triton's arrive as RuntimeError
+    except _kernel_errors() as error:
         reason = f"the device makes no digests: {error}"
     else:
-        if found[0] == digest_slots(content, slot, seed, device.layout.block_bytes).numpy()[0]:
+        if found[0] == digest_slots(torch.from_numpy(content), slot, seed, device.layout.block_bytes).numpy()[0]:
             return staging, None
         reason = "the device makes other digests than the CPU"
     staging.close()
     return None, f"GPUDirect Storage works here, but {reason}"
+
+
+def _kernel_errors() -> tuple[type[Exception], ...]:
+    """What a kernel that cannot be had may raise: Triton's errors have a root of their own."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return ImportError, RuntimeError
+    return ImportError, RuntimeError, TritonError

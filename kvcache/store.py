@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Self
 
 from dynamo.kvcache.config import DiskPlace, format_size
-from dynamo.kvcache.device_path import DevicePath, DevicePaths, find_device_path
+from dynamo.kvcache.device_path import DevicePaths, PathChoice, find_device_path
 from dynamo.kvcache.errors import CacheConfigError, CacheMemoryError, UnsupportedError
 from dynamo.kvcache.events import EventLog, RunStarts
 from dynamo.kvcache.eviction import OpenUse
@@ -51,7 +51,7 @@ _PART_BYTES = (
     8 << 20
 )  # one part of a transfer: large enough for the disk's full speed, small enough to overlap two hops
 _RESIZE_TIMEOUT_S = 30.0  # longer than any load
-_INDEX_BYTES = 376  # of memory for a block on disk, all books together; `perf index` measures it
+_INDEX_BYTES = 377  # of memory for a block on disk, all books together; `perf index` measures it
 _STAGING_PARTS = 4  # without a host tier; with one, staging is for when all its slots are pinned, and one part will do
 
 
@@ -88,7 +88,7 @@ class BlockStore:
         self._arena = arena
         self._disk = disk
         self._disk_fault = disk_fault
-        self._device_path: DevicePath | None = None
+        self._device_path: PathChoice | None = None
         if disk:
             self._device_path = find_device_path(
                 disk, device, keeps_in_host=num_host_slots > 0, num_rows=_STAGING_PARTS * part_blocks

@@ -163,14 +163,19 @@ def no_memory(*_: object) -> DeviceTier:
 
 
 def no_kernels(*_: object) -> np.ndarray:
-    raise RuntimeError("no ptxas")
+    raise RuntimeError("no kernel image")
+
+
+def no_compiler(*_: object) -> np.ndarray:
+    raise pytest.importorskip("triton.errors").TritonError("no ptxas")
 
 
 @pytest.mark.parametrize(
     ("method", "stand_in", "reason"),
     [
         ("new_like", no_memory, "device memory does not suffice for it: 4 device blocks need 4 bytes"),
-        ("digest", no_kernels, "the device makes no digests: no ptxas"),
+        ("digest", no_kernels, "the device makes no digests: no kernel image"),
+        ("digest", no_compiler, "the device makes no digests: no ptxas"),
         ("digest", lambda *_: np.zeros(1, dtype=np.uint64), "the device makes other digests than the CPU"),
     ],
 )

@@ -1,6 +1,7 @@
 """`python -m dynamo.kvcache verify PATH...` checks a disk tier's blocks; it changes nothing."""
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ _EXIT_INTERRUPTED = 130
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; 0 when all is well, 1 when something is bad, 2 when there was nothing to check."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have any bytes, and a terminal any encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         return _verify(options.path)
@@ -62,7 +65,7 @@ def _verify(directories: list[Path]) -> int:
         )
     if not reports:
         print(
-            f"error: {directories[0]} holds no disk tier of this program and version; a folder in it, given itself, says why",
+            f"error: {directories[0]} holds no disk tier; give the directory of --disk-cache, with several all of them",
             file=sys.stderr,
         )
         return _EXIT_USAGE
@@ -74,7 +77,7 @@ def _verify(directories: list[Path]) -> int:
 
 
 def _table(reports: list[NamespaceReport]) -> Table:
-    table = Table()
+    table = Table(collapse_padding=True)  # eighty columns must do
     table.add_column("model's folder", no_wrap=True)
     for name in ("blocks", "good", "corrupt", "unreadable", "GB", "GB/s"):
         table.add_column(name, justify="right")

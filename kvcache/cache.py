@@ -60,7 +60,7 @@ class KVCache:
         host: str | int | None = None,
         disk: str | DiskPlace | None = None,
         load_timeout_s: float = 30.0,
-        load_patience: float | None = 0.02,
+        load_patience: float | None = 0.03,
         io_threads: int = 8,
         eviction: EvictionName = "hit_density",
         admission: AdmissionName = "always",
@@ -97,6 +97,8 @@ class KVCache:
             raise CacheConfigError(f"io_threads must be at least 1, not {io_threads}")
         if load_patience is not None and not load_patience >= 0:
             raise CacheConfigError(f"load_patience must be a share from 0 on, or None, not {load_patience}")
+        if not 0 <= load_timeout_s < math.inf:
+            raise CacheConfigError(f"load_timeout_s must be seconds from 0 on, not {load_timeout_s}")
         host_bytes = parse_size(host) if host is not None else 0
         max_host_bytes = host_bytes if host_max is None else parse_size(host_max)
         if max_host_bytes < host_bytes or max_host_bytes > host_bytes == 0:
@@ -445,6 +447,7 @@ class KVCache:
             load_latency=counted.load_latency,
             window=self._window.snapshot(),
             scrub=store.scrub_stats if store else None,
+            write_budget=store.write_budget_stats if store else None,
         )
 
     def check_invariants(self) -> None:

@@ -154,11 +154,14 @@ class DiskWriter:
         shelf.notice_lost_disk()
         generation = disk.generation
         fresh, num_absent = self._reachable(write)
+        num_refused = len(fresh) - disk.affordable(len(fresh))
+        shelf.counters.count_dropped("write_budget", num_refused)
+        fresh = fresh[: len(fresh) - num_refused]
         room = shelf.take_disk_slots(len(fresh), write.hold)
         held = room.slots
         was_refused = False
         try:
-            shelf.counters.count_dropped("no_disk_slot", num_absent - len(held))
+            shelf.counters.count_dropped("no_disk_slot", num_absent - num_refused - len(held))
             # Recorded before the slots are overwritten, so that a crash in between leaves no name for other bytes.
             shelf.record_drop(room.evicted_keys, room.evicted_slots)
             stored = fresh[: len(held)]

@@ -32,6 +32,8 @@ MAX_PINNED_SHARE = 0.5
 MAX_PINS = 10_000
 """Pins that may be active at the same time."""
 
+_MAX_NAMED = 5  # in a line of the log
+
 
 @dataclass(frozen=True, slots=True)
 class HeldSlots:
@@ -197,10 +199,14 @@ class LeaseBook:
             return tuple(_info(pin_id, pin, now) for pin_id, pin in self._pins.items())
 
     def close(self, timeout_s: float) -> None:
-        """Ends all pins and the thread. Idempotent."""
+        """Ends all pins, whose number and first names it logs, and the thread. Idempotent."""
         with self._lock:
             self._is_closed = True
             pin_ids, thread = list(self._pins), self._thread
+            names = sorted({pin.name for pin in self._pins.values() if pin.name})
+        if pin_ids:
+            shown = ", ".join(repr(name) for name in names[:_MAX_NAMED]) or "without names"
+            logger.info("the cache is closed with %d active pins, which end now: %s", len(pin_ids), shown)
         for pin_id in pin_ids:
             self.end(pin_id)
         self._orders.put(None)

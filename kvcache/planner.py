@@ -86,7 +86,7 @@ class LoadPlanner:
         *,
         block_size: int,
         block_bytes: int,
-        patience: float | None = 0.02,
+        patience: float | None = 0.03,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._block_size = block_size

@@ -466,7 +466,7 @@ class BlockPool:
     def _register_within(
         self, keys: Sequence[BlockKey], slots: SlotIds, parents: Sequence[BlockKey | None]
     ) -> Registration:
-        """`register` where some slots are the pool's no more: what lies there can only be given up for a block that is known."""
+        """`register` where some slots are the pool's no more: what lies there can only be given up for a known block."""
         places = np.flatnonzero(slots < self.num_slots)
         numbers = places.tolist()
         within = self.register([keys[i] for i in numbers], slots[places], parents=[parents[i] for i in numbers])

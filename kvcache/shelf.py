@@ -85,6 +85,7 @@ class Shelf:
         self._policies = policies or Policies()
         self.host = BlockPool(num_host_slots, self._policies.new_order("host"))
         self.disk = BlockPool(disk.num_slots if disk else 0, self._policies.new_order("disk"))
+        self._pools = {"host": self.host, "disk": self.disk}
         self.staging = BlockPool(arena.num_staging)
         self.direct = BlockPool(num_direct_rows)
         # Rows of all three are numbered in one, each pool's from here on.
@@ -104,6 +105,10 @@ class Shelf:
             self.disk_digests[disk.recovered.slots] = disk.recovered.digests
             self.disk_digest_kinds[disk.recovered.slots] = disk.recovered.digest_kinds
             recover(self.disk, disk.recovered)
+
+    def pool(self, tier: str) -> BlockPool:
+        """The slots of "host" or "disk"; see `changed` for when they may be used."""
+        return self._pools[tier]
 
     @property
     def rows(self) -> Rows:
@@ -156,7 +161,7 @@ class Shelf:
     def touch(self, chain: Sequence[BlockKey], use: OpenUse | None = None) -> None:
         """Files a sequence's blocks under its use, or, without one, under a use now."""
         with self.changed:
-            for pool in (self.host, self.disk):
+            for pool in self._pools.values():
                 pool.touch(pool.find_any(chain), use.latest if use else None)
 
     def admitted(self, tier: str, chain: Sequence[BlockKey], use: OpenUse | None) -> int:
@@ -167,7 +172,7 @@ class Shelf:
         admission = self._policies.admission
         if admission is None or use is None:
             return len(chain)
-        pool = self.host if tier == "host" else self.disk
+        pool = self.pool(tier)
         seen, end = use.admitted.get(tier, (0, 0)), len(chain)
         with self.changed:
             is_lacking = pool.locate(chain) < 0
@@ -320,10 +325,10 @@ class Shelf:
 
     def clear(self, tier: str) -> None:
         """Drops every block of "host" or "disk" that is not in use."""
-        pool = self.host if tier == "host" else self.disk
+        pool = self.pool(tier)
         if not pool.num_slots:
             return
-        clear_pool(pool, self.changed, self.events, tier, self.record_drop if tier == "disk" else None)
+        clear_pool(pool, self.changed, self.events, tier, self._recorder_of_drops(tier))
 
     def forget_on_disk(self, keys: list[BlockKey], slots: SlotIds) -> None:
         """Drops blocks whose bytes in `slots` are not what they were; not those that were written anew elsewhere."""
@@ -341,6 +346,10 @@ class Shelf:
         if keys and self._disk_tier:
             self._disk_tier.journal.drop(keys, slots)
 
+    def _recorder_of_drops(self, tier: str) -> Callable[[list[BlockKey], SlotIds], None] | None:
+        """For the tier whose books outlive this process."""
+        return self.record_drop if tier == "disk" else None
+
     def notice_lost_disk(self) -> bool:
         """Forgets everything on disk if the disk file was lost since the last call. Returns whether it was."""
         if self._disk_tier is None:
@@ -357,14 +366,12 @@ class Shelf:
     def explain(self, key: BlockKey) -> dict[str, BlockPlace | Removal | None]:
         """Where a block lies in host and disk, or why it does not; see `BlockPool.explain`."""
         with self.changed:
-            return {
-                name: pool.explain(key) for name, pool in (("host", self.host), ("disk", self.disk)) if pool.num_slots
-            }
+            return {name: pool.explain(key) for name, pool in self._pools.items() if pool.num_slots}
 
     def runs(self) -> dict[str, tuple[list[BlockKey], RunStarts]]:
         """All blocks in host and disk, and where their runs start, as in a `Snapshot`."""
         with self.changed:
-            runs = {name: pool.runs() for name, pool in (("host", self.host), ("disk", self.disk)) if pool.num_slots}
+            runs = {name: pool.runs() for name, pool in self._pools.items() if pool.num_slots}
         return {name: work_out() for name, work_out in runs.items()}
 
     def resize(self, tier: str, num_slots: int, timeout_s: float) -> bool:
@@ -377,8 +384,7 @@ class Shelf:
             Whether nobody uses a slot beyond any more; False if that took longer than `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
-        pool = self.host if tier == "host" else self.disk
-        record_drop = self.record_drop if tier == "disk" else None
+        pool, record_drop = self.pool(tier), self._recorder_of_drops(tier)
         if num_slots < pool.num_slots:
             forget_behind(pool, num_slots, self.changed, self.events, tier, record_drop)
         with self.changed:

@@ -13,6 +13,7 @@ from dynamo.kvcache.window import WindowStats
 from dynamo.tiers.latency import LatencyCounts, LatencyHistogram
 from dynamo.tiers.scrub import ScrubStats
 from dynamo.tiers.stats import MovedBlocks, TierStats
+from dynamo.tiers.write_budget import WriteBudgetStats
 
 __all__ = [
     "CacheCounters",
@@ -23,6 +24,7 @@ __all__ = [
     "LoadFault",
     "ScrubStats",
     "TierUsage",
+    "WriteBudgetStats",
     "tier_usage",
 ]
 
@@ -36,6 +38,7 @@ DropReason = Literal[
     "not_admitted",
     "offload_error",
     "offload_queue_full",
+    "write_budget",
 ]
 
 
@@ -99,6 +102,7 @@ class CacheStats:
         load_latency: from `open` to the end of a sequence's loads, by the lowest tier they came from.
         window: the last finished sequences that `open` made.
         scrub: how far the check of the disk tier in the background has come; None where there is none.
+        write_budget: what may be, and was, written to the disk tier, and what was refused; None where there is no limit.
     """
 
     tiers: tuple[TierUsage, ...]
@@ -116,6 +120,7 @@ class CacheStats:
     load_latency: Mapping[str, LatencyCounts]
     window: WindowStats
     scrub: ScrubStats | None = None
+    write_budget: WriteBudgetStats | None = None
 
     def tier(self, name: str) -> TierUsage:
         """The tier of that name.

@@ -15,6 +15,7 @@ from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.stats import CacheStats
 from dynamo.kvcache.window import WindowStats
 from dynamo.tiers.scrub import ScrubStats
+from dynamo.tiers.write_budget import WriteBudgetStats
 
 __all__ = [
     "BlockStatus",
@@ -119,6 +120,7 @@ class CacheStatus:
         pins: active pins, oldest first.
         window: what the last finished requests got from which tier.
         scrub: the check of the disk tier in the background; None where there is none.
+        write_budget: what may be, and was, written to the disk tier, and what was refused; None where there is no limit.
     """
 
     tiers: tuple[TierStatus, ...]
@@ -129,6 +131,7 @@ class CacheStatus:
     pins: tuple[PinInfo, ...]
     window: WindowStats
     scrub: ScrubStatus | None
+    write_budget: WriteBudgetStats | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +229,7 @@ def cache_status(stats: CacheStats, pins: tuple[PinInfo, ...]) -> CacheStatus:
         pins=pins,
         window=stats.window,
         scrub=_scrub_status(stats.scrub) if stats.scrub else None,
+        write_budget=stats.write_budget,
     )
 
 

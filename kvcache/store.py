@@ -13,7 +13,7 @@ from dataclasses import replace
 from threading import Lock
 from typing import Self
 
-from dynamo.kvcache.config import DiskPlace, format_size
+from dynamo.kvcache.config import DiskPlace, check_write_budget, format_size
 from dynamo.kvcache.device_path import DevicePaths, PathChoice, find_device_path
 from dynamo.kvcache.errors import CacheConfigError, CacheMemoryError, UnsupportedError
 from dynamo.kvcache.events import EventLog, RunStarts
@@ -42,6 +42,7 @@ from dynamo.tiers.memory import available_memory_bytes
 from dynamo.tiers.numa import pci_address
 from dynamo.tiers.scrub import ScrubStats
 from dynamo.tiers.stats import MovedBlocks, TierStats
+from dynamo.tiers.write_budget import WriteBudgetStats
 
 __all__ = ["BlockStore"]
 
@@ -146,7 +147,7 @@ class BlockStore:
             scrub_bytes_per_s: how fast the disk tier is checked while nobody else uses it; 0: not at all.
 
         Raises:
-            CacheConfigError: a size does not hold one block.
+            CacheConfigError: a size does not hold one block, or the write budget lets none be written.
             CacheMemoryError: the index of so large a disk tier does not fit into memory.
             dynamo.tiers.errors.TierError: host memory does not suffice.
         """
@@ -161,6 +162,8 @@ class BlockStore:
                 f"a disk tier of {format_size(disk.capacity_bytes)} is less than one block of {format_size(slot_bytes)}; "
                 "give more"
             )
+        if disk is not None and disk_write_budget is not None:
+            check_write_budget(disk_write_budget, slot_bytes)
         if disk is not None:
             _check_index_fits(disk.capacity_bytes // slot_bytes)
         with ExitStack() as undo:
@@ -214,6 +217,11 @@ class BlockStore:
         budget = self._disk.write_budget if self._disk else None
         return 0.0 if budget is None else 1.0 - min(1.0, budget.available_bytes / budget.burst_bytes)
 
+    @property
+    def write_budget_stats(self) -> WriteBudgetStats | None:
+        """What was written to disk against its budget; None where there is no limit."""
+        return self._disk.budget_stats() if self._disk else None
+
     def count_loadable(self, keys: Sequence[BlockKey], num_known: int = 0) -> int:
         """How many of `keys`, from the first on, lie in host or disk; the first `num_known` are not looked up."""
         return self._shelf.count_loadable(keys, num_known)
@@ -265,7 +273,7 @@ class BlockStore:
     def pin(self, keys: Sequence[BlockKey], tier: str) -> HeldSlots:
         """Holds what "host" or "disk" has of `keys`, given in chain order, until released."""
         shelf = self._shelf
-        pool = shelf.host if tier == "host" else shelf.disk
+        pool = shelf.pool(tier)
         with shelf.changed:
             slots = pool.find_any(keys)
             pool.acquire(slots)
@@ -322,8 +330,8 @@ class BlockStore:
                 memory or disk space is given back with the next call. Or another resize still waits for such slots.
             dynamo.tiers.errors.TierError: the tier cannot have that size.
         """
-        storage: HostTier | DiskTier | None = self._disk if tier == "disk" else self._arena
-        pool = self._shelf.disk if tier == "disk" else self._shelf.host
+        storages: dict[str, HostTier | DiskTier | None] = {"host": self._arena, "disk": self._disk}
+        storage, pool = storages[tier], self._shelf.pool(tier)
         num_slots = num_bytes // self._slot_bytes
         if storage is None or not pool.num_slots:
             raise CacheConfigError(f"the cache has no {tier} tier to resize")

@@ -6,8 +6,9 @@ nothing but a scratch folder inside the disk tier's directory is written, and it
 
 import argparse
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from dynamo.serve.options import Option
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.errors import TierError
 from dynamo.tiers.host import HostTier
-from dynamo.tiers.host_budget import HostBudget
+from dynamo.tiers.host_budget import Holder, HostBudget
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.memory import available_memory_bytes, memory_limit_bytes
 from dynamo.tiers.numa import pci_address
@@ -138,7 +139,11 @@ def _examine_system(findings: Findings) -> None:
         f"ulimit -l {'unlimited' if locked is None else format_size(locked)}",
     )
     budget = HostBudget()
-    held = budget.holders()
+    held: Sequence[Holder] = ()
+    try:
+        held = budget.holders()
+    except OSError as error:
+        findings.problem(f"what KV caches hold of their budget cannot be counted: {error}")
     findings.say(
         "budget of KV caches",
         f"{_size(budget.limit_bytes)}; "
@@ -219,7 +224,9 @@ def _examine_sizes(cache: CacheSettings, findings: Findings) -> None:
             f"--host-cache {format_size(cache.host_cache)} is more than the {format_size(available)} that are available; "
             "make it smaller, free memory, or raise the cgroup's limit"
         )
-    held = sum(holder.num_bytes for holder in budget.holders())
+    held = 0
+    with suppress(OSError):  # told already
+        held = sum(holder.num_bytes for holder in budget.holders())
     if budget.limit_bytes is not None and cache.host_cache > budget.limit_bytes - held:
         findings.problem(
             f"--host-cache {format_size(cache.host_cache)} does not fit into the budget of KV caches: "

@@ -14,6 +14,7 @@ from dynamo.perf.doctor_facts import lock_holder, mount_of, nearest_folder
 from dynamo.perf.doctor_findings import Findings
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.report import Result
+from dynamo.tiers.disk_space import disk_space
 from dynamo.tiers.errors import TierError
 
 __all__ = ["examine_disk"]
@@ -37,17 +38,25 @@ def examine_disk(
     """Facts, advice, problems and rates of a disk tier at `place`. Nothing there is changed.
 
     Args:
-        size: bytes to measure with; written for a while.
+        size: bytes to measure with; written for a while, in the first directory.
         device: where the blocks are wanted.
         keeps_in_host: there is a host tier.
     """
-    folder = nearest_folder(place.directory)
-    findings.say("disk tier", f"{place.directory}, {format_size(place.capacity_bytes)}")
-    if folder != place.directory.absolute():
+    findings.say("disk tier", f"{place}, {format_size(place.capacity_bytes)}")
+    obstacles = [obstacle for directory in place.directories if (obstacle := _obstacle(directory)) is not None]
+    for obstacle in obstacles:
+        findings.problem(f"{obstacle} is no folder, so no disk tier can be there: give --disk-cache another path")
+    if obstacles:
+        return
+    folders = [nearest_folder(directory) for directory in place.directories]
+    folder = folders[0]
+    if folder != place.directories[0].absolute():
         findings.say("", f"does not exist yet; measured in {folder}")
-    _examine_mount(folder, findings)
-    _examine_space(place, folder, findings)
-    holders = {lock.parent: lock_holder(lock) for lock in sorted(place.directory.glob("*/LOCK"))}
+    for mounted in dict.fromkeys(folders):
+        _examine_mount(mounted, findings)
+    _examine_space(place, findings)
+    locks = [lock for directory in place.directories for lock in sorted(directory.glob("*/LOCK"))]
+    holders = {lock.parent: lock_holder(lock) for lock in locks}
     for owned, pid in holders.items():
         if pid is not None:
             findings.advise(
@@ -57,8 +66,10 @@ def examine_disk(
     findings.say(
         "", f"models with blocks here: {len(holders)}, in use now: {sum(p is not None for p in holders.values())}"
     )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        findings.problem(f"this user may not write to {folder}: give it the permission, or --disk-cache another folder")
+    closed = [where for where in dict.fromkeys(folders) if not os.access(where, os.W_OK | os.X_OK)]
+    for where in closed:
+        findings.problem(f"this user may not write to {where}: give it the permission, or --disk-cache another folder")
+    if closed:
         return
     if shutil.disk_usage(folder).free < 2 * size:
         findings.advise(f"too little space is free in {folder} to measure; give less --size")
@@ -68,6 +79,13 @@ def examine_disk(
             yield from _measure(Path(scratch), io_threads, size, device, findings, keeps_in_host=keeps_in_host)
     except (OSError, TierError, BenchmarkError) as error:
         findings.problem(f"the disk tier could not be measured in {folder}: {error}")
+
+
+def _obstacle(directory: Path) -> Path | None:
+    """What lies in the way of a folder, such as a file of its name."""
+    directory = directory.absolute()
+    found = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    return None if found.is_dir() else found
 
 
 def _examine_mount(folder: Path, findings: Findings) -> None:
@@ -89,15 +107,16 @@ def _examine_mount(folder: Path, findings: Findings) -> None:
         findings.advise(f"{mount.folder} is mounted with sync, which slows writing down; the tier does not need it")
 
 
-def _examine_space(place: DiskPlace, folder: Path, findings: Findings) -> None:
-    used = sum(file.stat().st_blocks * 512 for file in place.directory.glob("*/*") if file.is_file())
-    free = shutil.disk_usage(folder).free
-    findings.say("", f"{format_size(free)} free, {format_size(used)} taken by KV blocks already")
-    if place.capacity_bytes > free + used:
-        findings.problem(
-            f"--disk-cache asks for {format_size(place.capacity_bytes)}, but only {format_size(free + used)} can be had in "
-            f"{folder}: blocks are dropped when the disk is full; ask for less or free space"
-        )
+def _examine_space(place: DiskPlace, findings: Findings) -> None:
+    for space in disk_space(place.directories, place.capacity_bytes):
+        free, held = space.free_bytes, space.held_bytes
+        where = ", ".join(map(str, space.directories))
+        findings.say("", f"{where}: {format_size(free)} free, {format_size(held)} taken by KV blocks already")
+        if space.missing_bytes:
+            findings.problem(
+                f"--disk-cache asks for {format_size(space.wanted_bytes)}, but only {format_size(free + held)} can be had in "
+                f"{where}: blocks are dropped when the disk is full; ask for less or free space"
+            )
 
 
 def _measure(

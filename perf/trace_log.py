@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import msgspec
-import numpy as np
 
 from dynamo.perf.harness import BenchmarkError
+from dynamo.serve.key_log_line import KeyLogLine
 
 __all__ = ["MOONCAKE_BLOCK_TOKENS", "TracedRequest", "read_trace"]
 
@@ -45,33 +45,6 @@ class _MooncakeLine(msgspec.Struct):
     output_length: int
     hash_ids: tuple[int, ...]
 
-    def request(self) -> TracedRequest:
-        full = min(self.input_length // MOONCAKE_BLOCK_TOKENS, len(self.hash_ids))
-        return TracedRequest(
-            self.timestamp / 1000,
-            self.input_length,
-            self.output_length,
-            self.hash_ids,
-            full,
-            MOONCAKE_BLOCK_TOKENS,
-        )
-
-
-class _KeyLogLine(msgspec.Struct):
-    time_s: float
-    num_prompt_tokens: int
-    num_output_tokens: int
-    block_size: int
-    keys: str
-
-    def request(self) -> TracedRequest:
-        raw = bytes.fromhex(self.keys)
-        if self.block_size < 1 or len(raw) % 8:
-            raise ValueError("block_size must be positive, and keys a multiple of 16 hex digits")
-        keys = tuple(np.frombuffer(raw, dtype="<u8").tolist())
-        full = min(self.num_prompt_tokens // self.block_size, len(keys))
-        return TracedRequest(self.time_s, self.num_prompt_tokens, self.num_output_tokens, keys, full, self.block_size)
-
 
 def read_trace(path: Path) -> list[TracedRequest]:
     """All requests of a JSONL file, plain or gzipped, in order of time.
@@ -84,17 +57,17 @@ def read_trace(path: Path) -> list[TracedRequest]:
             line.
         OSError: the file cannot be read.
     """
-    kind: type[_MooncakeLine | _KeyLogLine] = _MooncakeLine
+    kind: type[_MooncakeLine | KeyLogLine] = _MooncakeLine
     requests: list[TracedRequest] = []
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         if not requests:
-            kind = _MooncakeLine if b'"hash_ids"' in line else _KeyLogLine
+            kind = _MooncakeLine if b'"hash_ids"' in line else KeyLogLine
         try:
-            request = msgspec.json.decode(line, type=kind).request()
+            request = _request_of(msgspec.json.decode(line, type=kind))
         except (ValueError, msgspec.DecodeError) as error:
-            if requests and kind is _KeyLogLine and not isinstance(error, msgspec.ValidationError) and _is_torn(line):
+            if requests and kind is KeyLogLine and not isinstance(error, msgspec.ValidationError) and _is_torn(line):
                 logger.warning("%s:%d is incomplete, as a killed server leaves it behind; left out", path.name, number)
                 continue
             raise BenchmarkError(
@@ -111,6 +84,17 @@ def read_trace(path: Path) -> list[TracedRequest]:
         raise BenchmarkError(f"{path.name} holds no request")
     requests.sort(key=lambda request: request.time_s)
     return requests
+
+
+def _request_of(line: _MooncakeLine | KeyLogLine) -> TracedRequest:
+    if isinstance(line, _MooncakeLine):
+        full = min(line.input_length // MOONCAKE_BLOCK_TOKENS, len(line.hash_ids))
+        return TracedRequest(
+            line.timestamp / 1000, line.input_length, line.output_length, line.hash_ids, full, MOONCAKE_BLOCK_TOKENS
+        )
+    keys = line.words()
+    full = min(line.num_prompt_tokens // line.block_size, len(keys))
+    return TracedRequest(line.time_s, line.num_prompt_tokens, line.num_output_tokens, keys, full, line.block_size)
 
 
 def _is_torn(line: bytes) -> bool:

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from dynamo.kvcache import KVCache, KVSpec
-from dynamo.kvcache.config import DiskPlace, format_size
+from dynamo.kvcache.config import DiskPlace, check_write_budget, format_size
 from dynamo.kvcache.errors import CacheConfigError
 from dynamo.serve.config import Config
 from dynamo.serve.engine.engine import InferenceEngine, build_model_engine
 from dynamo.serve.engine.loader import DTYPES, load_model
 from dynamo.serve.engine.mocker import MockTimings, build_mock_engine, mock_kv_spec
+from dynamo.serve.engine.model_config import ModelConfig
 from dynamo.serve.engine.request import SamplingDefaults
 from dynamo.serve.engine.scheduler import SchedulerLimits
 from dynamo.serve.engine.tokenizer import Tokenizer
@@ -56,18 +57,18 @@ def build_engine(config: Config, progress: Callable[[float], None]) -> Assembly:
 def _build_model(config: Config, folder: Path, name: str, progress: Callable[[float], None]) -> Assembly:
     device = _device(config.model.device)
     dtype = None if config.model.dtype is None else DTYPES[config.model.dtype]
-    loaded = load_model(folder, device=device, dtype=dtype, progress=progress)
+
+    def check(model: ModelConfig, dtype: torch.dtype, longest: int) -> None:
+        wanted = config.model.max_model_len
+        if wanted is not None and wanted > longest:
+            raise ConfigError(
+                f"--max-model-len {wanted} is more than the model's {longest}; lower it, or leave it auto"
+            )
+        _check_sizes(config, _spec(config, "", model, dtype), _device_bytes(config, device, is_loaded=False))
+
+    loaded = load_model(folder, device=device, dtype=dtype, progress=progress, check=check)
     max_model_len = config.model.max_model_len or loaded.max_model_len
-    if max_model_len > loaded.max_model_len:
-        raise ConfigError(f"--max-model-len {max_model_len} is more than the model's {loaded.max_model_len}")
-    spec = KVSpec(
-        model=f"{loaded.fingerprint}/{loaded.dtype}",
-        num_layers=loaded.config.num_layers,
-        num_kv_heads=loaded.config.num_kv_heads,
-        head_dim=loaded.config.head_dim,
-        dtype=loaded.dtype,
-        block_size=config.cache.block_size,
-    )
+    spec = _spec(config, f"{loaded.fingerprint}/{loaded.dtype}", loaded.config, loaded.dtype)
     limits = _limits(config)
     cache = _open_cache(config, config.cache.disk_cache, spec, device)
     engine = build_model_engine(
@@ -104,9 +105,7 @@ def _build_mocker(config: Config, folder: Path, name: str) -> Assembly:
     limits = _limits(config)
     # In a folder of its own, so that a model's blocks are not given up for simulated ones.
     place = config.cache.disk_cache
-    disk = place and DiskPlace(
-        place.directory / "mocker", place.capacity_bytes, tuple(path / "mocker" for path in place.further)
-    )
+    disk = place and place.below("mocker")
     cache = _open_cache(config, disk, mock_kv_spec(name, config.cache.block_size), torch.device("cpu"))
     max_model_len = config.model.max_model_len or MOCK_MAX_MODEL_LEN
     engine = build_mock_engine(
@@ -131,40 +130,23 @@ def _build_mocker(config: Config, folder: Path, name: str) -> Assembly:
     )
 
 
+def _spec(config: Config, name: str, model: ModelConfig, dtype: torch.dtype) -> KVSpec:
+    return KVSpec(
+        model=name,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=dtype,
+        block_size=config.cache.block_size,
+    )
+
+
 def _open_cache(config: Config, disk: DiskPlace | None, spec: KVSpec, device: torch.device) -> KVCache:
     settings = config.cache
-    device_bytes = settings.device_cache
-    if device_bytes is None:
-        device_bytes = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_DEVICE_CACHE_BYTES
-    slot_bytes = spec.layout.slot_bytes
-    num_blocks = device_bytes // slot_bytes
-    if num_blocks < 2:
-        raise ConfigError(
-            f"--device-cache {format_size(device_bytes)} holds less than two blocks of {format_size(slot_bytes)}; "
-            "give it more"
-        )
-    if 0 < settings.host_cache < slot_bytes:
-        raise ConfigError(
-            f"--host-cache {format_size(settings.host_cache)} holds less than one block of {format_size(slot_bytes)}; "
-            "give it more, or 0 for none"
-        )
-    if disk is not None and disk.capacity_bytes < slot_bytes:
-        raise ConfigError(
-            f"--disk-cache {disk.directory}: {format_size(disk.capacity_bytes)} hold less than one block of "
-            f"{format_size(slot_bytes)}; give it more, or off for none"
-        )
-    largest = settings.host_cache_max
-    if largest is not None and not 0 < settings.host_cache <= largest:
-        raise ConfigError(
-            f"--host-cache-max {format_size(largest)} is not above --host-cache {format_size(settings.host_cache)}, or there "
-            "is no host tier that could grow; give both, or leave --host-cache-max off"
-        )
-    wanted = config.model.max_model_len
-    if wanted is not None and num_blocks * spec.block_size < wanted:
-        raise ConfigError(
-            f"--max-model-len {wanted} does not fit into the device cache, which holds {num_blocks * spec.block_size} "
-            "tokens; raise --device-cache or lower --max-model-len"
-        )
+    device_bytes = _device_bytes(config, device)
+    assert device_bytes is not None, "known once the weights are in their place"
+    num_blocks = device_bytes // spec.layout.slot_bytes
+    _check_sizes(config, spec, device_bytes)
     try:
         return KVCache(
             spec,
@@ -187,6 +169,57 @@ def _open_cache(config: Config, disk: DiskPlace | None, spec: KVSpec, device: to
         ) from error
     except CacheConfigError as error:
         raise ConfigError(f"the cache cannot be made: {error}") from error
+
+
+def _device_bytes(config: Config, device: torch.device, *, is_loaded: bool = True) -> int | None:
+    """Size of the device tier; None where that follows from what the weights leave free and they are not loaded."""
+    if config.cache.device_cache is not None:
+        return config.cache.device_cache
+    if device.type != "cuda":
+        return _CPU_DEVICE_CACHE_BYTES
+    return torch.cuda.mem_get_info(device)[0] // 2 if is_loaded else None
+
+
+def _check_sizes(config: Config, spec: KVSpec, device_bytes: int | None) -> None:
+    """Of the tiers, for blocks of this size.
+
+    Raises:
+        ConfigError: a tier holds too few blocks, or a limit allows none.
+    """
+    settings, slot_bytes = config.cache, spec.layout.slot_bytes
+    if device_bytes is not None:
+        _check_device_cache(config, spec, device_bytes)
+    if 0 < settings.host_cache < slot_bytes:
+        raise ConfigError(
+            f"--host-cache {format_size(settings.host_cache)} holds less than one block of {format_size(slot_bytes)}; "
+            "give it more, or 0 for none"
+        )
+    disk = settings.disk_cache
+    if disk is not None and disk.capacity_bytes // len(disk.directories) < slot_bytes:
+        raise ConfigError(
+            f"--disk-cache {disk}: {format_size(disk.capacity_bytes)} hold less than one "
+            f"block of {format_size(slot_bytes)} in each; give it more, or off for none"
+        )
+    if settings.disk_write_budget is not None:
+        try:
+            check_write_budget(settings.disk_write_budget, slot_bytes)
+        except CacheConfigError as error:
+            raise ConfigError(f"--disk-write-budget: {error}") from error
+
+
+def _check_device_cache(config: Config, spec: KVSpec, device_bytes: int) -> None:
+    slot_bytes, wanted = spec.layout.slot_bytes, config.model.max_model_len
+    num_blocks = device_bytes // slot_bytes
+    if num_blocks < 2:
+        raise ConfigError(
+            f"--device-cache {format_size(device_bytes)} holds less than two blocks of {format_size(slot_bytes)}; "
+            "give it more"
+        )
+    if wanted is not None and num_blocks * spec.block_size < wanted:
+        raise ConfigError(
+            f"--max-model-len {wanted} does not fit into the device cache, which holds {num_blocks * spec.block_size} "
+            "tokens; raise --device-cache or lower --max-model-len"
+        )
 
 
 def _limits(config: Config) -> SchedulerLimits:

@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from dynamo.kvcache.planner import PlannerStats
-from dynamo.kvcache.stats import CacheStats, LatencyCounts, ScrubStats, TierUsage
+from dynamo.kvcache.stats import CacheStats, LatencyCounts, ScrubStats, TierUsage, WriteBudgetStats
 from dynamo.kvcache.window import WindowTier
 
 __all__ = ["CacheCollector"]
@@ -91,6 +91,7 @@ class CacheCollector(Collector):
         yield from _load_decisions(stats.planner)
         yield _by_reason("verify_faults", "Blocks on disk that a check found bad.", stats.verify_faults)
         yield from _scrubbing(stats.scrub)
+        yield from _write_budget(stats.write_budget)
         yield from _latencies(stats)
         yield from _window(stats)
         yield CounterMetricFamily(_PREFIX + "requested_blocks", "Full blocks asked for.", stats.requested_blocks)
@@ -118,6 +119,27 @@ def _scrubbing(scrub: ScrubStats | None) -> Iterator[Metric]:
         _PREFIX + "scrub_round_ratio",
         "How much of the disk tier the present round of the background check has seen.",
         scrub.round_share,
+    )
+
+
+def _write_budget(budget: WriteBudgetStats | None) -> Iterator[Metric]:
+    if budget is None:
+        return
+    for name, text, value in (
+        ("limit_bytes_per_day", "What may be written to the disk tier in a day.", budget.bytes_per_day),
+        ("burst_bytes", "What may be written to the disk tier at once after a pause.", budget.burst_bytes),
+        ("available_bytes", "What may be written to the disk tier now.", budget.available_bytes),
+    ):
+        yield GaugeMetricFamily(f"{_PREFIX}write_budget_{name}", text, value)
+    yield CounterMetricFamily(
+        _PREFIX + "write_budget_written_bytes",
+        "Bytes written to the disk tier against its budget, whole slots.",
+        budget.written_bytes,
+    )
+    yield CounterMetricFamily(
+        _PREFIX + "write_budget_refused_blocks",
+        "Blocks not written to the disk tier because its budget was used up.",
+        budget.refused_blocks,
     )
 
 

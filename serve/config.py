@@ -11,6 +11,7 @@ from typing import Any, Final, get_args, get_type_hints
 
 from dynamo.kvcache.config import DiskPlace
 from dynamo.kvcache.policies import AdmissionName, EvictionName
+from dynamo.serve.consistency import check_consistency
 from dynamo.serve.engine.dtypes import FLOAT_DTYPES
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.fleet_settings import FleetSettings, RouterSettings
@@ -22,11 +23,13 @@ from dynamo.serve.options import (
     default_threads,
     disk_place,
     file_path,
+    header_text,
     number,
     one_of,
     option,
     options_of,
     or_word,
+    positive_size,
     switch,
     text,
 )
@@ -107,14 +110,14 @@ class CacheSettings:
     device_cache: int | None = option(
         None,
         "device tier, such as 64MiB; auto: 256MiB on a CPU, half of the free memory of a GPU",
-        or_word(byte_size, _AUTO),
+        or_word(positive_size, _AUTO),
         metavar="SIZE",
     )
     host_cache: int = option(1 << 30, "host memory tier, such as 1GiB; 0 for none", byte_size, metavar="SIZE")
     host_cache_max: int | None = option(
         None,
         "to what the host tier may be resized while it serves; off: not beyond its size",
-        or_word(byte_size, _OFF),
+        or_word(positive_size, _OFF),
         metavar="SIZE",
     )
     disk_cache: DiskPlace | None = option(  # noqa: RUF009  # a field's declaration, made once
@@ -126,7 +129,7 @@ class CacheSettings:
     disk_write_budget: int | None = option(
         None,
         "most bytes written to the disk tier in a day, such as 500GB; off: no limit",
-        or_word(byte_size, _OFF),
+        or_word(positive_size, _OFF),
         metavar="SIZE",
     )
     eviction: EvictionName = option(  # noqa: RUF009  # a field's declaration, made once
@@ -143,7 +146,7 @@ class CacheSettings:
     )
     io_threads: int = option(8, "threads that read and write the disk tier", number(int, 1, 64), metavar="N")
     load_patience: float | None = option(
-        0.02,
+        0.03,
         "share of the time to compute a prompt that waiting for its blocks may cost; off: wait for all of them",
         or_word(number(float, 0, 10), _OFF),
         metavar="SHARE",
@@ -177,7 +180,7 @@ class ServerSettings:
     api_key: str | None = option(
         None,
         f"key every client must send; {API_KEY_VARIABLE} in the environment keeps it out of ps",
-        text,
+        header_text,
         metavar="KEY",
         secret=True,
     )
@@ -265,7 +268,7 @@ def load_config(file: Path | None, flags: Mapping[str, Any], environ: Mapping[st
         flags: "section.key" to the command line's text, for the flags that were given.
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown, or a value is not accepted.
+        ConfigError: the file cannot be read, a key is unknown, a value is not accepted, or two do not go together.
     """
     given: dict[str, tuple[Any, str]] = {}
     if file is not None:
@@ -280,7 +283,9 @@ def load_config(file: Path | None, flags: Mapping[str, Any], environ: Mapping[st
         values.setdefault(section, {})[name] = _parsed(options[key], value, source)
     config = Config()
     changed = {section: replace(getattr(config, section), **entries) for section, entries in values.items()}
-    return LoadedConfig(replace(config, **changed), {key: source for key, (_, source) in given.items()})
+    loaded = LoadedConfig(replace(config, **changed), {key: source for key, (_, source) in given.items()})
+    check_consistency(loaded.config)
+    return loaded
 
 
 def render_toml(loaded: LoadedConfig) -> str:

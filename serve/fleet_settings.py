@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from dynamo.router.config import AFFINITIES, MODES, Affinity, Mode, RouterConfig
 from dynamo.serve.options import (
@@ -23,7 +24,7 @@ __all__ = ["FleetSettings", "RouterSettings", "router_config"]
 _OFF = "off"
 _AUTO = "auto"
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
-_URL = re.compile(r"https?://[^\s/,]+(/[^\s]*)?")
+_URL = re.compile(r"https?://[^\s/,?#]+(/[^\s?#]*)?")
 
 
 def _parse_worker_id(value: Any) -> str:
@@ -34,9 +35,17 @@ def _parse_worker_id(value: Any) -> str:
 
 
 def _parse_url(value: Any) -> str:
-    if isinstance(value, str) and _URL.fullmatch(value):
+    if isinstance(value, str) and _URL.fullmatch(value) and _has_host_and_port(value):
         return value.rstrip("/")
     raise ValueError("an address such as http://127.0.0.1:8001")
+
+
+def _has_host_and_port(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no port, or no address in brackets
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

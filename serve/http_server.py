@@ -92,6 +92,8 @@ def bind(server: ServerSettings) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"--host {server.host}: {error.strerror or error}") from error
+    except UnicodeError as error:  # of the encoding of host names
+        raise ConfigError(f"--host {server.host!r} is no address and no host name: {error}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

@@ -34,14 +34,13 @@ from typing import Self
 import aiofiles
 import aiofiles.os
 import msgspec
-import numpy as np
 from aiofiles.threadpool.binary import AsyncFileIO
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from dynamo.kvcache.hashing import BlockKey
 from dynamo.serve.engine.request import FinishedRequest
 from dynamo.serve.errors import ConfigError
+from dynamo.serve.key_log_line import KeyLogLine, key_digits
 
 __all__ = ["KeyLog", "check_key_log"]
 
@@ -52,15 +51,6 @@ _MAX_QUEUED_REQUESTS = 4096
 _MAX_QUEUED_BLOCKS = 1 << 20  # some 50 MB of keys
 _REQUESTS_PER_WRITE = 64
 _CLOSE_TIMEOUT_S = 10.0
-
-
-class _Line(msgspec.Struct):
-    time_s: float
-    num_prompt_tokens: int
-    num_output_tokens: int
-    cached_tokens: int
-    block_size: int
-    keys: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,17 +251,13 @@ def _render(entries: Sequence[_Entry], block_size: int) -> bytes:
     lines = bytearray()
     for entry in entries:
         request = entry.request
-        line = _Line(
+        line = KeyLogLine(
             time_s=entry.time_s,
             num_prompt_tokens=request.num_prompt_tokens,
             num_output_tokens=request.num_output_tokens,
             cached_tokens=request.num_cached_tokens,
             block_size=block_size,
-            keys=_lo_halves(request.block_keys).hex(),
+            keys=key_digits(request.block_keys),
         )
         lines += encoder.encode(line) + b"\n"
     return bytes(lines)
-
-
-def _lo_halves(keys: Sequence[BlockKey]) -> bytes:
-    return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 16)[:, :8].tobytes()

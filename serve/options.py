@@ -21,17 +21,19 @@ __all__ = [
     "event_source",
     "file_path",
     "folder_path",
+    "header_text",
     "number",
     "one_of",
     "option",
     "options_of",
     "or_word",
+    "positive_size",
     "several",
     "switch",
     "text",
 ]
 
-_ENDPOINT = re.compile(r"tcp://[^\s,]+:\d{1,5}|ipc://[^\s,]+")
+_ENDPOINT = re.compile(r"tcp://[^\s,]+:([0-9]{1,5})|ipc://[^\s,]+")
 
 
 def _as_it_is(value: Any) -> Any:
@@ -121,13 +123,23 @@ def several(notation: Notation) -> Notation:
 
 
 def _parse_text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError("text that is not empty")
     return value
 
 
 text = Notation(_parse_text)
 """Any text that is not empty."""
+
+
+def _parse_header_text(value: Any) -> str:
+    if not isinstance(value, str) or not value or value != value.strip() or not value.isprintable():
+        raise ValueError("text without blanks at its ends, line breaks and the like: a client sends it in a header")
+    return value
+
+
+header_text = Notation(_parse_header_text)
+"""Text that a client can send as the value of an HTTP header."""
 
 
 def number(kind: type[int] | type[float], low: float, high: float) -> Notation:
@@ -159,14 +171,17 @@ def one_of(*words: str) -> Notation:
     return Notation(parse)
 
 
-def _parse_bytes(value: Any) -> int:
-    accepted = "a size such as 64MiB, 1GiB, 512MB or a number of bytes"
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(accepted)
-    try:
-        return parse_size(value)
-    except ValueError:
-        raise ValueError(accepted) from None
+def _sizes(accepted: str, low: int) -> Notation:
+    def parse(value: Any) -> int:
+        try:
+            size = parse_size(value)
+        except ValueError:
+            raise ValueError(accepted) from None
+        if size < low:
+            raise ValueError(accepted)
+        return size
+
+    return Notation(parse, _render_bytes)
 
 
 def _render_bytes(num_bytes: int) -> str:
@@ -186,27 +201,34 @@ def _parse_switch(value: Any) -> bool:
 switch = Notation(_parse_switch)
 """Off or on: a flag without a value, true or false in TOML."""
 
-byte_size = Notation(_parse_bytes, _render_bytes)
+byte_size = _sizes("a size such as 64MiB, 1.5GiB, 512MB or a number of bytes, less than 8EiB", 0)
 """Bytes of "64MiB", "1.5GB" or a plain number of bytes."""
+
+positive_size = _sizes("a size above 0 such as 64MiB, 1.5GiB, 512MB or a number of bytes, less than 8EiB", 1)
+"""The same where nothing would be a mistake."""
+
+
+def _parse_path(value: Any, accepted: str) -> Path:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError(accepted)
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # no such user
+        raise ValueError(f"{accepted}; ~NAME is the folder of a user of this machine") from None
 
 
 def _parse_file(value: Any) -> Path:
-    if not isinstance(value, str) or not value or value.endswith("/"):
+    path = _parse_path(value, "the path of a file")
+    if value.endswith("/"):
         raise ValueError("the path of a file")
-    return Path(value).expanduser()
+    return path
 
 
 file_path = Notation(_parse_file, str)
 """A file, which need not exist."""
 
 
-def _parse_folder(value: Any) -> Path:
-    if not isinstance(value, str) or not value:
-        raise ValueError("the path of a folder")
-    return Path(value).expanduser()
-
-
-folder_path = Notation(_parse_folder, str)
+folder_path = Notation(lambda value: _parse_path(value, "the path of a folder"), str)
 """A folder, which need not exist."""
 
 
@@ -227,9 +249,14 @@ def _parse_event_source(value: Any) -> EventSource | None:
     if value == "off":
         return None
     parts = value.split(",") if isinstance(value, str) else []
-    if not 1 <= len(parts) <= 2 or not all(_ENDPOINT.fullmatch(part) for part in parts):
+    if not 1 <= len(parts) <= 2 or not all(_is_endpoint(part) for part in parts):
         raise ValueError("tcp://HOST:PORT or ipc://PATH, the same again after a comma for its replay socket, or off")
     return EventSource(parts[0], parts[1] if len(parts) == 2 else None)
+
+
+def _is_endpoint(value: str) -> bool:
+    match = _ENDPOINT.fullmatch(value)
+    return match is not None and (match[1] is None or 0 < int(match[1]) < 65536)
 
 
 def _render_event_source(source: EventSource | None) -> str:
@@ -243,7 +270,7 @@ event_source = Notation(_parse_event_source, _render_event_source)
 
 
 def _parse_disk_place(value: Any) -> DiskPlace:
-    accepted = "PATH:SIZE such as /mnt/nvme/kv:200GiB, or PATH,PATH:SIZE"
+    accepted = "PATH:SIZE such as /mnt/nvme/kv:200GiB, or PATH,PATH:SIZE; each path once, and a size above 0"
     if not isinstance(value, str):
         raise ValueError(accepted)
     try:
@@ -267,7 +294,7 @@ def default_disk_place() -> DiskPlace | None:
     if existing is None:
         return None
     capacity = min(4 << 30, shutil.disk_usage(existing).free // 10 >> 20 << 20)
-    return DiskPlace(root / "dynamo" / "kv", capacity) if capacity >= 64 << 20 else None
+    return DiskPlace((root / "dynamo" / "kv",), capacity) if capacity >= 64 << 20 else None
 
 
 def default_threads() -> int:

@@ -77,6 +77,8 @@ def check_role(role: Role, loaded: LoadedConfig) -> None:
             # What the command line gave has its flag as its source.
             if key not in taken and entry.flag is not None and loaded.sources.get(key) == entry.flag:
                 raise ConfigError(f"{entry.flag} means nothing to {whom}; {_way_out(key, role)}")
+            if section == "mocker" and config.engine.engine != "mocker" and loaded.sources.get(key) == entry.flag:
+                raise ConfigError(f"{entry.flag} means nothing to a model; add --engine mocker, or leave it out")
     _check_fleet(role, config)
 
 

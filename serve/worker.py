@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from dynamo.kvcache.config import DiskPlace
 from dynamo.kvcache.event_publisher import EventPublisher
 from dynamo.serve.config import Config
 from dynamo.serve.discovery import Discovery, FolderDiscovery, Registration
@@ -73,10 +72,7 @@ def _own_places(config: Config, worker_id: str) -> Config:
     """The settings with files of this worker's own, as several workers are given the same ones."""
     place, key_log = config.cache.disk_cache, config.server.key_log
     if place is not None:
-        own = DiskPlace(
-            place.directory / worker_id, place.capacity_bytes, tuple(path / worker_id for path in place.further)
-        )
-        config = replace(config, cache=replace(config.cache, disk_cache=own))
+        config = replace(config, cache=replace(config.cache, disk_cache=place.below(worker_id)))
     if key_log is not None:
         config = replace(
             config, server=replace(config.server, key_log=key_log.with_name(f"{key_log.name}.{worker_id}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
+from dynamo.tiers.disk_space import disk_space
 from dynamo.tiers.errors import TierConfigError, TierUnavailableError
 from dynamo.tiers.file_io import SlotIO, check_aligned
 from dynamo.tiers.journal import Journal
@@ -23,7 +25,7 @@ from dynamo.tiers.stats import TierRecorder, TierStats
 from dynamo.tiers.stripe import FaultReport, Generations, IOTarget
 from dynamo.tiers.stripe_set import StripePlan, StripeSet
 from dynamo.tiers.tier import Outcomes
-from dynamo.tiers.write_budget import WriteBudget
+from dynamo.tiers.write_budget import WriteBudget, WriteBudgetStats, least_bytes_per_day
 
 if TYPE_CHECKING:  # these load torch, which the rest of the tier does without
     import torch
@@ -124,7 +126,8 @@ class DiskTier:
             new_io: makes the I/O back-end of a directory, given the number of threads.
 
         Raises:
-            TierConfigError: the capacity does not hold one block in each directory, or a directory is given twice.
+            TierConfigError: the capacity does not hold one block in each directory, a directory is given twice, or the write
+                budget lets no block be written.
             TierBusyError: another process uses a folder.
             TierUnavailableError: a folder cannot be created, read or written, or is not this tier's; go on without a disk
                 tier.
@@ -138,6 +141,11 @@ class DiskTier:
                 f"{layout.slot_bytes} bytes in each; give it more"
                 if len(directories) > 1
                 else f"a disk capacity of {capacity_bytes} bytes holds no block of {layout.slot_bytes} bytes; give it more"
+            )
+        if write_bytes_per_day is not None and write_bytes_per_day < least_bytes_per_day(layout.slot_bytes):
+            raise TierConfigError(
+                f"a write budget of {write_bytes_per_day} bytes a day lets no block of {layout.slot_bytes} bytes be written; "
+                f"give at least {least_bytes_per_day(layout.slot_bytes)}"
             )
         recorder = TierRecorder(layout.block_bytes)
         report = _reporter(recorder, directories)
@@ -155,9 +163,11 @@ class DiskTier:
         except OSError as error:
             where = error.filename or ", ".join(str(directory) for directory in directories)
             raise TierUnavailableError(
-                f"the disk tier's folder {where} cannot be used: {error}; check that this user may write there",
+                f"the disk tier cannot use {where}: {error.strerror or error}; check that this user may write there, and that "
+                "nobody else changed its files",
                 path=Path(str(error.filename or directories[0])),
             ) from error
+        _warn_of_shortage(directories, capacity_bytes)
         budget = None
         if write_bytes_per_day is not None:
             budget = WriteBudget(write_bytes_per_day, stripes.stripes[0].namespace.budget_path)
@@ -247,6 +257,19 @@ class DiskTier:
         self._check(slots, rows, row_ids)
         return self._write(slots, IOTarget(rows), row_ids)
 
+    def affordable(self, num_blocks: int) -> int:
+        """How many of so many blocks the write budget allows now; counts the others as refused.
+
+        For a writer that gives other blocks up to make room, and should not for writes that will be refused.
+        """
+        budget = self.write_budget
+        if budget is None:
+            return num_blocks
+        allowed = min(num_blocks, budget.available_bytes // self.layout.slot_bytes)
+        if allowed < num_blocks:
+            self._report("write_budget", num_blocks - allowed, "")
+        return allowed
+
     def prove_gds(self, device: torch.device, kvikio: Kvikio | None = None) -> list[GdsProof]:
         """Tries GPUDirect Storage between `device` and every directory; where all prove it, `has_device_io` is true from now.
 
@@ -333,11 +356,27 @@ class DiskTier:
             if num_slots < self._num_slots:
                 self._num_slots = num_slots
             self._stripes.resize(num_slots)
-            self._num_slots = num_slots
+            grows, self._num_slots = num_slots > self._num_slots, num_slots
+        if grows:
+            directories = [stripe.namespace.directory for stripe in self._stripes.stripes]
+            _warn_of_shortage(directories, num_slots * self.layout.slot_bytes)
 
     def stats(self) -> TierStats:
         """Counters; `path` is "O_DIRECT", "buffered" or "unavailable", the worst of all directories."""
         return self._recorder.snapshot(self.name, self._num_slots, self._stripes.path)
+
+    def budget_stats(self) -> WriteBudgetStats | None:
+        """What was written against the write budget, and refused because of it; None without one."""
+        budget, stats = self.write_budget, self.stats()
+        if budget is None:
+            return None
+        return WriteBudgetStats(
+            bytes_per_day=budget.bytes_per_day,
+            burst_bytes=int(budget.burst_bytes),
+            available_bytes=max(0, budget.available_bytes),
+            written_bytes=stats.write.blocks * self.layout.slot_bytes,
+            refused_blocks=stats.faults.get("write_budget", 0),
+        )
 
     def close(self) -> None:
         """Waits up to 30 s for calls in progress, closes the index and gives the locks back. Idempotent."""
@@ -377,9 +416,29 @@ class DiskTier:
 def _check_directories(directories: Sequence[Path]) -> None:
     if not directories:
         raise TierConfigError("a disk tier needs at least one directory")
+    real = [os.path.realpath(directory) for directory in directories]
     for i, directory in enumerate(directories):
-        if directory.absolute() in [other.absolute() for other in directories[:i]]:
-            raise TierConfigError(f"the disk tier's directory {directory} is given twice; give each once")
+        if real[i] in real[:i]:
+            other = directories[real.index(real[i])]
+            same = "" if other == directory else f", which is {other},"
+            raise TierConfigError(f"the disk tier's directory {directory}{same} is given twice; give each once")
+
+
+def _warn_of_shortage(directories: Sequence[Path], capacity_bytes: int) -> None:
+    """No error: space may be freed, and until then the tier makes do with what there is."""
+    try:
+        spaces = disk_space(directories, capacity_bytes)
+    except OSError as error:
+        logger.warning("disk tier %s: free space is not known: %s", ", ".join(map(str, directories)), error)
+        return
+    for space in spaces:
+        if space.missing_bytes:
+            logger.warning(
+                "disk tier %s: may take %s bytes, but the file system has %s bytes free, beside %s that KV blocks hold "
+                "already: %s too few. Once it is full, blocks are not kept: free space there, or make the disk tier smaller",
+                ", ".join(str(directory) for directory in space.directories),
+                *(f"{n:,}" for n in (space.wanted_bytes, space.free_bytes, space.held_bytes, space.missing_bytes)),
+            )
 
 
 def _reporter(recorder: TierRecorder, directories: Sequence[Path]) -> FaultReport:

@@ -23,6 +23,7 @@ import numpy as np
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds
 from dynamo.tiers.layout import SLOT_ALIGNMENT_BYTES
+from dynamo.tiers.plain_file import open_plain
 from dynamo.tiers.tier import Outcomes
 
 if TYPE_CHECKING:
@@ -84,10 +85,7 @@ class BlockFile:
         """
         self.path = path
         self.is_direct = _can_use_direct(path.parent)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        if self.is_direct:
-            flags |= os.O_DIRECT
-        self.fd = os.open(path, flags, 0o600)
+        self.fd = open_plain(path, os.O_RDWR | os.O_CREAT | (os.O_DIRECT if self.is_direct else 0))
         self._lock = Lock()
 
     @classmethod
@@ -99,14 +97,13 @@ class BlockFile:
         """
         file = cls.__new__(cls)
         file.path = path
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            file.fd = os.open(path, flags | os.O_DIRECT)
+            file.fd = open_plain(path, os.O_RDONLY | os.O_DIRECT)
             file.is_direct = True
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            file.fd = os.open(path, flags)
+            file.fd = open_plain(path, os.O_RDONLY)
             file.is_direct = False
         file._lock = Lock()
         return file

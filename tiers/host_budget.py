@@ -7,6 +7,9 @@
 
 A reservation counts while its file is locked. The kernel lets go of the lock when the last process that holds the
 arena's memory is gone, however it ended, so nothing stale is ever left behind. Each user has a budget of their own.
+
+Who cannot count gets nothing: when the lock stays taken, by a process that was stopped with it, nothing is reserved or grown.
+Only where there is no place for reservations at all do processes go on without a budget, which the log says.
 """
 
 import contextlib
@@ -35,6 +38,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _SUFFIX = ".reservation"
 _LOCK_TIMEOUT_S = 10.0
 _LOCK_POLL_S = 0.005
+_PID_DIGITS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +70,29 @@ class Reservation:
         """Makes it larger or smaller.
 
         Raises:
-            TierMemoryError: there is not so much left; the reservation stays as it was.
+            TierMemoryError: there is not so much left, or nobody can tell now; the reservation stays as it was.
         """
-        fd = self._fd
-        try:
-            if fd is not None:
+        if self._fd is not None and self._path is not None:
+            try:
                 with self._budget.locked():
                     if num_bytes > self.num_bytes:
                         self._budget.check(num_bytes, self._purpose, own=self._path)
-                    _write(fd, num_bytes, self._purpose)
-        except OSError as error:
-            logger.warning("other processes do not see that %s takes %d bytes now: %s", self._purpose, num_bytes, error)
+                    self._fd = _kept(self._fd, self._path)
+                    _write(self._fd, num_bytes, self._purpose)
+            except OSError as error:
+                if num_bytes > self.num_bytes:
+                    raise TierMemoryError(
+                        f"{self._purpose} cannot grow from {_gib(self.num_bytes)} to {_gib(num_bytes)}: how much KV caches "
+                        f"take on this machine cannot be counted now ({error}); try again when that has changed",
+                        needed_bytes=num_bytes,
+                        available_bytes=None,
+                    ) from error
+                logger.warning(
+                    "other processes do not see yet that %s takes only %s now: %s",
+                    self._purpose,
+                    _gib(num_bytes),
+                    error,
+                )
         self.num_bytes = num_bytes
 
     def close(self) -> None:
@@ -91,13 +107,16 @@ class Reservation:
 class HostBudget:
     """What all arenas of one user's processes on this machine may take together."""
 
-    def __init__(self, folder: Path | None = None, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self, folder: Path | None = None, limit_bytes: int | None = None, *, lock_timeout_s: float = _LOCK_TIMEOUT_S
+    ) -> None:
         """Describes the budget; nothing is opened yet.
 
         Args:
             folder: where reservations are kept, in memory as a rule; the same for all processes.
             limit_bytes: the most that all of them may take; by default 80 % of the machine's memory or of this process's
                 cgroup limit, whichever is smaller.
+            lock_timeout_s: how long to wait for another process that counts, which takes it less than a millisecond.
 
         Raises:
             TierConfigError: the limit is not positive.
@@ -106,6 +125,7 @@ class HostBudget:
             raise TierConfigError(f"a host memory budget of {limit_bytes} bytes holds nothing; give it more")
         self.folder = folder or _SHARED_MEMORY / f"dynamo-kv-{os.getuid()}"
         self._limit_bytes = limit_bytes
+        self._lock_timeout_s = lock_timeout_s
 
     @property
     def limit_bytes(self) -> int | None:
@@ -122,15 +142,22 @@ class HostBudget:
         caller goes on unbudgeted.
 
         Raises:
-            TierMemoryError: it does not fit; the message says who holds what.
+            TierMemoryError: it does not fit, and the message says who holds what; or that cannot be told, since a process
+                keeps the others from counting.
         """
         try:
             with self.locked():
                 self.check(num_bytes, purpose)
                 path = self.folder / f"{secrets.token_hex(8)}{_SUFFIX}"
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fd = _make(path)
                 _write(fd, num_bytes, purpose)
+        except TimeoutError as error:
+            raise TierMemoryError(
+                f"{purpose} needs {_gib(num_bytes)}, and how much KV caches take on this machine cannot be counted now: "
+                f"{error}",
+                needed_bytes=num_bytes,
+                available_bytes=None,
+            ) from error
         except OSError as error:
             logger.warning(
                 "host memory is not shared out with other processes: %s; make %s a folder of this user's own",
@@ -178,16 +205,22 @@ class HostBudget:
         """Keeps other processes and threads from counting or reserving.
 
         Raises:
-            OSError: the folder cannot be used, or another process holds the lock for longer than 10 s.
+            TimeoutError: another process holds the lock for longer than `lock_timeout_s`.
+            OSError: the folder cannot be used.
         """
         self._make_folder()
         fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            deadline = time.monotonic() + _LOCK_TIMEOUT_S
+            deadline = time.monotonic() + self._lock_timeout_s
             while not _try_lock(fd):
                 if time.monotonic() >= deadline:
-                    raise TimeoutError(f"{self.folder / 'lock'} is held for longer than {_LOCK_TIMEOUT_S:g} s")
+                    holder = os.pread(fd, _PID_DIGITS, 0).decode(errors="replace").strip() or "unknown"
+                    raise TimeoutError(
+                        f"process {holder} has held {self.folder / 'lock'} for longer than {self._lock_timeout_s:g} s; "
+                        "continue or end that process"
+                    )
                 time.sleep(_LOCK_POLL_S)
+            os.pwrite(fd, str(os.getpid()).encode().ljust(_PID_DIGITS), 0)
             yield
         finally:
             os.close(fd)
@@ -224,6 +257,27 @@ def _try_lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _make(path: Path) -> int:
+    """A new, locked file."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        path.unlink()
+        os.close(fd)
+        raise
+    return fd
+
+
+def _kept(fd: int, path: Path) -> int:
+    """`fd`, or a new descriptor in its place when its file was deleted, as a session's end may clean up shared memory."""
+    if os.fstat(fd).st_nlink:
+        return fd
+    made = _make(path)
+    os.close(fd)
+    return made
 
 
 def _write(fd: int, num_bytes: int, purpose: str) -> None:

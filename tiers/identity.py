@@ -19,6 +19,7 @@ import xxhash
 
 from dynamo.tiers.errors import TierUnavailableError
 from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.plain_file import open_plain
 
 __all__ = ["IDENTITY_NAME", "StripeIdentity", "StripeState", "judge_stripes", "read_identity", "write_identity"]
 
@@ -83,9 +84,13 @@ def read_identity(path: Path) -> StripeState:
         OSError: it cannot be read.
     """
     try:
-        data = path.read_bytes()[: 2 * _BYTES]
+        fd = open_plain(path, os.O_RDONLY)
     except FileNotFoundError:
         return StripeState(False, None)
+    try:
+        data = os.pread(fd, 2 * _BYTES, 0)
+    finally:
+        os.close(fd)
     if data[:8] != _MAGIC:
         raise TierUnavailableError(
             f"{path.parent} belongs to another program: {path.name} begins with {data[:8]!r}; "

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from dynamo.kernels.checks import SlotIds, check_ids
 from dynamo.tiers.errors import JournalFormatError, TierClosedError
 from dynamo.tiers.name_table import Names
+from dynamo.tiers.plain_file import open_plain
 from dynamo.tiers.records import (
     DROP,
     HEADER_BYTES,
@@ -329,7 +330,7 @@ class Journal:
             _sync_directory(self.path.parent)
 
     def _load(self) -> None:
-        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = open_plain(self.path, os.O_RDWR)
         try:
             header = Header.from_bytes(os.pread(fd, HEADER_BYTES, 0), self._fingerprint, self.path)
             self._check_length(fd, header)
@@ -349,6 +350,11 @@ class Journal:
         if good.size:
             self._next_sequence = int(good["sequence"].max()) + 1
         self._adopt(header, live, records.size)
+        if not is_here.all():  # or they would be missed, or read as damaged, when the tier is made larger again
+            try:
+                self._rewrite(live)
+            except OSError as error:
+                self._log_failure(error)
         self._compact()
 
     def _check_length(self, fd: int, header: Header) -> None:

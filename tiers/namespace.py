@@ -20,8 +20,19 @@ from pathlib import Path
 
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
 from dynamo.tiers.identity import IDENTITY_NAME, read_identity
+from dynamo.tiers.plain_file import open_plain
 
-__all__ = ["BLOCKS_NAME", "JOURNAL_NAME", "LOCK_NAME", "Namespace", "find_namespaces", "namespace_folder"]
+__all__ = [
+    "BLOCKS_NAME",
+    "JOURNAL_NAME",
+    "LOCK_NAME",
+    "Namespace",
+    "find_namespaces",
+    "find_unusable",
+    "held_bytes",
+    "is_namespace_name",
+    "namespace_folder",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -149,20 +160,56 @@ def find_namespaces(directory: Path) -> list[Path]:
     Raises:
         OSError: the directory cannot be listed.
     """
-    return sorted(entry for entry in directory.iterdir() if _NAME.fullmatch(entry.name) and _is_ours(entry))
+    return [entry for entry in _named_like_ours(directory) if _why_not_ours(entry) is None]
 
 
-def _is_ours(folder: Path) -> bool:
+def find_unusable(directory: Path) -> list[tuple[Path, str]]:
+    """Folders that are called like those of disk tiers and that none can use, and why; in order of their names.
+
+    Raises:
+        OSError: the directory cannot be listed.
+    """
+    found = ((entry, _why_not_ours(entry)) for entry in _named_like_ours(directory))
+    return [(entry, why) for entry, why in found if why is not None]
+
+
+def is_namespace_name(name: str) -> bool:
+    """Whether a folder of this name may be one model's."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _named_like_ours(directory: Path) -> list[Path]:
+    return sorted(entry for entry in directory.iterdir() if is_namespace_name(entry.name) and entry.is_dir())
+
+
+def held_bytes(directory: Path) -> int:
+    """Bytes on disk of all disk tiers in `directory`.
+
+    Raises:
+        OSError: the directory cannot be listed.
+    """
+    return sum(_size(folder) for folder in find_namespaces(directory))
+
+
+def _why_not_ours(folder: Path) -> str | None:
+    """What is wrong with a folder that looks like ours; None for nothing, to the last file."""
     try:
         if folder.is_symlink():
-            return False
+            return f"{folder} is a link; a disk tier's own folder must not be"
         names = {entry.name for entry in folder.iterdir()}
-        if not (names <= set(_OWN_FILES) and {LOCK_NAME, IDENTITY_NAME} <= names):
-            return False
+        if strange := sorted(names - set(_OWN_FILES)):
+            return f"{folder / strange[0]} is no file of a disk tier; move it away"
+        if missing := sorted({LOCK_NAME, IDENTITY_NAME} - names):
+            return f"{folder / missing[0]} is missing; delete the folder, or let a disk tier start empty there"
+        for name in sorted(names):
+            if not stat.S_ISREG((folder / name).lstat().st_mode):
+                return f"{folder / name} is no plain file; delete it, and the blocks it stood for are computed again"
         read_identity(folder / IDENTITY_NAME)
-        return all(stat.S_ISREG((folder / name).lstat().st_mode) for name in names)
-    except (OSError, TierUnavailableError):
-        return False
+    except TierUnavailableError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename or folder} cannot be used: {error.strerror or error}"
+    return None
 
 
 def _check_is_ours_or_empty(folder: Path) -> None:
@@ -214,7 +261,7 @@ def _remove(folder: Path) -> bool:
 def _lock(path: Path) -> int:
     """Locks `path` for this descriptor and writes the process id into it."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = open_plain(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -114,6 +114,10 @@ class Header:
         Raises:
             JournalFormatError: it does not, or is no header at all; the message says which.
         """
+        if len(data) < HEADER_BYTES and data[:8] == _MAGIC[: len(data[:8])]:
+            raise JournalFormatError(
+                f"{path} is cut short: {len(data)} of its first {HEADER_BYTES} bytes are left", path=path
+            )
         if len(data) < HEADER_BYTES or data[:8] != _MAGIC:
             raise JournalFormatError(f"{path} is not an index of KV blocks (it begins with {data[:8]!r})", path=path)
         _, version, record_bytes, found, num_slots, salt, _ = _HEADER.unpack(data[: _HEADER.size])

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from dynamo.kernels.checks import SlotIds
 from dynamo.tiers.name_table import Names, name_words
+from dynamo.tiers.plain_file import open_plain
 from dynamo.tiers.records import (
     HEADER_BYTES,
     RECORD,
@@ -112,7 +113,7 @@ def scan_index(path: Path) -> IndexScan:
         JournalFormatError: the file is foreign, another version's, or its header is damaged.
         OSError: it cannot be read.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = open_plain(path, os.O_RDONLY)
     try:
         header = Header.from_bytes(os.pread(fd, HEADER_BYTES, 0), None, path)
         records = read_records(fd)

@@ -15,7 +15,15 @@ from dynamo.tiers.errors import JournalFormatError, TierBusyError, TierUnavailab
 from dynamo.tiers.file_io import BlockFile, FileIO
 from dynamo.tiers.identity import IDENTITY_NAME, StripeIdentity, read_identity
 from dynamo.tiers.name_table import name_words
-from dynamo.tiers.namespace import BLOCKS_NAME, JOURNAL_NAME, LOCK_NAME, find_namespaces
+from dynamo.tiers.namespace import (
+    BLOCKS_NAME,
+    JOURNAL_NAME,
+    LOCK_NAME,
+    find_namespaces,
+    find_unusable,
+    is_namespace_name,
+)
+from dynamo.tiers.plain_file import open_plain
 from dynamo.tiers.recovered import RecoveredBlocks, scan_index
 from dynamo.tiers.slot_digests import match_digests
 from dynamo.tiers.tier import Outcomes, Rows, SlotIds
@@ -59,7 +67,8 @@ def verify_directories(
 ) -> list[NamespaceReport]:
     """Checks all models in a disk tier's directory, or directories in their order; changes nothing.
 
-    A single folder of one model may be given as well. Models in use by a process are refused as a whole.
+    A single folder of one model may be given as well. Models in use by a process are refused as a whole. A folder that is
+    called like a model's and is none is a problem, too: the tier of that model could not use it.
 
     Args:
         directories: as given to the tier.
@@ -76,15 +85,17 @@ def verify_directories(
     try:
         if not first.is_dir():
             raise TierUnavailableError(f"{first} is no directory; give the directory of a disk tier", path=first)
-        is_single = (first / IDENTITY_NAME).exists()
-        folders = [first] if is_single else find_namespaces(first)
-        reports = []
-        for folder in folders:
-            others = directories[1:] if is_single else [directory / folder.name for directory in directories[1:]]
-            reports.append(_verify_namespace([folder, *others], on_progress))
+        if (first / IDENTITY_NAME).exists() or (is_namespace_name(first.name) and not find_namespaces(first)):
+            return [_verify_namespace(directories, on_progress)]
+        reports = [
+            _verify_namespace([directory / folder.name for directory in directories], on_progress)
+            for folder in find_namespaces(first)
+        ]
+        reports += [NamespaceReport(folder, problems=(why,)) for folder, why in find_unusable(first)]
     except OSError as error:
-        raise TierUnavailableError(f"{first} cannot be checked: {error}", path=first) from error
-    return reports
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise TierUnavailableError(f"{first} cannot be checked: {what}", path=first) from error
+    return sorted(reports, key=lambda report: report.folder.name)
 
 
 def _verify_namespace(folders: Sequence[Path], on_progress: Callable[[int, int], None] | None) -> NamespaceReport:
@@ -125,7 +136,7 @@ def _misfit(folders: Sequence[Path], identities: Sequence[StripeIdentity | None]
     """Why these folders are not the directories of one tier in their order, if so."""
     first = identities[0]
     if first is None:
-        return f"{folders[0] / IDENTITY_NAME} is damaged; the tier starts empty there"
+        return f"{folders[0] / IDENTITY_NAME} is missing or damaged; the tier starts empty there"
     if first.index:
         return f"{folders[0]} is directory {first.index + 1} of {first.count}; give all of them, in their order"
     if first.count != len(folders):
@@ -199,7 +210,7 @@ class _BlockCheck:
 @contextlib.contextmanager
 def _shared_lock(path: Path) -> Iterator[None]:
     """Keeps tiers out while the folder is looked at, and leaves the lock file as it is."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = open_plain(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -5,20 +5,41 @@ import os
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
 import xxhash
 
 from dynamo.tiers.errors import TierConfigError
+from dynamo.tiers.plain_file import open_plain
 
-__all__ = ["WriteBudget"]
+__all__ = ["WriteBudget", "WriteBudgetStats", "least_bytes_per_day"]
 
 _DAY_S = 86_400.0
-_BURST_SHARE = 1 / 24  # of a day's bytes may be written at once: an hour's
+_BURSTS_PER_DAY = 24  # an hour's share may be written at once
 _SAVE_SHARE = 1 / 16  # of a burst; so much is forgotten at most when the process is killed
 _MAGIC = b"DYNKVWB1"
 _BODY = struct.Struct("<8sddQ")  # magic, available bytes, wall-clock time, bytes written ever; the check follows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteBudgetStats:
+    """A tier's budget of writes at one moment.
+
+    Attributes:
+        bytes_per_day: what may be written in a day.
+        burst_bytes: what may be written at once after a pause.
+        available_bytes: what may be written now.
+        written_bytes: what was written since the tier was opened, whole slots.
+        refused_blocks: blocks that were not written because nothing was left, since the tier was opened.
+    """
+
+    bytes_per_day: int
+    burst_bytes: int
+    available_bytes: int
+    written_bytes: int
+    refused_blocks: int
 
 
 class WriteBudget:
@@ -45,7 +66,7 @@ class WriteBudget:
         if bytes_per_day <= 0:
             raise TierConfigError(f"a write budget of {bytes_per_day} bytes a day lets nothing be written; give more")
         self.bytes_per_day = bytes_per_day
-        self.burst_bytes = bytes_per_day * _BURST_SHARE
+        self.burst_bytes = bytes_per_day / _BURSTS_PER_DAY
         self._path = path
         self._clock, self._wall_clock = clock, wall_clock
         self._lock = Lock()
@@ -101,7 +122,11 @@ class WriteBudget:
 
     def _load(self, path: Path) -> None:
         try:
-            data = path.read_bytes()
+            fd = open_plain(path, os.O_RDONLY)
+            try:
+                data = os.pread(fd, 2 * _BODY.size, 0)
+            finally:
+                os.close(fd)
         except OSError:
             return
         if len(data) != _BODY.size + 8 or data[_BODY.size :] != _check(data[: _BODY.size]):
@@ -119,11 +144,16 @@ class WriteBudget:
         self._unsaved_bytes = 0
         body = _BODY.pack(_MAGIC, self._available_bytes, self._wall_clock(), max(0, self._written_bytes))
         with contextlib.suppress(OSError):  # a disk that cannot keep this keeps no blocks either
-            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = open_plain(self._path, os.O_WRONLY | os.O_CREAT)
             try:
                 os.pwrite(fd, body + _check(body), 0)
             finally:
                 os.close(fd)
+
+
+def least_bytes_per_day(unit_bytes: int) -> int:
+    """The smallest budget under which one unit may ever be written: what is written at once is only a share of it."""
+    return unit_bytes * _BURSTS_PER_DAY
 
 
 def _check(body: bytes) -> bytes:

@@ -55,12 +55,14 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | None = None,
     progress: Callable[[float], None] | None = None,
+    check: Callable[[ModelConfig, torch.dtype, int], None] | None = None,
 ) -> LoadedModel:
     """Loads the model in `folder` onto `device`.
 
     Args:
         dtype: None takes the checkpoint's, except that float16 becomes float32 on the CPU.
         progress: called with the share of weight bytes loaded, rising from 0 to 1.
+        check: told the model's shape, its dtype and its longest sequence before any weight is read; what it raises ends this.
 
     Raises:
         ModelLoadError: a file is missing, damaged, or asks for something this engine does not serve.
@@ -73,6 +75,8 @@ def load_model(
     config = checkpoint.settle_tying(config)
     stored = checkpoint.stored_dtype() if config.dtype is None else DTYPES[config.dtype]
     dtype = _choose_dtype(dtype, stored, device)
+    if check is not None:
+        check(config, dtype, text.max_model_len)
     try:
         model = CausalLM(config, device=device, dtype=dtype)
     except RuntimeError as e:  # what torch raises, on any device, for memory it cannot get

@@ -135,7 +135,7 @@ def check_full_disk(server) -> None:
     text = served_and_evicted(server)
     assert outcome(server.complete(prompt(1)))[1] == text
     assert sum(value for name, value in faults(server).items() if 'kind="disk_full"' in name) >= 1
-    assert len(server.warnings("disk tier")) == 1
+    assert len(server.warnings("disk tier", "the disk is full; blocks are not kept")) == 1
     assert server.is_healthy()
     assert server.server.stop() == 0
 
@@ -161,7 +161,10 @@ def small_file_system(tmp_path):
 
 
 def test_a_full_disk_is_survived(start, small_file_system):
-    check_full_disk(start(*FLAGS, "--disk-cache", f"{small_file_system}:64MiB"))
+    server = start(*FLAGS, "--disk-cache", f"{small_file_system}:64MiB")
+    check_full_disk(server)
+    assert len(server.warnings("disk tier", "may take 67,108,864 bytes, but the file system has")) == 1
+    assert len(server.warnings("disk tier")) == 2
 
 
 @pytest.fixture

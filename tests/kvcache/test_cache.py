@@ -134,6 +134,8 @@ def test_a_closed_cache_says_so(spec):
         ({"host_max": "1MiB"}, "give a host tier"),
         ({"io_threads": 0}, "io_threads must be at least 1, not 0"),
         ({"load_patience": -0.5}, "load_patience must be .* not -0.5"),
+        ({"load_timeout_s": -1.0}, "load_timeout_s must be seconds from 0 on, not -1.0"),
+        ({"load_timeout_s": float("nan")}, "load_timeout_s must be .* not nan"),
     ],
 )
 def test_wrong_sizes_and_paths_are_named(spec, options, message):

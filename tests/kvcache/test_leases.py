@@ -1,6 +1,7 @@
 """Pins: who ends them, how often, and how much they may hold."""
 
 import gc
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -164,3 +165,20 @@ def test_closing_the_cache_ends_its_pins(make_cache: Callable[..., KVCache], con
     assert not lease.release()
     with pytest.raises(CacheClosedError):
         cache.pin(TOKENS)
+
+
+def test_closing_says_once_how_many_pins_end_with_the_cache(cache: KVCache, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dynamo.kvcache.leases")
+    leases = [cache.pin(TOKENS, name=name) for name in ("tools", "a\nb", "")]
+    cache.pin(TOKENS, name="ended").release()
+    cache.close()
+    cache.close()
+    lines = [record.getMessage() for record in caplog.records if record.name == "dynamo.kvcache.leases"]
+    assert lines == ["the cache is closed with 3 active pins, which end now: 'a\\nb', 'tools'"]
+    assert not any(lease.is_active for lease in leases)
+
+
+def test_closing_without_pins_says_nothing_of_them(cache: KVCache, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dynamo.kvcache.leases")
+    cache.close()
+    assert not [record for record in caplog.records if record.name == "dynamo.kvcache.leases"]

@@ -6,6 +6,7 @@ from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
 
 TOKENS = list(range(33))
+OTHERS = list(range(100, 133))
 TIMEOUT_S = 10.0
 
 
@@ -80,3 +81,26 @@ def test_blocks_whose_write_fails_twice_are_dropped_with_what_follows_them_and_c
     assert cache.stats().dropped_blocks == {"disk_write_failed": 6}
     assert cache.lookup(TOKENS).disk_tokens == 8
     assert cache.stats().tier("disk").num_cached_blocks == 2
+
+
+def test_a_used_up_write_budget_costs_no_block_that_is_on_disk_already(make_cache, content, tmp_path):
+    slot_bytes = content.spec.layout.slot_bytes
+    cache = make_cache(host="1MiB", disk=f"{tmp_path}:{4 * slot_bytes}", disk_write_budget=24 * 4 * slot_bytes)
+    content.run(cache, TOKENS[:17])  # four blocks: as many as the tier has slots, and the hour's share has bytes
+    assert cache.flush()
+    content.run(cache, OTHERS)
+    assert cache.flush()
+    assert cache.lookup(TOKENS).disk_tokens == 16
+    stats = cache.stats()
+    assert stats.dropped_blocks == {"write_budget": 8}
+    budget = stats.write_budget
+    assert budget is not None
+    assert (budget.bytes_per_day, budget.burst_bytes) == (24 * 4 * slot_bytes, 4 * slot_bytes)
+    assert (budget.written_bytes, budget.refused_blocks) == (4 * slot_bytes, 8)
+    assert budget.available_bytes < slot_bytes
+    assert cache.status().write_budget is not None
+
+
+def test_without_a_write_budget_there_is_none_to_tell_of(make_cache, tmp_path):
+    assert make_cache(disk=f"{tmp_path}:1MiB").stats().write_budget is None
+    assert make_cache().stats().write_budget is None

@@ -111,11 +111,11 @@ def test_the_recommendation_is_what_the_server_reads(tmp_path: Path) -> None:
     cache = load_config(file, {}, {}).config.cache
     assert cache.io_threads == 12
     assert cache.disk_cache is not None
-    assert cache.disk_cache.directory == tmp_path / "kv"
+    assert cache.disk_cache.directories == (tmp_path / "kv",)
     assert cache.disk_cache.capacity_bytes >= 1 << 30
     second = disk.recommendation([tmp_path, tmp_path / "."], 4).splitlines()[2]
     assert second.startswith("# or: disk_cache")
-    assert parse_disk_place(second.split('"')[1]).directory == tmp_path / "kv"
+    assert parse_disk_place(second.split('"')[1]).directories == (tmp_path / "kv",)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from dynamo.perf.doctor_findings import Findings
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.report import Report
 from dynamo.serve.config import SECTIONS
+from dynamo.tiers.host_budget import HostBudget
 
 QUIET = Console(file=io.StringIO())
 
@@ -74,6 +75,23 @@ def test_a_capacity_beyond_the_free_space_is_a_problem(tmp_path: Path) -> None:
     report = examine("--disk-cache", f"{tmp_path}:1000000GiB", "--host-cache", "0", "--device", "cpu")
     assert report.exit_status == 1
     assert any(line.startswith("PROBLEM: --disk-cache asks for") for line in report.epilogue)
+
+
+def test_a_budget_that_cannot_be_counted_is_a_problem_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "budget").write_text("somebody's file")
+    monkeypatch.setattr(doctor, "HostBudget", lambda: HostBudget(tmp_path / "budget"))
+    report = examine("--disk-cache", "off", "--host-cache", "1MiB", "--device-cache", "1MiB", "--device", "cpu")
+    assert any("PROBLEM: what KV caches hold of their budget cannot be counted" in line for line in report.epilogue)
+
+
+def test_a_file_in_the_place_of_a_directory_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "kv"):
+        report = examine("--disk-cache", f"{place}:64MiB", "--host-cache", "0", "--device", "cpu")
+        assert f"PROBLEM: {tmp_path / 'file'} is no folder" in "\n".join(report.epilogue)
+        assert report.exit_status == 1
 
 
 def test_user_data_is_left_alone(tmp_path: Path) -> None:

@@ -76,7 +76,17 @@ def test_several_folders_share_the_disk_tier_under_a_write_budget(run: Any, tmp_
         ({"cache__eviction": "lru", "cache__admission": "adaptive"}, ConfigError, "hit_density"),
         ({"model__path": "conf"}, ConfigError, "'conf' is no folder; did you mean 'config'"),
         ({"model__path": "dmeo"}, ConfigError, "'dmeo' is no folder; did you mean 'demo'"),
-        ({"engine__max_batch_tokens": "8"}, ConfigError, "max_batch_tokens"),
+        ({"engine__max_batch_tokens": "8"}, ConfigError, "--max-batch-tokens 8 is less than --max-running 64"),
+        (
+            {"cache__disk_cache": "/nowhere:1GiB", "cache__disk_write_budget": "64KiB"},
+            ConfigError,
+            "--disk-write-budget: 64 KiB a day.* let no block of 32 KiB .* at least 768 KiB",
+        ),
+        (
+            {"cache__disk_cache": "/nowhere,/else:20KiB"},
+            ConfigError,
+            "--disk-cache /nowhere, /else: 20 KiB hold less than one block of .* in each",
+        ),
         ({"model__device": "cuda:99"}, ConfigError, "--device cuda:99"),
         ({"model__device": "cuda:99999999999"}, ConfigError, "--device cuda:99999999999"),
     ],
@@ -84,3 +94,11 @@ def test_several_folders_share_the_disk_tier_under_a_write_budget(run: Any, tmp_
 def test_settings_that_do_not_fit_say_why(flags: dict[str, str], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         build_engine(config_of(**flags), lambda share: None)
+
+
+def test_sizes_that_do_not_fit_are_refused_before_any_weight_is_read() -> None:
+    shares: list[float] = []
+    for flags in ({"cache__device_cache": "4KiB"}, {"model__max_model_len": "16384"}, {"cache__host_cache": "1KiB"}):
+        with pytest.raises(ConfigError):
+            build_engine(config_of(**flags), shares.append)
+    assert shares == []

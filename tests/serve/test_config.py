@@ -112,7 +112,7 @@ def test_the_default_disk_tier_lies_in_the_users_cache_and_leaves_room(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not-yet"))
     disk = load_config(None, {}).config.cache.disk_cache
-    assert disk is None or (disk.directory == tmp_path / "not-yet/dynamo/kv" and disk.capacity_bytes <= 4 << 30)
+    assert disk is None or (disk.directories == (tmp_path / "not-yet/dynamo/kv",) and disk.capacity_bytes <= 4 << 30)
     usage = (100 << 30, 99 << 30, 1 << 30)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": usage[2]}))
     disk = load_config(None, {}).config.cache.disk_cache
@@ -146,12 +146,12 @@ def test_sizes_are_written_as_people_write_them(text: str, size: int) -> None:
 
 def test_every_kind_of_option_is_read_from_the_command_line() -> None:
     config = parse_command_line(
-        ["/models/x", "--disk-cache", "/a:b:10GiB", "--device-cache", "auto", "--speedup", "2.5", "--dtype", "bfloat16"]
+        ["/models/x", "--disk-cache", "/a:b:10GiB", "--device-cache", "auto", "--speedup", "2.5", "--engine", "mocker"]
     ).loaded.config
     assert config.model.path == "/models/x"
     assert config.cache.disk_cache is not None
-    assert (config.cache.disk_cache.directory, config.cache.disk_cache.capacity_bytes) == (Path("/a:b"), 10 << 30)
-    assert (config.cache.device_cache, config.mocker.speedup, config.model.dtype) == (None, 2.5, "bfloat16")
+    assert (config.cache.disk_cache.directories, config.cache.disk_cache.capacity_bytes) == ((Path("/a:b"),), 10 << 30)
+    assert (config.cache.device_cache, config.mocker.speedup, config.engine.engine) == (None, 2.5, "mocker")
     assert parse_command_line(["--disk-cache", "off"]).loaded.config.cache.disk_cache is None
 
 
@@ -165,7 +165,23 @@ def test_every_kind_of_option_is_read_from_the_command_line() -> None:
         ("--disk-cache", "/a,:1GiB", "PATH,PATH:SIZE"),
         ("--eviction", "fifo", "one of hit_density, lru, s3_fifo"),
         ("--admission", "never", "one of always, second_sighting, adaptive"),
-        ("--disk-write-budget", "much", "a size such as"),
+        ("--disk-cache", "/tmp:0", "a size above 0"),
+        ("--disk-cache", "/tmp:10%", "PATH:SIZE"),
+        ("--disk-cache", "/a,/a/:1GiB", "each path once"),
+        ("--disk-cache", "~nobody-of-that-name/kv:1GiB", "PATH:SIZE"),
+        ("--key-log", "~nobody-of-that-name/keys", "~NAME is the folder of a user"),
+        ("--disk-write-budget", "much", "a size above 0 such as"),
+        ("--disk-write-budget", "0", "a size above 0"),
+        (
+            "--device-cache",
+            "0",
+            'a size above 0 such as 64MiB, 1.5GiB, 512MB or a number of bytes, less than 8EiB, or "auto"',
+        ),
+        ("--host-cache-max", "0B", "a size above 0"),
+        ("--host-cache", "0.1B", "a size such as"),
+        ("--host-cache", "10%", "a size such as"),
+        ("--host-cache", "9EiB", "less than 8EiB"),
+        ("--served-model-name", " ", "text that is not empty"),
         ("--device", "tpu", 'cpu, cuda, cuda:N, or "auto"'),
         ("--device", "cuda:" + "9" * 5000, "cuda:N"),
         ("--device", "cuda:x", "cuda:N"),
@@ -177,6 +193,10 @@ def test_every_kind_of_option_is_read_from_the_command_line() -> None:
         ("--workers", "0", 'an integer from 1 to 64, or "off"'),
         ("--worker-id", "../other", "letters, digits"),
         ("--external", "localhost:8001", "http://127.0.0.1:8001"),
+        ("--external", "http://127.0.0.1:80010", "http://127.0.0.1:8001"),
+        ("--external", "http://[::1", "http://127.0.0.1:8001"),
+        ("--external", "http://127.0.0.1:8001/v1?key=x", "http://127.0.0.1:8001"),
+        ("--kv-events", "tcp://127.0.0.1:99999", "tcp://HOST:PORT"),
         ("--kv-events", "tcp://nowhere", "tcp://HOST:PORT"),
         ("--router-mode", "best", "one of kv, round-robin"),
         ("--migration-limit", "-1", "an integer from 0"),
@@ -188,6 +208,47 @@ def test_wrong_values_name_the_flag_the_value_and_what_is_accepted(flag: str, va
     message = str(caught.value)
     assert flag in message and repr(value) in message and accepted in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            ["--host-cache", "2MiB", "--host-cache-max", "1MiB"],
+            "--host-cache-max 1 MiB is not above --host-cache 2 MiB",
+        ),
+        (["--host-cache", "0", "--host-cache-max", "1MiB"], "no host tier that could grow"),
+        (["--disk-cache", "off", "--disk-write-budget", "1GB"], "--disk-write-budget 953.7 MiB limits nothing"),
+        (
+            ["--admission", "adaptive", "--eviction", "lru"],
+            "--admission adaptive .* --eviction hit_density, not of lru",
+        ),
+        (["--max-running", "64", "--max-batch-tokens", "63"], "--max-batch-tokens 63 is less than --max-running 64"),
+        (["--speedup", "2"], "--speedup means nothing to a model; add --engine mocker"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_before_anything_is_loaded(flags: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_command_line(flags)
+
+
+def test_a_file_may_describe_a_mocker_that_is_not_asked_for(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "[mocker]\nspeedup = 2\n"), {}).config.mocker.speedup == 2
+
+
+@pytest.mark.parametrize("key", [" key", "key\n", "a\tb"])
+def test_a_key_that_no_client_could_send_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(
+        ConfigError, match="--api-key: the value is not accepted; accepted is text without blanks"
+    ) as caught:
+        load_config(None, {"server.api_key": key}, {})
+    assert key not in str(caught.value)
+
+
+def test_paths_that_no_system_takes_are_refused(tmp_path: Path) -> None:
+    for line in ('[server]\nkey_log = "a\\u0000b"\n', '[cache]\ndisk_cache = "a\\u0000b:1GiB"\n'):
+        with pytest.raises(ConfigError, match="is not accepted"):
+            load_config(write(tmp_path, line), {})
 
 
 def test_a_switch_takes_no_value_and_is_a_bool_in_toml(tmp_path: Path) -> None:
@@ -261,6 +322,8 @@ def test_the_printed_configuration_can_be_loaded_again(tmp_path: Path) -> None:
             "512",
             "--api-key",
             "the secret",
+            "--engine",
+            "mocker",
             "--mocker-token-time",
             "0.00001",
             "--served-model-name",

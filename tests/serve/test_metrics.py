@@ -2,7 +2,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo.kvcache.planner import PlannerStats
-from dynamo.kvcache.stats import CacheStats, LatencyCounts, ScrubStats, TierUsage
+from dynamo.kvcache.stats import CacheStats, LatencyCounts, ScrubStats, TierUsage, WriteBudgetStats
 from dynamo.kvcache.window import WindowStats, WindowTier
 from dynamo.serve.cache_metrics import CacheCollector
 from dynamo.serve.engine.request import OutputDelta
@@ -104,6 +104,9 @@ def cache_stats() -> CacheStats:
         load_latency={"disk": LatencyCounts((5, *[0] * 16), 0.0005)},
         window=window,
         scrub=ScrubStats(num_checked=11, num_rounds=2, round_share=0.5),
+        write_budget=WriteBudgetStats(
+            bytes_per_day=2400, burst_bytes=100, available_bytes=40, written_bytes=360, refused_blocks=12
+        ),
     )
 
 
@@ -115,6 +118,11 @@ CACHE_SAMPLES: dict[tuple[str, tuple[str, ...]], float] = {
     ("scrub_checked_blocks_total", ()): 11,
     ("scrub_rounds_total", ()): 2,
     ("scrub_round_ratio", ()): 0.5,
+    ("write_budget_limit_bytes_per_day", ()): 2400,
+    ("write_budget_burst_bytes", ()): 100,
+    ("write_budget_available_bytes", ()): 40,
+    ("write_budget_written_bytes_total", ()): 360,
+    ("write_budget_refused_blocks_total", ()): 12,
     ("load_duration_seconds_bucket", ("0.0001", "disk")): 5,
     ("load_duration_seconds_count", ("disk",)): 5,
     ("read_call_duration_seconds_bucket", ("0.0001", "disk")): 0,

@@ -25,7 +25,7 @@ def no_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--workers", "2", "--discovery", "/run/x", "--external", "http://a:1", "--key-log", "/keys"], Role.SERVER),
         (["frontend", "/models/x", "--discovery", "/run/x", "--port", "1", "--api-key", "k"], Role.FRONTEND),
         (["frontend", "--external", "http://a:1", "--engine", "mocker", "--max-model-len", "99"], Role.FRONTEND),
-        (["worker", "/models/x", "--discovery", "/run/x", "--worker-id", "w", "--speedup", "2"], Role.WORKER),
+        (["worker", "/models/x", "--discovery", "/run/x", "--worker-id", "w", "--threads", "2"], Role.WORKER),
         (["config", "worker", "--discovery", "/run/x", "--key-log", "/keys"], Role.WORKER),
     ],
 )

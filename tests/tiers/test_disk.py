@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from dynamo.kernels.checks import Rows
 from dynamo.kernels.digest import digest_rows
 from dynamo.tiers.arena import map_rows
 from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.disk_space import disk_space
 from dynamo.tiers.errors import TierBusyError, TierConfigError, TierUnavailableError
 from dynamo.tiers.file_io import FileIO, SlotIO
 from dynamo.tiers.journal import ROOT_NAME
@@ -513,7 +514,7 @@ def test_a_capacity_below_one_block_is_refused(tmp_path: Path, layout: BlockLayo
 
 def test_a_directory_that_is_a_file_is_unavailable(tmp_path: Path, layout: BlockLayout) -> None:
     (tmp_path / "kv").write_text("in the way")
-    with pytest.raises(TierUnavailableError, match="cannot be used"):
+    with pytest.raises(TierUnavailableError, match="cannot use"):
         open_disk(tmp_path / "kv", layout)
 
 
@@ -521,6 +522,7 @@ UNPRIVILEGED = """
 import os, sys
 from pathlib import Path
 from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.disk_space import disk_space
 from dynamo.tiers.errors import TierUnavailableError
 from dynamo.tiers.layout import BlockLayout
 if os.geteuid() == 0:  # nothing is forbidden to root
@@ -558,6 +560,7 @@ import numpy as np
 from dynamo.kernels.digest import digest_rows
 from dynamo.tiers.arena import map_rows
 from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.disk_space import disk_space
 from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.layout import BlockLayout
 layout = BlockLayout(3, 4, 2, 10, 4)
@@ -605,3 +608,48 @@ def test_kill_9_during_writes_leaves_an_index_whose_blocks_are_good_or_found_out
     bad = digest_rows(rows, row_ids, seeds, layout.block_bytes) != recovered.digests
     assert np.count_nonzero(bad) <= 8  # only slots being overwritten when the kill came, and the digest tells
     tier.close()
+
+
+BIG_BLOCKS = BlockLayout(num_layers=64, block_size=64, num_kv_heads=8, head_dim=128, itemsize=2)  # of 16 MiB
+
+
+def free_bytes(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def test_a_tier_larger_than_the_free_space_is_opened_with_a_warning_that_says_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = free_bytes(tmp_path) + (10 << 30)
+    with closing(DiskTier.open(tmp_path / "kv", BIG_BLOCKS, wanted, b"model-a.")) as tier:
+        (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+        text = record.getMessage()
+        assert text.startswith(f"disk tier {tmp_path / 'kv'}: may take {wanted:,} bytes, but the file system has ")
+        assert text.endswith("free space there, or make the disk tier smaller")
+        assert tier.num_slots == wanted // BIG_BLOCKS.slot_bytes
+
+
+def test_directories_on_one_file_system_need_its_room_together(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = free_bytes(tmp_path) + (10 << 30)  # neither half of it is too much
+    with closing(DiskTier.open([tmp_path / "a", tmp_path / "b"], BIG_BLOCKS, wanted, b"model-a.")):
+        assert f"disk tier {tmp_path / 'a'}, {tmp_path / 'b'}: may take {wanted:,} bytes" in caplog.text
+
+
+def test_room_is_judged_again_when_a_tier_grows_and_what_it_has_counts_as_room(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(open_disk(tmp_path, BIG_BLOCKS, num_slots=2)) as tier:
+        assert not caplog.records
+        num_slots = (free_bytes(tmp_path) + (10 << 30)) // BIG_BLOCKS.slot_bytes
+        tier.resize(num_slots)
+        assert f"may take {num_slots * BIG_BLOCKS.slot_bytes:,} bytes" in caplog.text
+    (space,) = disk_space([tmp_path], 1 << 20)
+    assert space.missing_bytes == 0
+    tier = open_disk(tmp_path, layout, b"model-b.")
+    store(tier, [0, 1, 2], rows)
+    tier.close()
+    held = disk_space([tmp_path], 1 << 20)[0].held_bytes
+    assert held >= space.held_bytes + 3 * layout.slot_bytes

@@ -3,6 +3,7 @@
 import logging
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from dynamo.tiers.memory import memory_limit_bytes
 TIMEOUT_S = 30
 LIMIT = 10 << 30
 
-# Says whether its reservation was granted; holds it until standard input ends.
+# Says whether its reservation was granted, and then for each size that it reads whether it got that; ends with its input.
 OWNER = """
 import sys
 from pathlib import Path
@@ -32,6 +33,22 @@ except TierMemoryError as error:
     print("refused", flush=True)
 else:
     print("granted", flush=True)
+    for line in sys.stdin:
+        try:
+            kept.resize(int(line))
+        except TierMemoryError as error:
+            print("refused", flush=True)
+        else:
+            print("grown", flush=True)
+"""
+
+# Keeps all others from counting.
+HOLDER = """
+import sys
+from pathlib import Path
+from dynamo.tiers.host_budget import HostBudget
+with HostBudget(Path(sys.argv[1])).locked():
+    print("locked", flush=True)
     sys.stdin.read()
 """
 
@@ -39,9 +56,9 @@ else:
 class Owner:
     """Another process that reserves."""
 
-    def __init__(self, folder: Path, num_bytes: int, purpose: str = "another cache") -> None:
+    def __init__(self, folder: Path, num_bytes: int, purpose: str = "another cache", script: str = OWNER) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", OWNER, str(folder), str(LIMIT), str(num_bytes), purpose],
+            [sys.executable, "-P", "-c", script, str(folder), str(LIMIT), str(num_bytes), purpose],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -53,9 +70,9 @@ class Owner:
         assert select.select([out], [], [], TIMEOUT_S)[0], "the other process says nothing"
         return out.readline().decode().strip()
 
-    def go(self) -> None:
+    def go(self, num_bytes: int | None = None) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(b"\n")
+        self.process.stdin.write(b"\n" if num_bytes is None else b"%d\n" % num_bytes)
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -135,6 +152,61 @@ def test_of_many_that_start_at_once_only_as_many_as_fit_get_memory(folder: Path,
         owner.go()
     assert sorted(owner.say() for owner in owners) == ["granted"] * 3 + ["refused"] * 3
     assert sum(holder.num_bytes for holder in HostBudget(folder, LIMIT).holders()) == 9 << 30
+
+
+def test_of_two_that_grow_at_once_only_the_one_that_fits_gets_memory(folder: Path, owners: list[Owner]) -> None:
+    owners += [Owner(folder, 4 << 30) for _ in range(2)]
+    for owner in owners:
+        assert owner.say() == "ready"
+        owner.go()
+    assert [owner.say() for owner in owners] == ["granted"] * 2
+    for owner in owners:
+        owner.go(6 << 30)
+    assert sorted(owner.say() for owner in owners) == ["grown", "refused"]
+    assert [holder.num_bytes for holder in HostBudget(folder, LIMIT).holders()] == [6 << 30, 4 << 30]
+
+
+def test_while_another_process_keeps_one_from_counting_nothing_grows_or_starts(
+    folder: Path, owners: list[Owner], caplog: pytest.LogCaptureFixture
+) -> None:
+    budget = HostBudget(folder, LIMIT, lock_timeout_s=0.05)
+    kept = budget.reserve(4 << 30, "the host tier")
+    holder = Owner(folder, 0, script=HOLDER)
+    owners.append(holder)
+    assert holder.say() == "locked"
+    why = (
+        f"process {holder.process.pid} has held {folder / 'lock'} for longer than 0.05 s; continue or end that process"
+    )
+    with pytest.raises(TierMemoryError) as caught:
+        kept.resize(6 << 30)
+    assert str(caught.value) == (
+        "the host tier cannot grow from 4.00 GiB to 6.00 GiB: how much KV caches take on this machine cannot be counted now "
+        f"({why}); try again when that has changed"
+    )
+    assert kept.num_bytes == 4 << 30
+    with pytest.raises(TierMemoryError, match=r"a benchmark needs 1\.00 GiB, and .* cannot be counted now: process"):
+        budget.reserve(1 << 30, "a benchmark")
+    kept.resize(3 << 30)  # less needs no leave; the others learn of it late
+    assert kept.num_bytes == 3 << 30
+    assert "other processes do not see yet that the host tier takes only 3.00 GiB now" in caplog.text
+    holder.kill()
+    assert [entry.num_bytes for entry in budget.holders()] == [4 << 30]
+    kept.resize(6 << 30)
+    assert [entry.num_bytes for entry in budget.holders()] == [6 << 30]
+    kept.close()
+
+
+def test_a_reservation_whose_file_was_deleted_is_made_anew_when_it_changes(folder: Path) -> None:
+    budget = HostBudget(folder, LIMIT)
+    kept = budget.reserve(4 << 30, "the host tier")
+    shutil.rmtree(folder)
+    assert budget.holders() == ()
+    kept.resize(5 << 30)
+    assert [entry.num_bytes for entry in budget.holders()] == [5 << 30]
+    with pytest.raises(TierMemoryError):
+        budget.reserve(6 << 30, "another")
+    kept.close()
+    assert budget.holders() == []
 
 
 def test_files_are_for_this_user_only(folder: Path) -> None:

@@ -136,7 +136,6 @@ def test_headers_that_are_not_ours_are_refused_saying_why() -> None:
         Header.from_bytes(data, b"other", PATH)
     with pytest.raises(JournalFormatError, match="not an index"):
         Header.from_bytes(b"SQLite format 3\0" + data, b"model", PATH)
-    with pytest.raises(JournalFormatError, match="not an index"):
-        Header.from_bytes(b"", b"model", PATH)
-    with pytest.raises(JournalFormatError, match="not an index"):
-        Header.from_bytes(data[:40], b"model", PATH)
+    for length in (0, 3, 8, HEADER_BYTES - 1):
+        with pytest.raises(JournalFormatError, match=f"cut short: {length} of its first {HEADER_BYTES} bytes are left"):
+            Header.from_bytes(data[:length], b"model", PATH)

@@ -168,6 +168,10 @@ def test_a_part_of_a_set_is_not_taken_for_a_tier(places: list[Path], layout: Blo
 
 
 def test_wrong_directories_are_refused(places: list[Path], layout: BlockLayout) -> None:
+    link = places[0].with_name("link")
+    link.symlink_to(places[0])
+    with pytest.raises(TierConfigError, match=f"{link}, which is {places[0]}, is given twice"):
+        open_disk([places[0], link], layout)
     with pytest.raises(TierConfigError, match="is given twice"):
         open_disk([places[0], places[0]], layout)
     with pytest.raises(TierConfigError, match="at least one directory"):

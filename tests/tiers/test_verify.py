@@ -1,5 +1,6 @@
 """The offline check of a disk tier, and its command line."""
 
+import io
 import os
 from pathlib import Path
 
@@ -97,9 +98,92 @@ def test_wrong_paths_are_said_in_a_sentence(tmp_path: Path, capsys: pytest.Captu
         verify_directories([tmp_path / "nowhere"])
     (tmp_path / "0123456789abcdef").mkdir()
     (tmp_path / "0123456789abcdef" / "thesis.txt").write_text("x")
-    assert verify_directories([tmp_path]) == []
-    assert main(["verify", str(tmp_path)]) == 2
-    assert "holds no disk tier of this program" in capsys.readouterr().err
+    (report,) = verify_directories([tmp_path])
+    assert report.problems == (
+        f"{tmp_path / '0123456789abcdef' / 'thesis.txt'} is no file of a disk tier; move it away",
+    )
+    assert main(["verify", str(tmp_path)]) == 1
+    (tmp_path / "empty").mkdir()
+    assert main(["verify", str(tmp_path / "empty")]) == 2
+    assert "empty holds no disk tier; give the directory of --disk-cache" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_used_does_not_hide_beside_one_that_can(
+    tmp_path: Path, layout: BlockLayout, rows: Rows
+) -> None:
+    fill([tmp_path], layout, rows).close()
+    other = fill([tmp_path], layout, rows, b"model-b.")
+    other.close()
+    (other.folder / "LOCK").unlink()
+    reports = {report.folder: report.problems for report in verify_directories([tmp_path])}
+    assert len(reports) == 2
+    assert reports.pop(other.folder)[0].startswith(f"{other.folder / 'LOCK'} is missing")
+    assert list(reports.values()) == [()]
+
+
+@pytest.mark.parametrize("name", ["STRIPE", "LOCK", "journal.log", "blocks.dat", "budget.dat"])
+def test_a_pipe_in_the_place_of_a_file_holds_nobody_up(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, name: str
+) -> None:
+    tier = fill([tmp_path], layout, rows)
+    tier.close()
+    pipe = tier.folder / name
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    (report,) = verify_directories([tmp_path])
+    assert report.problems[0].startswith(f"{pipe} is no plain file")
+    if name == "budget.dat":  # nothing of value is in it
+        assert verify_directories([tier.folder])[0].problems == ()
+        DiskTier.open(tmp_path, layout, 64 * layout.slot_bytes, b"model-a.", write_bytes_per_day=1 << 30).close()
+        return
+    with pytest.raises(TierUnavailableError, match=f"{name}.* is no plain file"):
+        verify_directories([tier.folder])
+    with pytest.raises(TierUnavailableError, match=f"the disk tier cannot use {pipe}: is no plain file"):
+        DiskTier.open(tmp_path, layout, 64 * layout.slot_bytes, b"model-a.")
+
+
+def test_an_index_that_is_cut_short_is_said_so(tmp_path: Path, layout: BlockLayout, rows: Rows) -> None:
+    tier = fill([tmp_path], layout, rows)
+    tier.close()
+    os.truncate(tier.folder / "journal.log", 9)
+    (report,) = verify_directories([tmp_path])
+    assert report.problems == (f"{tier.folder / 'journal.log'} is cut short: 9 of its first 64 bytes are left",)
+
+
+def test_a_tier_that_was_started_smaller_is_whole_and_grows_again_without_a_fault(
+    tmp_path: Path, layout: BlockLayout, rows: Rows
+) -> None:
+    fill([tmp_path], layout, rows).close()
+    DiskTier.open(tmp_path, layout, 4 * layout.slot_bytes, b"model-a.").close()
+    (report,) = verify_directories([tmp_path])
+    assert (report.num_blocks, report.num_good, report.problems) == (4, 4, ())
+    tier = DiskTier.open(tmp_path, layout, NUM_SLOTS * layout.slot_bytes, b"model-a.")
+    assert len(tier.recovered) == 4
+    assert tier.stats().faults == {}
+    tier.close()
+
+
+def test_paths_of_any_bytes_are_named_in_any_encoding(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / os.fsdecode(b"k\xff\xc3\xbc")
+    tier = fill([place], layout, rows)
+    tier.close()
+    (tier.folder / "LOCK").unlink()
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    assert main(["verify", str(place)]) == 1
+    out.flush()
+    assert b"k\\udcff\\xfc/6d6f64656c2d612e/LOCK is missing" in out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_table_fits_into_eighty_columns(
+    tmp_path: Path, layout: BlockLayout, rows: Rows, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill([tmp_path], layout, rows).close()
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["verify", str(tmp_path)]) == 0
+    assert "unreadable" in capsys.readouterr().out
 
 
 def test_directories_that_do_not_belong_together_are_said_so(tmp_path: Path, layout: BlockLayout, rows: Rows) -> None:

@@ -85,6 +85,15 @@ def test_a_budget_of_nothing_is_refused(bytes_per_day: int) -> None:
         WriteBudget(bytes_per_day)
 
 
+def test_a_budget_that_lets_no_block_be_written_is_refused_before_anything_is_made(
+    tmp_path: Path, layout: BlockLayout
+) -> None:
+    with pytest.raises(TierConfigError, match=f"no block of 4096 bytes be written; give at least {24 * 4096}"):
+        DiskTier.open(tmp_path / "kv", layout, 1 << 20, b"model-a.", write_bytes_per_day=24 * 4096 - 1)
+    assert not (tmp_path / "kv").exists()
+    DiskTier.open(tmp_path / "kv", layout, 1 << 20, b"model-a.", write_bytes_per_day=24 * 4096).close()
+
+
 def test_the_tier_refuses_what_goes_beyond_and_counts_it(tmp_path: Path, layout: BlockLayout, rows: Rows) -> None:
     per_day = 10 * 24 * layout.slot_bytes  # ten blocks an hour
     tier = DiskTier.open(tmp_path, layout, 64 * layout.slot_bytes, b"model-a.", write_bytes_per_day=per_day)

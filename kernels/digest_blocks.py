@@ -11,7 +11,8 @@ seed the digest was made for:
       its words, 32 bits each, change from bit t upwards only; so one in 2**33 if nothing but the halves' top bits flip
     - a block that is another block: by the seed, such as the low half of its key
 
-It finds accidents; it is no signature against somebody who chooses the bytes.
+It finds accidents; it is no signature against somebody who chooses the bytes. The disk index keeps such digests over restarts:
+the formula cannot change without a new kind of digest there.
 """
 
 import math

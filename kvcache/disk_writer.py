@@ -1,6 +1,6 @@
-"""Writes blocks that lie in host rows to disk.
+"""Writes blocks that lie in rows of host or device memory to disk.
 
-    bounded queue ──► lane "write": host rows ─► disk slots ─► journal ──► disk pool
+    bounded queue ──► lane "write": rows ─► disk slots ─► journal ──► disk pool
 
 A disk that is too slow for the queue holds its caller up once, and not again before it has written something; what finds no
 place in the queue or on disk is dropped and counted.
@@ -13,13 +13,14 @@ from functools import partial
 
 import numpy as np
 
-from dynamo.kernels.digest import digest_rows
+from dynamo.kvcache.device_path import DevicePaths, DirectPath, HostPath
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.reach import reachable
-from dynamo.kvcache.shelf import Digests, Hold, Shelf, digest_seeds
+from dynamo.kvcache.shelf import Hold, Shelf
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.mover import Mover, Part, Priority
+from dynamo.tiers.slot_digests import Digests
 from dynamo.tiers.tier import Outcomes, SlotIds
 
 __all__ = ["DiskWriter"]
@@ -34,6 +35,7 @@ _MAX_QUEUED_WRITES = 8  # parts; bounds the host rows that are pinned for the di
 class _Write:
     """Blocks on their way to disk. `hold`, a shared one, has their host rows; staging rows come with a reference."""
 
+    path: HostPath | DirectPath
     keys: list[BlockKey]
     parents: list[BlockKey | None]
     rows: SlotIds
@@ -44,10 +46,13 @@ class _Write:
 class DiskWriter:
     """Writes one part after the other. `put` and `put_host_rows` belong to one thread; the rest is thread-safe."""
 
-    def __init__(self, shelf: Shelf, disk: DiskTier, mover: Mover, *, part_blocks: int, block_bytes: int) -> None:
+    def __init__(
+        self, shelf: Shelf, disk: DiskTier, paths: DevicePaths, mover: Mover, *, part_blocks: int, block_bytes: int
+    ) -> None:
         """Writes up to `part_blocks` blocks of `block_bytes` at a time, on `mover`. Owns none of what it is given."""
         self._shelf = shelf
         self._disk = disk
+        self._paths = paths
         self._part_blocks = part_blocks
         self._block_bytes = block_bytes
         self._is_behind = False
@@ -103,7 +108,8 @@ class DiskWriter:
         """
         shelf = self._shelf
         # Of the rows as they are now: an equal block that came from disk meanwhile may be rounded otherwise.
-        digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
+        path = self._paths.of_rows(rows)
+        digests = path.digest(rows, keys)
         with self._settled:
             wait_s = 0.0 if self._is_behind else _QUEUE_TIMEOUT_S
             if not self._settled.wait_for(lambda: self._num_queued < _MAX_QUEUED_WRITES, wait_s):
@@ -115,7 +121,7 @@ class DiskWriter:
         with shelf.changed:
             self._being_written.update(keys)
             shelf.share(hold)
-        write = _Write(keys, parents, rows, digests, hold)
+        write = _Write(path, keys, parents, rows, digests, hold)
         self._line.put(Part(partial(self._run, write), len(keys) * self._block_bytes))
         return True
 
@@ -144,7 +150,7 @@ class DiskWriter:
 
     def _write(self, write: _Write) -> None:
         """Writes what the disk lacks; the references on its slots go to the write's hold."""
-        shelf, disk = self._shelf, self._disk
+        shelf, disk, path = self._shelf, self._disk, write.path
         shelf.notice_lost_disk()
         generation = disk.generation
         fresh, num_absent = self._reachable(write)
@@ -159,10 +165,10 @@ class DiskWriter:
             # Recorded before the slots are overwritten, so that a crash in between leaves no name for other bytes.
             shelf.record_drop(room.evicted_keys, room.evicted_slots)
             stored = fresh[: len(held)]
-            done = disk.write(held, shelf.rows, write.rows[stored])
+            done = path.write(disk, held, write.rows[stored])
             failed = ~done & (held < disk.num_allocated_slots)  # the others had no room
             if failed.any():
-                done[failed] = disk.write(held[failed], shelf.rows, write.rows[stored[failed]])
+                done[failed] = path.write(disk, held[failed], write.rows[stored[failed]])
             was_refused = not done.all()
             if was_refused:
                 self._exclude_gaps(write, stored, done)
@@ -171,11 +177,14 @@ class DiskWriter:
             parents = [write.parents[i] for i in stored.tolist()]
             digests = write.digests[stored]
             names = [ROOT_NAME if parent is None else parent for parent in parents]
-            recorded = not keys or (disk.journal.put(keys, names, slots, digests) and disk.generation == generation)
+            recorded = not keys or (
+                disk.journal.put(keys, names, slots, digests, path.digest_kind) and disk.generation == generation
+            )
             shelf.counters.count_dropped("disk_write_failed", len(held) - (len(keys) if recorded else 0))
             if keys and recorded:
                 hold = write.hold
-                hold.disk = np.concatenate((hold.disk, shelf.keep_on_disk(keys, slots, parents, digests)))
+                kept = shelf.keep_on_disk(keys, slots, parents, digests, path.digest_kind)
+                hold.disk = np.concatenate((hold.disk, kept))
                 held = held[~done]
         finally:
             with shelf.changed:

@@ -3,8 +3,8 @@
     lane      link    what its threads do
     host      memory  host rows to the device, for somebody who wants blocks
     offload   memory  device to host rows
-    disk      disk    disk to host rows, and from there to the device
-    write     disk    host rows to disk
+    disk      disk    disk to rows in host or device memory, and from there to the device
+    write     disk    such rows to disk
 
 Offload and writing are one thread each, which keeps the order in which blocks were offered: parents before children.
 """

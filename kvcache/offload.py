@@ -1,7 +1,9 @@
-"""Copies committed blocks down: device to host rows here, and from there to disk in `DiskWriter`.
+"""Copies committed blocks down: device to rows here, and from there to disk in `DiskWriter`.
 
     save ──► queue ──► lane "offload": device ─► host rows ──► host pool
                                                      └───────► disk writer
+
+Without a host tier the rows are staging rows, in host memory or, with GPUDirect Storage, in device memory.
 
 Requests that queue up are copied together, since a decoding sequence commits one block at a time. A full queue holds `save`
 up for a bounded time, once; from then until the queue is half empty, and wherever a tier has no room, blocks are dropped and
@@ -20,6 +22,7 @@ from itertools import compress
 import numpy as np
 import numpy.typing as npt
 
+from dynamo.kvcache.device_path import DevicePaths, DirectPath, HostPath
 from dynamo.kvcache.disk_writer import DiskWriter
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
@@ -93,7 +96,14 @@ class Offloader:
     """Copies offered blocks down, and owns the disk writer. Thread-safe."""
 
     def __init__(
-        self, shelf: Shelf, device: DeviceTier, mover: Mover, *, part_blocks: int, max_pending_blocks: int
+        self,
+        shelf: Shelf,
+        device: DeviceTier,
+        paths: DevicePaths,
+        mover: Mover,
+        *,
+        part_blocks: int,
+        max_pending_blocks: int,
     ) -> None:
         """Owns none of what it is given.
 
@@ -104,6 +114,7 @@ class Offloader:
         """
         self._shelf = shelf
         self._device = device
+        self._paths = paths
         self._mover = mover
         self._part_blocks = part_blocks
         self._max_pending_blocks = max_pending_blocks
@@ -120,7 +131,7 @@ class Offloader:
         self._writer: DiskWriter | None = None
         if shelf.disk_tier:
             self._writer = DiskWriter(
-                shelf, shelf.disk_tier, mover, part_blocks=part_blocks, block_bytes=device.layout.block_bytes
+                shelf, shelf.disk_tier, paths, mover, part_blocks=part_blocks, block_bytes=device.layout.block_bytes
             )
 
     @property
@@ -327,7 +338,7 @@ class Offloader:
             part = wanted.cut(slice(start, start + len(rows)))
             start += len(rows)
             try:
-                if self._copy(part, rows):
+                if self._copy(self._paths.through_host, part, rows):
                     rows = shelf.keep_in_host(part.keys, rows, part.parents)
                     hold.host, rows = np.concatenate((hold.host, rows)), rows[:0]
             finally:
@@ -349,25 +360,25 @@ class Offloader:
 
     def _offload_to_staging(self, offer: _Offer, hold: Hold, writer: DiskWriter) -> _Offer:
         """Sends blocks to disk through staging rows; returns what had no place."""
-        shelf = self._shelf
+        shelf, path = self._shelf, self._paths.preferred
         start = 0
         while start < len(offer.keys):
             count = min(len(offer.keys) - start, self._part_blocks)
-            rows = shelf.take_rows(count, _ROOM_TIMEOUT_S, (shelf.staging,), hold, self._is_futile)
+            rows = shelf.take_rows(count, _ROOM_TIMEOUT_S, path.save_pools, hold, self._is_futile)
             if not len(rows):
                 break
             part = offer.cut(slice(start, start + len(rows)))
             start += len(rows)
             try:
-                if self._copy(part, rows) and writer.put(hold, part.keys, part.parents, rows):
+                if self._copy(path, part, rows) and writer.put(hold, part.keys, part.parents, rows):
                     rows = rows[:0]  # the disk writer gives them back
             finally:
                 shelf.release_rows(rows)
         return offer.cut(slice(start, None))
 
-    def _copy(self, part: _Offer, rows: SlotIds) -> bool:
+    def _copy(self, path: HostPath | DirectPath, part: _Offer, rows: SlotIds) -> bool:
         started_s = time.perf_counter()
-        done = self._device.read(part.device_slots, self._shelf.rows, rows, after=part.fences)
+        done = path.fetch(part.device_slots, rows, part.fences)
         if not done.all():
             self._shelf.counters.count_dropped("offload_error", len(rows))
             return False

@@ -1,7 +1,7 @@
-"""Brings blocks up: host rows to the device; disk slots to host rows, checked there, and on to the device.
+"""Brings blocks up: host rows to the device; disk slots to rows in host or device memory, checked there, and to the device.
 
-Blocks from disk stay in the host tier afterwards. A block that cannot be read is read once more; one that still cannot, or
-reads back with another digest, is forgotten, counted and computed again.
+Blocks from disk stay in the host tier afterwards, where there is one. A block that cannot be read is read once more; one that
+still cannot, or reads back with another digest, is forgotten, counted and computed again.
 """
 
 import logging
@@ -15,18 +15,17 @@ from itertools import accumulate, count
 import numpy as np
 import numpy.typing as npt
 
-from dynamo.kernels.digest import digest_rows
-from dynamo.kvcache.device_path import CAPABILITIES
+from dynamo.kvcache.device_path import DevicePaths, DirectPath, HostPath
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.layerwise import LayerLoad
 from dynamo.kvcache.planner import LoadPlanner, growing_parts
-from dynamo.kvcache.shelf import Hold, Shelf, digest_seeds
+from dynamo.kvcache.shelf import Hold, Shelf
 from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.mover import Mover, Part, Priority
 from dynamo.tiers.tier import Outcomes, SlotIds
-from dynamo.tiers.transfer import Direct, Medium, Transfer, TwoHops, Unsupported, route
+from dynamo.tiers.transfer import Transfer
 
 __all__ = ["SOURCES", "Load", "LoadRequest", "Onboarder"]
 
@@ -108,11 +107,19 @@ class Onboarder:
     """Loads blocks on the mover's threads. Thread-safe."""
 
     def __init__(
-        self, shelf: Shelf, device: DeviceTier, mover: Mover, planner: LoadPlanner, *, part_blocks: int
+        self,
+        shelf: Shelf,
+        device: DeviceTier,
+        paths: DevicePaths,
+        mover: Mover,
+        planner: LoadPlanner,
+        *,
+        part_blocks: int,
     ) -> None:
         """Up to `part_blocks` blocks are loaded at a time, and `planner` is told how fast. Owns none of the others."""
         self._shelf = shelf
         self._device = device
+        self._paths = paths
         self._mover = mover
         self._part_blocks = part_blocks
         self._planner = planner
@@ -126,8 +133,8 @@ class Onboarder:
         load = self._plan(request, timeout_s)
         number = next(self._load_numbers)
         parts = {
-            "host": self._parts(load, number, "host", Medium.PINNED, load.in_host),
-            "disk": self._parts(load, number, "disk", Medium.DISK, load.on_disk),
+            "host": self._parts(load, number, "host", load.in_host, self._load_from_host),
+            "disk": self._parts(load, number, "disk", load.on_disk, self._load_from_disk),
         }
 
         def on_done() -> None:
@@ -200,7 +207,9 @@ class Onboarder:
             request.sources[[position for position, _ in on_disk]] = SOURCES.index("disk")
         return Load(request, hold, _places(in_host), _places(on_disk), timeout_s)
 
-    def _parts(self, load: Load, number: int, tier: str, source: Medium, places: _Places) -> list[Part]:
+    def _parts(
+        self, load: Load, number: int, tier: str, places: _Places, run: Callable[[Load, _Places], int]
+    ) -> list[Part]:
         num_blocks = len(places.slots)
         if num_blocks:
             self._planner.expect(tier, number, num_blocks)
@@ -212,14 +221,6 @@ class Onboarder:
             )
             for end, size in zip(ends, sizes, strict=True)
         ]
-        run: Callable[[Load, _Places], int]
-        match route(source, Medium.DEVICE, CAPABILITIES):
-            case Direct():
-                run = self._load_from_host
-            case TwoHops():
-                run = self._load_from_disk
-            case Unsupported(reason):
-                raise AssertionError(f"nothing is kept in {source}: {reason}")
         measured = partial(self._run_measured, tier, number, run, load)
         return [Part(partial(measured, cut), len(cut.slots) * self._block_bytes) for cut in cuts]
 
@@ -235,7 +236,7 @@ class Onboarder:
 
     def _load_from_host(self, load: Load, places: _Places) -> int:
         """Returns how many blocks were moved."""
-        self._deliver("host", load, places, places.slots)
+        self._deliver("host", self._paths.through_host, load, places, places.slots)
         return len(places.slots)
 
     def _load_from_disk(self, load: Load, whole: _Places) -> int:
@@ -243,20 +244,19 @@ class Onboarder:
         shelf = self._shelf
         disk = shelf.disk_tier
         assert disk is not None, "blocks lie on disk only with a disk tier"
-        pools = (shelf.host, shelf.staging)
         start = int(np.searchsorted(whole.positions, load.floor))  # what lies below it has been computed meanwhile
         num_moved = 0
         while start < len(whole.slots) and not load.is_ended:
-            num_left = len(whole.slots) - start
-            rows = shelf.take_rows(num_left, math.inf, pools, load.hold, lambda: load.is_due)
+            path, num_alike = self._paths.of_blocks(whole.slots[start:])
+            rows = shelf.take_rows(num_alike, math.inf, path.load_pools, load.hold, lambda: load.is_due)
             if not len(rows):
                 break
             places = whole.cut(slice(start, start + len(rows)))
             start += len(rows)
             num_moved += len(rows)
             try:
-                good = self._read_checked(disk, load.keys(places), places.slots, rows)
-                self._deliver("disk", load, places.cut(good), rows[good])
+                good = self._read_checked(disk, path, load.keys(places), places.slots, rows)
+                self._deliver("disk", path, load, places.cut(good), rows[good])
                 if good.any() and shelf.is_host_row(rows):
                     kept = places.cut(good)
                     kept_rows = shelf.keep_in_host(load.keys(kept), rows[good], load.parents(kept))
@@ -265,17 +265,18 @@ class Onboarder:
                 shelf.release_rows(rows)
         return num_moved
 
-    def _read_checked(self, disk: DiskTier, keys: list[BlockKey], slots: SlotIds, rows: SlotIds) -> Outcomes:
+    def _read_checked(
+        self, disk: DiskTier, path: HostPath | DirectPath, keys: list[BlockKey], slots: SlotIds, rows: SlotIds
+    ) -> Outcomes:
         """Reads blocks into rows; returns bool [n], True where the bytes are those once written. Forgets the others."""
         shelf = self._shelf
         started_s = time.perf_counter()
-        readable = disk.read(slots, shelf.rows, rows)
+        readable = path.read(disk, slots, rows)
         for _ in range(_NUM_READS - 1):
             if not readable.all():
-                readable[~readable] = disk.read(slots[~readable], shelf.rows, rows[~readable])
+                readable[~readable] = path.read(disk, slots[~readable], rows[~readable])
         shelf.count_host_write(rows[readable], time.perf_counter() - started_s)
-        digests = digest_rows(shelf.rows, rows, digest_seeds(keys), self._block_bytes)
-        good: Outcomes = readable & (digests == shelf.disk_digests[slots])
+        good: Outcomes = readable & path.match(rows, keys, shelf.disk_digests[slots], shelf.disk_digest_kinds[slots])
         if not good.all() and not shelf.notice_lost_disk():
             shelf.forget_on_disk([key for key, ok in zip(keys, good.tolist(), strict=True) if not ok], slots[~good])
             self._count_bad(int(np.count_nonzero(~readable)), int(np.count_nonzero(readable & ~good)))
@@ -291,14 +292,14 @@ class Onboarder:
                 num_corrupt,
             )
 
-    def _deliver(self, tier: str, load: Load, places: _Places, rows: SlotIds) -> None:
+    def _deliver(self, tier: str, path: HostPath | DirectPath, load: Load, places: _Places, rows: SlotIds) -> None:
         """The last hop, for blocks that lie in `rows`."""
         request, shelf = load.request, self._shelf
         device_slots = request.device_slots[places.positions]
         started_s = time.perf_counter()
 
         def write(wanted: Outcomes) -> Outcomes:
-            written = self._device.write(device_slots[wanted], shelf.rows, rows[wanted], after=request.fences)
+            written = path.deliver(device_slots[wanted], rows[wanted], request.fences)
             shelf.counters.count_hits(tier, len(written))
             shelf.count_host_read(rows[wanted], time.perf_counter() - started_s)
             return written

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import groupby, zip_longest
 
 import numpy as np
-import numpy.typing as npt
 
 from dynamo.kvcache.clearing import clear_pool, forget_behind
 from dynamo.kvcache.events import EventLog, RunStarts
@@ -23,16 +22,15 @@ from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.host import HostTier
+from dynamo.tiers.slot_digests import DigestKind, DigestKinds, Digests
 from dynamo.tiers.tier import Rows, SlotIds
 
-__all__ = ["Digests", "Hold", "Shelf", "digest_seeds"]
+__all__ = ["Hold", "Shelf", "digest_seeds"]
 
 logger = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 0.1  # how often a wait for rows asks whether it is futile
 _FULL_DISK_PAUSE_S = 60.0  # how long a full disk is left at its size before the file is tried to grow again
-
-Digests = npt.NDArray[np.uint64]
 
 
 @dataclass(slots=True)
@@ -64,7 +62,9 @@ class Shelf:
         host: host tier's slots; slot i is row i of the arena.
         disk: disk tier's slots.
         staging: the arena's other rows, for bytes on their way between device and disk.
+        direct: rows of device memory for the same, where disk and device exchange bytes directly.
         disk_digests: of the block in each disk slot, uint64 [num_disk_slots].
+        disk_digest_kinds: of what kind they are, uint8 [num_disk_slots].
         counters: the cache's.
     """
 
@@ -76,6 +76,8 @@ class Shelf:
         events: EventLog,
         counters: CacheCounters,
         policies: Policies | None = None,
+        *,
+        num_direct_rows: int = 0,
     ) -> None:
         """Takes up where the disk tier's journal left off. `arena` has at least `num_host_slots` slots and a staging row."""
         self.changed = threading.Condition()
@@ -85,7 +87,15 @@ class Shelf:
         self.disk = BlockPool(disk.num_slots if disk else 0, self._policies.new_order("disk"))
         self._pools = {"host": self.host, "disk": self.disk}
         self.staging = BlockPool(arena.num_staging)
+        self.direct = BlockPool(num_direct_rows)
+        # Rows of all three are numbered in one, each pool's from here on.
+        self._first_rows = {
+            self.host: 0,
+            self.staging: arena.max_slots,
+            self.direct: arena.max_slots + arena.num_staging,
+        }
         self.disk_digests: Digests = np.zeros(self.disk.num_slots, dtype=np.uint64)
+        self.disk_digest_kinds: DigestKinds = np.zeros(self.disk.num_slots, dtype=np.uint8)
         self.events = events
         self._arena = arena
         self._disk_tier = disk
@@ -93,6 +103,7 @@ class Shelf:
         self._withheld_until = math.inf
         if disk:
             self.disk_digests[disk.recovered.slots] = disk.recovered.digests
+            self.disk_digest_kinds[disk.recovered.slots] = disk.recovered.digest_kinds
             recover(self.disk, disk.recovered)
 
     def pool(self, tier: str) -> BlockPool:
@@ -229,7 +240,7 @@ class Shelf:
             room = pool.allocate(min(count, pool.num_available))
             assert room is not None, "no more was asked for than there is"
             self.events.removed("host", room.evicted_keys)
-            return room.slots if pool is self.host else room.slots + self._arena.max_slots
+            return room.slots + self._first_rows[pool]
 
     def take_disk_slots(self, count: int, hold: "Hold") -> Allocation:
         """Up to `count` disk slots with one reference each, evicting for them no block of the held chains they continue."""
@@ -258,19 +269,26 @@ class Shelf:
             self._withheld_until = math.inf
 
     def release_rows(self, rows: SlotIds) -> None:
-        """Gives one reference on each of `rows` back. All of them are host slots, or none is."""
+        """Gives one reference on each of `rows`, which are of one pool, back."""
         if not len(rows):
             return
         with self.changed:
-            if self.is_host_row(rows):
-                self.host.release(rows)
-            else:
-                self.staging.release(rows - self._arena.max_slots)
+            pool = self.host if self.is_host_row(rows) else self.direct if self.is_direct_row(rows) else self.staging
+            pool.release(rows - self._first_rows[pool])
             self.changed.notify_all()
 
     def is_host_row(self, rows: SlotIds) -> bool:
         """Whether `rows`, which are not empty, are slots of the host tier and not staging rows."""
         return bool(rows[0] < self._arena.max_slots)
+
+    @property
+    def first_direct_row(self) -> int:
+        """Number of the first row that lies in device memory."""
+        return self._first_rows[self.direct]
+
+    def is_direct_row(self, rows: SlotIds) -> bool:
+        """Whether `rows`, which are not empty, lie in device memory."""
+        return bool(rows[0] >= self.first_direct_row)
 
     def wake(self) -> None:
         """Lets everybody who waits for rows look again whether they are still wanted."""
@@ -290,11 +308,17 @@ class Shelf:
         return registered.slots
 
     def keep_on_disk(
-        self, keys: list[BlockKey], slots: SlotIds, parents: list[BlockKey | None], digests: Digests
+        self,
+        keys: list[BlockKey],
+        slots: SlotIds,
+        parents: list[BlockKey | None],
+        digests: Digests,
+        digest_kind: DigestKind,
     ) -> SlotIds:
         """Registers disk slots, written and recorded, under their keys; returns the slots now held, as `keep_in_host`."""
         with self.changed:
             self.disk_digests[slots] = digests
+            self.disk_digest_kinds[slots] = digest_kind
             registered = self.disk.register(keys, slots, parents=parents)
             self.events.stored_runs("disk", [keys[i] for i in registered.new], [parents[i] for i in registered.new])
         return registered.slots
@@ -367,8 +391,9 @@ class Shelf:
             removed, slots = pool.resize(num_slots)  # what came meanwhile
             self.events.removed(tier, removed)
             if tier == "disk" and num_slots > len(self.disk_digests):
-                added = np.zeros(num_slots - len(self.disk_digests), dtype=np.uint64)
-                self.disk_digests = np.concatenate((self.disk_digests, added))
+                num_added = num_slots - len(self.disk_digests)
+                self.disk_digests = np.pad(self.disk_digests, (0, num_added))
+                self.disk_digest_kinds = np.pad(self.disk_digest_kinds, (0, num_added))
             self.changed.notify_all()
         if record_drop:
             record_drop(removed, slots)
@@ -378,12 +403,12 @@ class Shelf:
     def check_invariants(self) -> None:
         """Raises AssertionError if a pool's books do not balance."""
         with self.changed:
-            for pool in (self.host, self.disk, self.staging):
+            for pool in (self.host, self.disk, self.staging, self.direct):
                 pool.check_invariants()
 
     def check_unpinned(self, is_idle: Callable[[], bool]) -> None:
         """Raises AssertionError if slots are held although, before and after a look at them, nobody was at work."""
-        for pool in (self.host, self.disk, self.staging):
+        for pool in (self.host, self.disk, self.staging, self.direct):
             if is_idle() and (num_pinned := pool.num_pinned) and is_idle():
                 raise AssertionError(f"{num_pinned} slots below the device are held by nobody")
 

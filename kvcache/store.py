@@ -1,6 +1,7 @@
 """Content-addressed blocks of the tiers below the device. This is the seam the device pool looks through.
 
-The host arena is where all paths meet. Without a host tier it has staging rows only; with one, staging rows serve loads
+The host arena is where all paths meet, but for one: without a host tier, disk and device may exchange bytes directly (see
+`dynamo.kvcache.device_path`). Without a host tier the arena has staging rows only; with one, staging rows serve loads
 when every host slot is pinned. Whatever fails makes a block uncached, never wrong.
 """
 
@@ -13,7 +14,7 @@ from threading import Lock
 from typing import Self
 
 from dynamo.kvcache.config import DiskPlace, check_write_budget, format_size
-from dynamo.kvcache.device_path import prove_device_path
+from dynamo.kvcache.device_path import DevicePaths, PathChoice, find_device_path
 from dynamo.kvcache.errors import CacheConfigError, CacheMemoryError, UnsupportedError
 from dynamo.kvcache.events import EventLog, RunStarts
 from dynamo.kvcache.eviction import OpenUse
@@ -51,7 +52,7 @@ _PART_BYTES = (
     8 << 20
 )  # one part of a transfer: large enough for the disk's full speed, small enough to overlap two hops
 _RESIZE_TIMEOUT_S = 30.0  # longer than any load
-_INDEX_BYTES = 376  # of memory for a block on disk, all books together; `perf index` measures it
+_INDEX_BYTES = 377  # of memory for a block on disk, all books together; `perf index` measures it
 _STAGING_PARTS = 4  # without a host tier; with one, staging is for when all its slots are pinned, and one part will do
 
 
@@ -88,14 +89,26 @@ class BlockStore:
         self._arena = arena
         self._disk = disk
         self._disk_fault = disk_fault
-        self._device_path = prove_device_path(disk, device.device) if disk else None
-        self._shelf = Shelf(arena, num_host_slots, disk, events, counters, policies)
+        self._device_path: PathChoice | None = None
+        if disk:
+            self._device_path = find_device_path(
+                disk, device, keeps_in_host=num_host_slots > 0, num_rows=_STAGING_PARTS * part_blocks
+            )
+        staging = self._device_path.staging if self._device_path else None
+        num_direct_rows = staging.num_slots if staging else 0
+        self._shelf = Shelf(arena, num_host_slots, disk, events, counters, policies, num_direct_rows=num_direct_rows)
+        paths = DevicePaths(self._shelf, device, staging)
         # As many device slots may be pinned for offloading as leave the sequences most of the pool.
         self._mover = start_mover()
         self._offloader = Offloader(
-            self._shelf, device, self._mover, part_blocks=part_blocks, max_pending_blocks=max(1, device.num_slots // 4)
+            self._shelf,
+            device,
+            paths,
+            self._mover,
+            part_blocks=part_blocks,
+            max_pending_blocks=max(1, device.num_slots // 4),
         )
-        self._onboarder = Onboarder(self._shelf, device, self._mover, planner, part_blocks=part_blocks)
+        self._onboarder = Onboarder(self._shelf, device, paths, self._mover, planner, part_blocks=part_blocks)
         self._verifier: DiskVerifier | None = None
         if disk:
             self._verifier = DiskVerifier(
@@ -358,7 +371,8 @@ class BlockStore:
                 yield tier_usage(self._arena.stats(), self._shelf.host, self._slot_bytes, hits("host"))
             if self._disk:
                 usage = tier_usage(self._disk.stats(), self._shelf.disk, self._slot_bytes, hits("disk"))
-                yield replace(usage, device_path=self._device_path)
+                path = self._device_path
+                yield replace(usage, device_path=path.description if path else None)
         if self._disk_fault:
             nothing = MovedBlocks()
             stats = TierStats("disk", 0, "none", nothing, nothing, {self._disk_fault: 1})
@@ -394,6 +408,8 @@ class BlockStore:
         self._mover.close(max(0.0, deadline - time.monotonic()))
         if self._disk:
             self._disk.close()
+        if self._device_path and self._device_path.staging:
+            self._device_path.staging.close()
         self._arena.close()
 
 

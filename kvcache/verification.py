@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from dynamo.kernels.checks import KernelArgumentError
-from dynamo.kernels.digest import digest_rows
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.shelf import Shelf, digest_seeds
 from dynamo.kvcache.status import Verification
@@ -25,6 +24,7 @@ from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierClosedError
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.scrub import Scrubber, ScrubStats, ScrubStep
+from dynamo.tiers.slot_digests import match_digests
 from dynamo.tiers.tier import Outcomes, Rows, SlotIds
 
 __all__ = ["DiskVerifier"]
@@ -172,16 +172,17 @@ class DiskVerifier:
         row_ids = np.arange(len(keys), dtype=np.int64)
         with self._shelf.changed:
             there = self._are_there(keys, slots)
-            expected = self._shelf.disk_digests[np.where(there, slots, 0)]
+            known = np.where(there, slots, 0)
+            digests, kinds = self._shelf.disk_digests[known], self._shelf.disk_digest_kinds[known]
         readable = np.zeros(len(keys), dtype=np.bool_)
         try:
             readable[there] = self._disk.inspect(slots[there], rows, row_ids[there])
         except KernelArgumentError:  # the tier was made smaller meanwhile, and these blocks are gone
             there[:] = False
-        digests = digest_rows(rows, row_ids, digest_seeds(keys), self._layout.block_bytes)
+        matching = match_digests(rows, row_ids, digest_seeds(keys), self._layout.block_bytes, digests, kinds)
         with self._shelf.changed:
             there &= self._are_there(keys, slots)
-        return _Look(there, readable, readable & (digests == expected))
+        return _Look(there, readable, readable & matching)
 
     def _look_again(self, look: _Look, keys: list[BlockKey], slots: SlotIds, rows: Rows) -> tuple[int, int]:
         """How many of the blocks are really corrupt, and unreadable. Forgets and counts those."""

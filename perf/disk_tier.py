@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dynamo.kvcache.config import format_size
-from dynamo.kvcache.device_path import prove_device_path
+from dynamo.kvcache.device_path import find_device_path
 from dynamo.perf.disk_calls import Call, open_queue, run_calls, run_requests
 from dynamo.perf.disk_raw import QUEUE_DEPTH
 from dynamo.perf.harness import BenchmarkError, median, timed
@@ -21,6 +21,7 @@ from dynamo.perf.peer_process import PeerProcess
 from dynamo.perf.report import Result
 from dynamo.tiers.aio import RequestQueue
 from dynamo.tiers.arena import map_rows
+from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.layout import BlockLayout
 
@@ -82,9 +83,13 @@ class TierSide:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def prove_device_path(self, device: torch.device) -> str:
-        """How a cache would get blocks from here to `device`, and why that way."""
-        return prove_device_path(self._tier, device)
+    def find_device_path(self, device: torch.device, *, keeps_in_host: bool) -> str:
+        """How a cache, with or without a host tier, would get blocks from here to `device`, and why that way."""
+        with contextlib.closing(DeviceTier(self._tier.layout, torch.uint8, 1, device)) as target:
+            path = find_device_path(self._tier, target, keeps_in_host=keeps_in_host, num_rows=1)
+            if path.staging:
+                path.staging.close()
+        return path.description
 
     def store(self, window: int) -> float:
         """Seconds to write a window anew, with its rows in another order."""

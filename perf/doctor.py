@@ -99,7 +99,14 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         console.print("disk ...", style="dim")
         place = config.cache.disk_cache
         size = num_blocks * _LAYOUT.slot_bytes
-        results += examine_disk(place, config.cache.io_threads, size, _device(config), findings)
+        results += examine_disk(
+            place,
+            config.cache.io_threads,
+            size,
+            _device(config),
+            findings,
+            keeps_in_host=bool(config.cache.host_cache),
+        )
         findings.say(
             "GPUDirect Storage",
             "there; `perf disk` measures it" if (refusal := why_no_gds()) is None else f"not there: {refusal}",

@@ -27,13 +27,20 @@ _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse", "ceph", "lust
 
 
 def examine_disk(
-    place: DiskPlace, io_threads: int, size: int, device: torch.device, findings: Findings
+    place: DiskPlace,
+    io_threads: int,
+    size: int,
+    device: torch.device,
+    findings: Findings,
+    *,
+    keeps_in_host: bool,
 ) -> Iterator[Result]:
     """Facts, advice, problems and rates of a disk tier at `place`. Nothing there is changed.
 
     Args:
         size: bytes to measure with; written for a while, in the first directory.
         device: where the blocks are wanted.
+        keeps_in_host: there is a host tier.
     """
     findings.say("disk tier", f"{place}, {format_size(place.capacity_bytes)}")
     obstacles = [obstacle for directory in place.directories if (obstacle := _obstacle(directory)) is not None]
@@ -69,7 +76,7 @@ def examine_disk(
         return
     try:
         with tempfile.TemporaryDirectory(prefix="dynamo-perf-doctor-", dir=folder) as scratch:
-            yield from _measure(Path(scratch), io_threads, size, device, findings)
+            yield from _measure(Path(scratch), io_threads, size, device, findings, keeps_in_host=keeps_in_host)
     except (OSError, TierError, BenchmarkError) as error:
         findings.problem(f"the disk tier could not be measured in {folder}: {error}")
 
@@ -112,12 +119,14 @@ def _examine_space(place: DiskPlace, findings: Findings) -> None:
             )
 
 
-def _measure(scratch: Path, io_threads: int, size: int, device: torch.device, findings: Findings) -> Iterator[Result]:
+def _measure(
+    scratch: Path, io_threads: int, size: int, device: torch.device, findings: Findings, *, keeps_in_host: bool
+) -> Iterator[Result]:
     num_blocks = max(2, size // _BLOCK_BYTES // 2)
     windows = Windows(block_bytes=_BLOCK_BYTES, num_blocks=num_blocks, num_windows=2)
     with TierSide([scratch / "tier"], windows, io_threads) as ours:
         findings.say("", f"path: {ours.name}")
-        findings.say("", f"to {device}: {ours.prove_device_path(device)}")
+        findings.say("", f"to {device}: {ours.find_device_path(device, keeps_in_host=keeps_in_host)}")
         if "buffered" in ours.name:
             findings.problem(
                 f"O_DIRECT does not work in {scratch.parent}: blocks go through the page cache, which costs memory and "

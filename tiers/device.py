@@ -12,6 +12,7 @@ from dynamo.kernels.copy import copy_rows, shared_runs
 from dynamo.tiers.arena import map_rows
 from dynamo.tiers.errors import TierClosedError, TierConfigError, TierMemoryError
 from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.slot_digests import Digests, digest_slots
 from dynamo.tiers.stats import TierRecorder, TierStats
 from dynamo.tiers.tier import Outcomes
 
@@ -160,6 +161,61 @@ class DeviceTier:
         """Copies some layers, consecutive ones, of host rows to the same places in slots; else as `write`."""
         self._move_layers(slots, rows, row_ids, layers, after, to_device=True)
 
+    @property
+    def storage(self) -> torch.Tensor:
+        """All slots, uint8 [num_slots, slot_bytes], contiguous; for I/O straight to and from device memory.
+
+        Raises:
+            TierClosedError: the tier is closed.
+        """
+        return self._open_storage()
+
+    def new_like(self, num_slots: int) -> "DeviceTier":
+        """Another tier with slots of the same sizes on the same device. The caller owns it.
+
+        Raises:
+            TierMemoryError: the device has too little memory.
+        """
+        return DeviceTier(self.layout, self._dtype, num_slots, self.device)
+
+    def copy_from(
+        self, slots: SlotIds, source: "DeviceTier", source_slots: SlotIds, after: Sequence[Fence] = ()
+    ) -> Outcomes:
+        """Copies slots of another tier on the same device to slots of this one; else as `write`, and counted as that."""
+        storage, origin = self._open_storage(), source.storage
+        check_ids(slots, "slots", self.num_slots)
+        check_ids(source_slots, "source_slots", source.num_slots, slots.size)
+        started = time.perf_counter()
+        if slots.size == 0:
+            pass
+        elif self._rows is None or source._rows is None:
+            self._move_cuda(storage, slots, origin, source_slots, after, to_device=True)
+        else:
+            copy_rows(source._rows, source_slots, self._rows, slots)
+        self._recorder.add_write(slots.size, 0, time.perf_counter() - started)
+        return np.ones(slots.size, dtype=np.bool_)
+
+    def digest(self, slots: SlotIds, seeds: Digests) -> Digests:
+        """Digests of kind LINES of slots, uint64 [n], made on the device. Blocks until done.
+
+        Args:
+            seeds: uint64 [n].
+
+        Raises:
+            KernelArgumentError: ids or seeds do not fit.
+        """
+        storage = self._open_storage()
+        check_ids(slots, "slots", self.num_slots)
+        if slots.size == 0:
+            return np.empty(0, dtype=np.uint64)
+        digests: Digests
+        if self.device.type == "cpu":
+            digests = digest_slots(storage, slots, seeds, self.layout.block_bytes).numpy()
+        else:
+            with torch.cuda.stream(self._side_stream()):
+                digests = digest_slots(storage, slots, seeds, self.layout.block_bytes).cpu().numpy()
+        return digests
+
     def stats(self) -> TierStats:
         """Counters; `path` is "memory" on the CPU and "cuda" on a GPU."""
         return self._recorder.snapshot(
@@ -232,7 +288,7 @@ class DeviceTier:
         self,
         storage: torch.Tensor,
         slots: SlotIds,
-        host: torch.Tensor,
+        rows: torch.Tensor,
         row_ids: SlotIds,
         after: Sequence[Fence],
         to_device: bool,
@@ -248,9 +304,9 @@ class DeviceTier:
             try:
                 for s, r, n in zip(slots[starts].tolist(), row_ids[starts].tolist(), lengths, strict=True):
                     if to_device:
-                        storage[s : s + n].copy_(host[r : r + n], non_blocking=True)
+                        storage[s : s + n].copy_(rows[r : r + n], non_blocking=True)
                     else:
-                        host[r : r + n].copy_(storage[s : s + n], non_blocking=True)
+                        rows[r : r + n].copy_(storage[s : s + n], non_blocking=True)
             finally:  # whatever was queued must have ended before slots and rows are given back
                 done = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 done.record(stream)

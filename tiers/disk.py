@@ -199,7 +199,7 @@ class DiskTier:
         return self._stripes.recovered
 
     def release_recovered(self) -> None:
-        """Frees the memory of `recovered`, 56 bytes a block, once its reader is done; it is empty from now on."""
+        """Frees the memory of `recovered`, 57 bytes a block, once its reader is done; it is empty from now on."""
         self._stripes.release_recovered()
 
     @property

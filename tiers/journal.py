@@ -37,6 +37,7 @@ from dynamo.tiers.records import (
     surviving_puts,
 )
 from dynamo.tiers.recovered import RecoveredBlocks, read_records
+from dynamo.tiers.slot_digests import DigestKind
 
 __all__ = ["NAME_BYTES", "ROOT_NAME", "Journal"]
 
@@ -123,6 +124,7 @@ class Journal:
         parents: Sequence[bytes] | Names,
         slots: SlotIds,
         digests: npt.NDArray[np.uint64],
+        digest_kind: DigestKind = DigestKind.XXH3,
     ) -> bool:
         """Records that blocks lie in slots; call it when their bytes are there. One write for the whole list.
 
@@ -133,6 +135,7 @@ class Journal:
             parents: 16 bytes each, ROOT_NAME for none, likewise.
             slots: int64 [n].
             digests: uint64 [n], given back at recovery.
+            digest_kind: of what kind they all are; given back as well.
 
         Returns:
             False when nothing could be recorded (full disk, I/O error; logged once): treat the blocks as not stored.
@@ -141,7 +144,7 @@ class Journal:
             KernelArgumentError: lists of different length, wrong names or slots.
             TierClosedError: the journal is closed.
         """
-        return self._append(PUT, names, parents, slots, digests)
+        return self._append(PUT, names, parents, slots, digests, digest_kind)
 
     def drop(self, names: Sequence[bytes] | Names, slots: SlotIds) -> bool:
         """Records that blocks no longer lie in their slots. A name that is not in its slot is ignored.
@@ -244,11 +247,12 @@ class Journal:
         parents: Sequence[bytes] | Names,
         slots: SlotIds,
         digests: npt.NDArray[np.uint64],
+        digest_kind: DigestKind = DigestKind.XXH3,
     ) -> bool:
         with self._lock:
             fd = self._open_fd()
             check_ids(slots, "slots", self.num_slots if kind == PUT else self._max_slots, len(names))
-            records = make_records(kind, names, parents, slots, digests, self._next_sequence, self._seed)
+            records = make_records(kind, names, parents, slots, digests, self._next_sequence, self._seed, digest_kind)
             self._next_sequence += records.size
             records = chosen(records, records["slot"] < self.num_slots)
             if records.size == 0:

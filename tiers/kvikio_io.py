@@ -123,6 +123,8 @@ class KvikioIO:
                 "rows for GPUDirect Storage must be a contiguous uint8 tensor [num_rows, slot_bytes]"
             )
         pending = _PendingKvikio(slots.size, writes=writes)
+        if not slots.size:
+            return pending
         try:
             handle = self._handle(file)
         except (OSError, RuntimeError) as error:

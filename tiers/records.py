@@ -1,10 +1,13 @@
 """The disk index's binary form: a 64-byte header and 64-byte records, little-endian, and how a log of them is replayed.
 
     header   magic 8s, version u32, record_bytes u32, fingerprint 16s, num_slots u64, salt u64, zero u64, check u64
-    record   kind u32, slot u32, sequence u64, name 16s, parent 16s, digest u64, check u64
+    record   kind u16, digest kind u16, slot u32, sequence u64, name 16s, parent 16s, digest u64, check u64
 
-A record's check starts from its header's check, so a record of another file, or of an earlier life of this one (the
-salt is random), does not pass.
+Kinds were one u32 before digests were of several kinds: records of then say kind 0 of digest, XXH3, which theirs are; and a
+program of then passes over records that say another, so that the blocks they name are not there for it.
+
+A record's check starts from its header's check, so a record of another file, or of an earlier life of this one (the salt is
+random), does not pass.
 """
 
 import os
@@ -20,6 +23,7 @@ import xxhash
 from dynamo.kernels.checks import KernelArgumentError, SlotIds
 from dynamo.tiers.errors import JournalFormatError
 from dynamo.tiers.name_table import Names, NameTable, name_words
+from dynamo.tiers.slot_digests import DigestKind
 
 __all__ = [
     "DROP",
@@ -49,7 +53,8 @@ DROP = 2
 
 RECORD = np.dtype(
     [
-        ("kind", "<u4"),
+        ("kind", "<u2"),
+        ("digest_kind", "<u2"),
         ("slot", "<u4"),
         ("sequence", "<u8"),
         ("name", "<u8", 2),
@@ -161,8 +166,9 @@ def make_records(
     digests: npt.NDArray[np.uint64],
     first_sequence: int,
     seed: np.uint64,
+    digest_kind: DigestKind = DigestKind.XXH3,
 ) -> Records:
-    """Builds checked records with consecutive sequence numbers.
+    """Builds checked records with consecutive sequence numbers; their digests are all of one kind.
 
     Raises:
         KernelArgumentError: the lists differ in length, or a name is not 16 bytes.
@@ -174,6 +180,7 @@ def make_records(
         )
     records = np.zeros(n, dtype=RECORD)
     records["kind"] = kind
+    records["digest_kind"] = digest_kind
     records["slot"] = slots
     records["sequence"] = np.arange(first_sequence, first_sequence + n, dtype=np.uint64)
     records["name"] = _words(names, "name")

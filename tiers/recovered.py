@@ -22,6 +22,7 @@ from dynamo.tiers.records import (
     record_checks,
     replay,
 )
+from dynamo.tiers.slot_digests import DigestKinds, stored_kinds
 
 __all__ = ["IndexScan", "RecoveredBlocks", "read_records", "scan_index"]
 
@@ -40,6 +41,7 @@ class RecoveredBlocks:
             parent is not there. A parent is usually, not always, put before its children.
         slots: int64 [n].
         digests: uint64 [n].
+        digest_kinds: `DigestKind` of each, uint8 [n].
     """
 
     names: Names
@@ -47,6 +49,7 @@ class RecoveredBlocks:
     parent_index: SlotIds
     slots: SlotIds
     digests: npt.NDArray[np.uint64]
+    digest_kinds: DigestKinds
 
     @classmethod
     def from_log(cls, log: Survivors) -> "RecoveredBlocks":
@@ -59,6 +62,7 @@ class RecoveredBlocks:
             _parent_index(name_words(names), name_words(parents), log),
             records["slot"].astype(np.int64),
             records["digest"].astype(np.uint64),
+            stored_kinds(records["digest_kind"]),
         )
 
     @classmethod
@@ -78,7 +82,12 @@ class RecoveredBlocks:
         has_parent = (parent_index >= 0) & which[parent_index]
         parent_index = np.where(has_parent, position[parent_index], -1)
         return RecoveredBlocks(
-            self.names[which], self.parents[which], parent_index, self.slots[which], self.digests[which]
+            self.names[which],
+            self.parents[which],
+            parent_index,
+            self.slots[which],
+            self.digests[which],
+            self.digest_kinds[which],
         )
 
 

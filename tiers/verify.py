@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamo.kernels.digest import digest_rows
 from dynamo.tiers.errors import JournalFormatError, TierBusyError, TierUnavailableError
 from dynamo.tiers.file_io import BlockFile, FileIO
 from dynamo.tiers.identity import IDENTITY_NAME, StripeIdentity, read_identity
@@ -26,6 +25,7 @@ from dynamo.tiers.namespace import (
 )
 from dynamo.tiers.plain_file import open_plain
 from dynamo.tiers.recovered import RecoveredBlocks, scan_index
+from dynamo.tiers.slot_digests import match_digests
 from dynamo.tiers.tier import Outcomes, Rows, SlotIds
 
 __all__ = ["NamespaceReport", "verify_directories"]
@@ -201,9 +201,9 @@ class _BlockCheck:
         row_ids = np.arange(chunk.size)
         readable = io.read(file, places, rows, row_ids).outcomes
         seeds = name_words(self._blocks.names[chunk])[:, 0]
-        digests = digest_rows(rows, row_ids, seeds, self._identity.block_bytes)
+        digests, kinds = self._blocks.digests[chunk], self._blocks.digest_kinds[chunk]
         self.is_readable[chunk] = readable
-        self.is_good[chunk] = readable & (digests == self._blocks.digests[chunk])
+        self.is_good[chunk] = readable & match_digests(rows, row_ids, seeds, self._identity.block_bytes, digests, kinds)
         self.read_bytes += int(np.count_nonzero(readable)) * self._identity.slot_bytes
 
 

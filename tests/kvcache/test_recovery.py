@@ -103,6 +103,7 @@ def recovered(names: list[int], parents: list[int], slots: list[int]) -> Recover
         np.array(places, dtype=np.int64),
         np.array(slots, dtype=np.int64),
         np.zeros(len(names), dtype=np.uint64),
+        np.zeros(len(names), dtype=np.uint8),
     )
 
 

@@ -30,6 +30,7 @@ from dynamo.kvcache.store import BlockStore
 from dynamo.tiers.arena import map_rows
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.fake_kvikio import FakeKvikio
 from dynamo.tiers.host import HostTier
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.mover import Priority
@@ -37,6 +38,7 @@ from dynamo.tiers.mover import Priority
 LAYOUT = BlockLayout(num_layers=3, block_size=2, num_kv_heads=2, head_dim=8, itemsize=4)
 NUM_DEVICE_SLOTS, NUM_HOST_SLOTS, NUM_STAGING, NUM_DISK_SLOTS = 48, 10, 4, 24
 STEPS_PER_EXAMPLE = 100
+KVIKIO = FakeKvikio()
 TIMEOUT_S = 30.0
 GARBAGE = 0xEE
 COMPUTED = 0x5A
@@ -79,8 +81,20 @@ class FaultyDisk(DiskTier):
             self.held.pop(pick % len(self.held)).set()
 
     def read(self, slots, rows, row_ids):
+        return self._read(super().read, slots, rows, row_ids, rows)
+
+    def read_device(self, slots, rows, row_ids):
+        return self._read(super().read_device, slots, rows, row_ids, rows.numpy())
+
+    def write(self, slots, rows, row_ids):
+        return self._write_some(super().write, slots, rows, row_ids, lambda torn: torn)
+
+    def write_device(self, slots, rows, row_ids):
+        return self._write_some(super().write_device, slots, rows, row_ids, torch.from_numpy)
+
+    def _read(self, read, slots, target, row_ids, rows):
         fault, rng = self._next_fault("read", len(slots))
-        outcomes = super().read(slots, rows, row_ids)
+        outcomes = read(slots, target, row_ids)
         if fault in ("fail", "fail_once") and len(slots):
             bad = rng.integers(len(slots))
             rows[row_ids[bad]] = GARBAGE
@@ -91,14 +105,14 @@ class FaultyDisk(DiskTier):
             rows[row_ids[rng.integers(len(slots))], LAYOUT.block_bytes // 2 :] = GARBAGE
         return outcomes
 
-    def write(self, slots, rows, row_ids):
+    def _write_some(self, write, slots, rows, row_ids, as_rows):
         fault, rng = self._next_fault("write", len(slots))
         if fault == "tear" and len(slots):
             torn = map_rows(LAYOUT, len(slots))
-            torn[:] = rows[row_ids]
+            torn[:] = np.asarray(rows)[row_ids]
             torn[rng.integers(len(slots)), LAYOUT.block_bytes // 2 :] = GARBAGE
-            return super().write(slots, torn, np.arange(len(slots)))
-        outcomes = super().write(slots, rows, row_ids)
+            return write(slots, as_rows(torn), np.arange(len(slots)))
+        outcomes = write(slots, rows, row_ids)
         if fault in ("fail", "fail_once") and len(slots):
             outcomes[rng.integers(len(slots))] = False
         return outcomes
@@ -121,22 +135,29 @@ class FaultyDisk(DiskTier):
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Chains are saved and loaded in a store of 10 host rows and 24 disk slots; this is the device pool's part."""
+    """Chains are saved and loaded in a store of 10 host rows and 24 disk slots; this is the device pool's part.
 
-    @initialize(host=st.sampled_from([True, True, False]))
-    def start(self, host):
+    With `gds`, and without a host tier, blocks go between disk and device directly, as they do with GPUDirect Storage.
+    """
+
+    @initialize(host=st.sampled_from([True, True, False]), gds=st.booleans())
+    def start(self, host, gds):
         self.folder = Path(tempfile.mkdtemp(prefix="kv-store-stateful-"))
         self.device = DeviceTier(LAYOUT, torch.float32, NUM_DEVICE_SLOTS, "cpu")
         num_host = NUM_HOST_SLOTS if host else 0
         arena = HostTier(LAYOUT, num_host, num_staging=NUM_STAGING)
         self.disk = FaultyDisk.open(self.folder, LAYOUT, NUM_DISK_SLOTS * LAYOUT.slot_bytes, b"stateful", io_threads=1)
         self.disk.prepare()
+        if gds:
+            assert all(proof.ok for proof in self.disk.prove_gds(torch.device("cpu"), KVIKIO))
         # A file that has its size: a failed write is then not taken for a full disk.
         every_slot = np.arange(NUM_DISK_SLOTS)
         assert self.disk.write(every_slot, map_rows(LAYOUT, NUM_DISK_SLOTS), every_slot).all()
         self.counters = CacheCounters()
         planner = LoadPlanner(block_size=LAYOUT.block_size, block_bytes=LAYOUT.block_bytes)
         self.store = BlockStore(self.device, arena, num_host, self.disk, EventLog(), self.counters, planner)
+        (path,) = [usage.device_path for usage in self.store.usage() if usage.tier == "disk"]
+        assert path.startswith("one hop") == (gds and not host)
         self.scratch = map_rows(LAYOUT, NUM_DEVICE_SLOTS)
         self.free = list(range(NUM_DEVICE_SLOTS))
         self.released: deque[tuple[int, list[int]]] = deque()  # by listeners, on any thread

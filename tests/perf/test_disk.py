@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from dynamo.kvcache.config import parse_disk_place
@@ -22,6 +23,7 @@ from dynamo.perf.disk_tier import LMCachePeer, TierSide, Windows
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.report import Report, Result
 from dynamo.serve.config import load_config
+from dynamo.tiers.disk import DiskTier
 
 QUIET = Console(file=io.StringIO())
 TIMEOUT_S = 60
@@ -209,6 +211,15 @@ def test_wrong_bytes_of_the_tier_are_no_result(place: Path) -> None:
             os.fsync(file.fileno())
         with pytest.raises(RuntimeError, match="other bytes"):
             side.load(0)
+
+
+def test_a_tier_tells_the_path_that_a_cache_would_take(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows, cpu = Windows(block_bytes=64 * KIB, num_blocks=1, num_windows=1), torch.device("cpu")
+    with TierSide([place], windows, 1) as side:
+        assert side.find_device_path(cpu, keeps_in_host=False) == "two hops through host memory: no CUDA device"
+        monkeypatch.setattr(DiskTier, "has_device_io", True)
+        assert side.find_device_path(cpu, keeps_in_host=False).startswith("one hop: GPUDirect Storage")
+        assert "kept in the host tier" in side.find_device_path(cpu, keeps_in_host=True)
 
 
 def test_an_interpreter_without_lmcache_is_named_as_the_reason(tmp_path: Path) -> None:

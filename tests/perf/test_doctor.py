@@ -55,6 +55,7 @@ def test_every_tier_is_told_with_its_path_and_speed(tmp_path: Path) -> None:
         assert fact in text
     assert "does not exist yet; measured in" in text
     assert "GPUDirect Storage:" in text
+    assert "to cpu: two hops through host memory: no CUDA device" in text
     cases = {result.case for result in report.results}
     assert {"host tier", "device tier", "2 MiB blocks"} >= cases >= {"host tier", "device tier"}
     assert all(result.value > 0 for result in report.results)

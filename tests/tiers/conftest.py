@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dynamo.kernels.checks import Rows
+from dynamo.kernels.checks import Rows, check_rows
 from dynamo.tiers.arena import map_rows
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
+from dynamo.tiers.fake_kvikio import FakeKvikio
 from dynamo.tiers.file_io import FileIO, SlotIO
 from dynamo.tiers.host import HostTier
 from dynamo.tiers.journal import ROOT_NAME
@@ -51,12 +52,18 @@ def contents(layout: BlockLayout) -> list[bytes]:
     return [np.random.default_rng(100 + i).bytes(layout.block_bytes) for i in range(NUM_SLOTS)]
 
 
-@pytest.fixture(params=["device", "host", "disk", "disk-by-threads"])
+@pytest.fixture(params=["device", "host", "disk", "disk-by-threads", "disk-by-gds"])
 def open_tier(
     request: pytest.FixtureRequest, layout: BlockLayout, contents: list[bytes], tmp_path: Path
 ) -> Iterator[OpenTier]:
     """Each tier in turn, with `contents` laid into its slots behind its back."""
-    open_it = {"device": _open_device, "host": _open_host, "disk": _open_disk, "disk-by-threads": _open_disk_by_threads}
+    open_it = {
+        "device": _open_device,
+        "host": _open_host,
+        "disk": _open_disk,
+        "disk-by-threads": _open_disk_by_threads,
+        "disk-by-gds": _open_disk_by_gds,
+    }
     opened = open_it[request.param](layout, contents, tmp_path)
     yield opened
     opened.tier.close()
@@ -84,12 +91,35 @@ def _open_host(layout: BlockLayout, contents: list[bytes], _: Path) -> OpenTier:
     return OpenTier(tier, lambda slot: rows[slot, : layout.block_bytes].tobytes())
 
 
+class _DirectDisk(DiskTier):
+    """Moves its blocks by the calls for device memory, for which host memory stands."""
+
+    def read(self, slots, rows, row_ids):  # type: ignore[no-untyped-def, override]
+        check_rows(rows, "rows", writable=True)
+        return self.read_device(slots, torch.from_numpy(rows), row_ids)
+
+    def write(self, slots, rows, row_ids):  # type: ignore[no-untyped-def]
+        check_rows(rows, "rows")
+        return self.write_device(slots, torch.from_numpy(rows.copy()), row_ids)
+
+
+def _open_disk_by_gds(layout: BlockLayout, contents: list[bytes], directory: Path) -> OpenTier:
+    opened = _open_disk(layout, contents, directory, kind=_DirectDisk)
+    assert isinstance(opened.tier, DiskTier)
+    assert all(proof.ok for proof in opened.tier.prove_gds(torch.device("cpu"), FakeKvikio()))
+    return opened
+
+
 def _open_disk_by_threads(layout: BlockLayout, contents: list[bytes], directory: Path) -> OpenTier:
     return _open_disk(layout, contents, directory, FileIO)
 
 
 def _open_disk(
-    layout: BlockLayout, contents: list[bytes], directory: Path, new_io: Callable[[int], SlotIO] = QueuedIO
+    layout: BlockLayout,
+    contents: list[bytes],
+    directory: Path,
+    new_io: Callable[[int], SlotIO] = QueuedIO,
+    kind: type[DiskTier] = DiskTier,
 ) -> OpenTier:
     capacity_bytes = NUM_SLOTS * layout.slot_bytes
     with_index = DiskTier.open(directory, layout, capacity_bytes, FINGERPRINT)
@@ -99,7 +129,7 @@ def _open_disk(
     with_index.close()
     blocks = with_index.folder / "blocks.dat"
     blocks.write_bytes(b"".join(payload.ljust(layout.slot_bytes, b"\0") for payload in contents))
-    tier = DiskTier.open(directory, layout, capacity_bytes, FINGERPRINT, new_io=new_io)
+    tier = kind.open(directory, layout, capacity_bytes, FINGERPRINT, new_io=new_io)
 
     def stored(slot: int) -> bytes:
         return blocks.read_bytes()[slot * layout.slot_bytes :][: layout.block_bytes]

@@ -17,6 +17,7 @@ from dynamo.tiers.errors import JournalFormatError, TierClosedError
 from dynamo.tiers.journal import ROOT_NAME, Journal
 from dynamo.tiers.records import HEADER_BYTES, RECORD_BYTES
 from dynamo.tiers.recovered import RecoveredBlocks
+from dynamo.tiers.slot_digests import DigestKind
 
 NUM_SLOTS = 1000
 
@@ -42,6 +43,21 @@ def found(recovered: RecoveredBlocks) -> list[tuple[int, int]]:
     assert [int.from_bytes(parent.tobytes(), "big") for parent in recovered.parents] == [max(0, n - 1) for n in numbers]
     assert recovered.digests.tolist() == [10 * n for n in numbers]
     return list(zip(numbers, recovered.slots.tolist(), strict=True))
+
+
+def test_kinds_of_digests_survive_restarts_and_rewriting(path: Path) -> None:
+    with opened(path) as journal:
+        assert put(journal, (1, 1), (2, 2))
+        assert journal.put(names(3, 4), names(2, 3), ids(3, 4), np.array([30, 40], dtype=np.uint64), DigestKind.LINES)
+        for number in range(10, 20000):
+            if number % 500 == 0:
+                assert put(journal, *((n, 9) for n in range(number, number + 500)))
+        assert put(journal, (5, 9))
+    for _ in range(2):
+        with opened(path) as journal:
+            assert found(journal.recovered) == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 9)]
+            assert journal.recovered.digest_kinds.tolist() == [0, 0, 1, 1, 0]
+        assert path.stat().st_size < 20000 * RECORD_BYTES
 
 
 @pytest.fixture

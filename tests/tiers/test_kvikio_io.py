@@ -1,9 +1,6 @@
 """GPUDirect Storage: proven or not, and what the tier does then. A stand-in for kvikio works on host tensors here."""
 
 import logging
-import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,63 +10,12 @@ import torch
 from dynamo.kernels.checks import KernelArgumentError, Rows
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierConfigError
+from dynamo.tiers.fake_kvikio import FakeKvikio, Spoil
 from dynamo.tiers.kvikio_io import find_kvikio, prove_gds
 from dynamo.tiers.layout import BlockLayout
 
 NUM_SLOTS = 48
 CPU = torch.device("cpu")
-Spoil = Callable[[str, torch.Tensor], int | None]
-
-
-class Pending:
-    def __init__(self, future: Future[int]) -> None:
-        self._future = future
-
-    def get(self) -> int:
-        return self._future.result(20)
-
-
-class FakeFile:
-    """Reads and writes like kvikio's, on threads; `spoil` may change what a call does."""
-
-    def __init__(self, path: Path, pool: ThreadPoolExecutor, spoil: Spoil) -> None:
-        self._fd = os.open(path, os.O_RDWR)
-        self._pool = pool
-        self._spoil = spoil
-
-    def pread(self, buf: torch.Tensor, size: int, file_offset: int = 0) -> Pending:
-        return Pending(self._pool.submit(self._read, buf, size, file_offset))
-
-    def pwrite(self, buf: torch.Tensor, size: int, file_offset: int = 0) -> Pending:
-        return Pending(self._pool.submit(self._write, buf, size, file_offset))
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def _read(self, buf: torch.Tensor, size: int, offset: int) -> int:
-        count = os.preadv(self._fd, [buf.view(-1).numpy()[:size]], offset)
-        changed = self._spoil("read", buf)
-        return count if changed is None else changed
-
-    def _write(self, buf: torch.Tensor, size: int, offset: int) -> int:
-        changed = self._spoil("write", buf)
-        count = os.pwritev(self._fd, [buf.view(-1).numpy()[:size]], offset)
-        return count if changed is None else changed
-
-
-class FakeKvikio:
-    def __init__(self, spoil: Spoil = lambda what, buf: None, *, compat: bool = False) -> None:
-        self.spoil = spoil
-        self.num_open = 0
-        self._compat = compat
-        self._pool = ThreadPoolExecutor(4)
-
-    def open(self, path: Path) -> FakeFile:
-        self.num_open += 1
-        return FakeFile(path, self._pool, lambda what, buf: self.spoil(what, buf))
-
-    def is_compat_mode(self) -> bool:
-        return self._compat
 
 
 def open_disk(places: list[Path], layout: BlockLayout) -> DiskTier:

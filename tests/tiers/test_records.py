@@ -24,6 +24,7 @@ from dynamo.tiers.records import (
     record_checks,
     surviving_puts,
 )
+from dynamo.tiers.slot_digests import DigestKind
 
 SEED = np.uint64(12345)
 PATH = Path("journal.log")
@@ -73,6 +74,14 @@ def test_a_record_is_64_bytes_of_published_form() -> None:
     assert data[:56] == struct.pack("<IIQ16s16sQ", PUT, 7, 3, bytes(range(16)), bytes(16), 9)
     assert record_checks(records, np.uint64(1)).tolist() == [scalar_check(data[:56], 1)]
     assert data[56:].hex() == "3a052425216f1bc7"
+
+
+def test_the_kind_of_digest_stands_where_nothing_but_zeros_stood_before() -> None:
+    digest = np.array([9], dtype=np.uint64)
+    records = make_records(PUT, [name(1)], [name(0)], np.array([7]), digest, 3, SEED, DigestKind.LINES)
+    assert records.tobytes()[:8] == struct.pack("<HHI", PUT, 1, 7)
+    assert surviving_puts(records)["digest_kind"].tolist() == [1]
+    assert surviving_puts(record(PUT, 3, 4, 5))["digest_kind"].tolist() == [DigestKind.XXH3]
 
 
 def scalar_check(data: bytes, seed: int) -> int:

@@ -1,5 +1,7 @@
 """The digest kernel in Triton's interpreter gives the CPU's digests, alone and while copying."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from dynamo.kernels.digest_blocks import digest_blocks_new
 from dynamo.kernels.digest_host import block_starts
 from dynamo.kernels.layouts import from_paged
+from dynamo.tiers.slot_digests import digest_slots
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -65,3 +68,12 @@ def test_blocks_longer_than_a_tile_and_rows_beside_other_bytes(interpreted):
     view = from_paged(data[..., 16:56], "BTHD")
     ids = np.array([1, 0])
     assert torch.equal(run(interpreted, view, ids, None, ids, None, 1), digest_blocks_new(view, ids))
+
+
+@pytest.mark.parametrize("num_bytes", [1920, 6, 5 * 1024])
+def test_slots_of_the_disk_tier_have_the_digests_that_its_index_keeps(interpreted, num_bytes):
+    slots = torch.randint(0, 256, (6, 8192), dtype=torch.uint8)
+    lines = slots[:, :num_bytes].unflatten(1, (-1, math.gcd(num_bytes, 1024)))
+    ids, seeds = np.array([4, 0, 5]), np.array([7, 8, 9], dtype=np.uint64)
+    found = run(interpreted, from_paged(lines, "BTD"), ids, None, ids, seeds, 2)
+    assert torch.equal(found, digest_slots(slots, ids, seeds, num_bytes))

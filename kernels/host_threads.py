@@ -4,8 +4,7 @@ Bytes moved: none here; the callers' numpy calls move them, and release the GIL 
 that may be copied in any order. The caller and up to three helpers take parts of it until none is left, large parts first
 and small ones last, so that a helper whose core becomes busy with something else takes fewer and is not waited for long. Where
 no core is idle when a copy begins, the caller copies alone: a helper that is put aside in the middle of a part holds up the
-whole copy for a slice of the scheduler, 3 to 4 ms. Only a copy of ten times as long has helpers nevertheless, unless threads
-wait for cores already: beside one busy core of two, it gains half of a helper's time for the price of a slice.
+whole copy.
 Guided self-scheduling is Polychronopoulos' and Kuck's (https://doi.org/10.1109/TC.1987.5009495).
 """
 
@@ -20,7 +19,6 @@ CopyPart = Callable[[int, int], None]
 """Copies the items in [start, stop). Called from several threads at a time, for disjoint ranges."""
 
 MIN_SHARED_BYTES = 4 << 20  # half a millisecond: waking a helper takes a tenth of it
-BUSY_SHARED_BYTES = 384 << 20  # 30 ms, ten slices; beside a busy core 256 MiB lost 4 to 6 %, and 512 gained 10 to 20
 MIN_PART_BYTES = 1 << 20
 MAX_LANES = 4  # the caller and its helpers; two or three cores fill the bus of most machines
 
@@ -37,16 +35,15 @@ class HostThreads:
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
 
-    def __init__(self, num_helpers: int, num_idle_cores: Callable[[], int] | None = None) -> None:
+    def __init__(self, num_helpers: int, has_idle_core: Callable[[], bool] | None = None) -> None:
         """Starts nothing yet.
 
         Args:
             num_helpers: threads beside the caller, 0 or more.
-            num_idle_cores: asked at each large copy; negative where threads wait for cores. Helpers come where it is at
-                least 1, and at least 0 to copies of 384 MiB; None: they always come.
+            has_idle_core: asked at each large copy whether helpers should come; None: they always do.
         """
         self._num_helpers = num_helpers
-        self._num_idle_cores = num_idle_cores
+        self._has_idle_core = has_idle_core
         self._begin_anew()
         os.register_at_fork(after_in_child=self._begin_anew)
 
@@ -70,11 +67,9 @@ class HostThreads:
             if num_items:
                 copy_part(0, num_items)
             return
-        if self._num_idle_cores is not None:
-            is_long = num_items * item_bytes >= BUSY_SHARED_BYTES
-            if self._num_idle_cores() < (0 if is_long else 1):
-                copy_part(0, num_items)
-                return
+        if self._has_idle_core is not None and not self._has_idle_core():
+            copy_part(0, num_items)
+            return
         job = _Job(num_items, max(1, MIN_PART_BYTES // max(1, item_bytes)), 2 * self.num_lanes, copy_part)
         try:
             self._call_helpers(job)
@@ -175,17 +170,17 @@ def _serve(jobs: "queue.SimpleQueue[_Job]") -> None:
         jobs.get().help()
 
 
-def _num_idle_cores() -> int:
-    """Cores of this machine less threads that run or wait to run, this one among them; 1 where that is not told."""
+def _has_idle_core() -> bool:
+    """Whether fewer threads run on this machine, this one among them, than it has cores. True where that is not told."""
     try:
         with open("/proc/loadavg", "rb", buffering=0) as file:
             num_running = int(file.read(64).split()[3].partition(b"/")[0])
     except (OSError, IndexError, ValueError):
-        return 1
-    return (os.cpu_count() or 1) - num_running
+        return True
+    return num_running < (os.cpu_count() or 1)
 
 
-_THREADS = HostThreads(min(len(os.sched_getaffinity(0)), MAX_LANES) - 1, _num_idle_cores)
+_THREADS = HostThreads(min(len(os.sched_getaffinity(0)), MAX_LANES) - 1, _has_idle_core)
 # The one piece of state that a module of this package holds: `copy_rows` and `copy_blocks` are functions, to be called from
 # any thread without setting anything up, and threads that each caller brought along would fight for the same cores.
 

@@ -38,22 +38,11 @@ def test_small_copies_stay_on_the_calling_thread_in_one_part() -> None:
     assert parts == [(0, 1000, threading.get_ident())]
 
 
-@pytest.mark.parametrize(
-    ("num_idle_cores", "num_mib", "comes"),
-    [(1, 64, True), (0, 64, False), (0, 256, False), (0, 512, True), (-1, 512, False)],
-)
-def test_without_an_idle_core_helpers_come_to_very_large_copies_only(
-    num_idle_cores: int, num_mib: int, comes: bool
-) -> None:
-    parts: list[tuple[int, int]] = []
-    HostThreads(2, lambda: num_idle_cores).copy(num_mib, MIB, lambda start, stop: parts.append((start, stop)))
-    assert sum(stop - start for start, stop in parts) == num_mib
-    assert (parts != [(0, num_mib)]) == comes
-
-
-def test_without_helpers_the_caller_copies_in_one_part_itself() -> None:
+def test_without_an_idle_core_the_caller_copies_alone_in_one_part() -> None:
     parts: list[tuple[int, int, int]] = []
-    HostThreads(2, lambda: 0).copy(64, MIB, lambda start, stop: parts.append((start, stop, threading.get_ident())))
+    HostThreads(2, has_idle_core=lambda: False).copy(
+        64, MIB, lambda start, stop: parts.append((start, stop, threading.get_ident()))
+    )
     assert parts == [(0, 64, threading.get_ident())]
 
 

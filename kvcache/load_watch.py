@@ -1,6 +1,7 @@
 """Keeps a load that somebody waits for from costing more than it saves."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +12,18 @@ from dynamo.tiers.transfer import Transfer
 __all__ = ["LoadWatch"]
 
 
+class Settle(Protocol):
+    """`LoadPlanner.settle`."""
+
+    def __call__(self, decision: LoadDecision, waited_s: float, num_arrived: int, /, *, gave_up: bool) -> None: ...
+
+
 class LoadWatch:
     """Keeps one load from costing more than it saves. Made by `LoadPlanner.watch`; ended by `settle`, or just forgotten."""
 
     def __init__(
         self,
-        settle: Callable[..., None],
+        settle: Settle,
         decision: LoadDecision,
         transfer: Transfer,
         timeout_s: float,

@@ -200,7 +200,9 @@ class Onboarder:
                     in_host.append((position, slot))
                 elif (slot := shelf.disk.find(key)) is not None:
                     on_disk.append((position, slot))
-                else:  # evicted since the caller looked; what follows is of no use without it
+                elif request.from_end:  # evicted since the caller looked, who computes it alone
+                    shelf.counters.count_fault("missing", 1)
+                else:  # what follows is of no use without it
                     shelf.counters.count_fault("missing", len(keys) - position)
                     break
         if on_disk:
@@ -236,8 +238,7 @@ class Onboarder:
 
     def _load_from_host(self, load: Load, places: _Places) -> int:
         """Returns how many blocks were moved."""
-        self._deliver("host", self._paths.through_host, load, places, places.slots)
-        return len(places.slots)
+        return self._deliver("host", self._paths.through_host, load, places, places.slots)
 
     def _load_from_disk(self, load: Load, whole: _Places) -> int:
         """Returns how many blocks were read, whether or not they came in time."""
@@ -292,19 +293,23 @@ class Onboarder:
                 num_corrupt,
             )
 
-    def _deliver(self, tier: str, path: HostPath | DirectPath, load: Load, places: _Places, rows: SlotIds) -> None:
-        """The last hop, for blocks that lie in `rows`."""
+    def _deliver(self, tier: str, path: HostPath | DirectPath, load: Load, places: _Places, rows: SlotIds) -> int:
+        """The last hop, for blocks that lie in `rows`. Returns how many of them were still wanted."""
         request, shelf = load.request, self._shelf
         device_slots = request.device_slots[places.positions]
         started_s = time.perf_counter()
+        num_wanted = 0
 
         def write(wanted: Outcomes) -> Outcomes:
+            nonlocal num_wanted
+            num_wanted = int(np.count_nonzero(wanted))
             written = path.deliver(device_slots[wanted], rows[wanted], request.fences)
             shelf.counters.count_hits(tier, len(written))
             shelf.count_host_read(rows[wanted], time.perf_counter() - started_s)
             return written
 
         load.deliver(places.positions, write)
+        return num_wanted
 
 
 def _places(pairs: list[tuple[int, int]]) -> _Places:

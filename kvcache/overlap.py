@@ -123,9 +123,9 @@ class OverlappedLoad:
         if self._is_finished:
             return
         self._is_finished = True
-        self._end_waiting()
         self._load.cancel()
-        self._planner.settle_overlapped(self._decision, self._waited_s or 0.0, self._used)
+        if self._waited_s is not None:  # else nobody began to compute: no decision was carried out
+            self._planner.settle_overlapped(self._decision, self._waited_s, self._used)
 
     def _wait_longer(self) -> None:
         """Called when blocks have arrived, on the thread that brought them."""

@@ -256,8 +256,10 @@ class Sequence:
             self._check_open()
             self._layers = self._store.begin_layerwise(load.load)
             self._load = None
-            self._counters.count_fault("late", load.load.num_blocks - self._layers.num_blocks)
-            num_blocks = self._num_shared_blocks + self._layers.num_blocks
+            num_promised = self._layers.num_blocks
+            self._counters.count_fault("late", load.load.num_blocks - num_promised)
+            self._hit_blocks = np.bincount(self._sources[:num_promised], minlength=len(SOURCES)).tolist()
+            num_blocks = self._num_shared_blocks + num_promised
             self._num_cached_tokens = num_blocks * self._block_size
         return self.num_cached_tokens // self._block_size
 

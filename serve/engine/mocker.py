@@ -109,7 +109,7 @@ class MockRunner:
         for chunk in step.prefills:
             sequence = chunk.sequence
             first = sequence.num_computed
-            if sequence.kv is not None and 0 < first == sequence.kv.num_cached_tokens:
+            if first and sequence.kv is not None and sequence.kv.num_cached_tokens:
                 self._verify_blocks(sequence, first)
             self._write_blocks(sequence, first, first + chunk.num_tokens)
         sampled = [self._next_token(sequence) for sequence in step.sampling]

@@ -336,7 +336,8 @@ class Scheduler:
     def _schedule_chunk(self, step: ScheduledStep, sequence: SequenceState, budget: int) -> int:
         kv = _kv(sequence)
         sequence.num_computed, end = kv.next_span(sequence.num_computed, min(self._limits.prefill_chunk, budget))
-        if sequence.num_admissions == 1:
+        sequence.computing_admission = sequence.computing_admission or sequence.num_admissions
+        if sequence.num_admissions == sequence.computing_admission:
             sequence.num_cached_tokens = min(kv.num_cached_tokens, sequence.num_prompt_tokens)
         num_tokens, is_last = end - sequence.num_computed, end == len(sequence.tokens)
         step.prefills.append(PrefillChunk(sequence, num_tokens, is_last))

@@ -79,8 +79,9 @@ class SequenceState:
         kv: its blocks in the cache; None while waiting and once finished.
         salt: see `GenerationRequest.cache_salt`.
         num_admissions: times it was let in; more than one after preemptions.
-        num_cached_tokens: prompt tokens whose KV came from the cache, as far as is known, when it was first admitted; None
-            before that. Those generated elsewhere are no part of the prompt.
+        computing_admission: the first of them in which it computed; 0 before that.
+        num_cached_tokens: prompt tokens whose KV came from the cache then, as far as is known; None before that. Those
+            generated elsewhere are no part of the prompt.
         sampling: the sampler's memory of it, made by the runner; survives preemption.
     """
 
@@ -96,6 +97,7 @@ class SequenceState:
     reserved: int = 0
     capacity: int = 0
     num_admissions: int = 0
+    computing_admission: int = 0
     num_cached_tokens: int | None = None
     sampling: "SamplingState | None" = field(default=None, repr=False)
 

@@ -108,6 +108,16 @@ def open_by_layers(cache, monkeypatch):
     return sequence, promised
 
 
+def test_blocks_loaded_by_layers_count_as_hits_of_their_tier(warm):
+    cache = warm()
+    with cache.open(TOKENS) as sequence:
+        sequence.begin_layerwise()
+        num_cached = sequence.num_cached_tokens
+        sequence.commit()
+    [host] = [tier for tier in cache.stats().window.tiers if tier.tier == "host"]
+    assert host.hit_tokens == num_cached > 0
+
+
 def test_committing_waits_for_the_layers(warm, content, monkeypatch):
     cache = warm()
     sequence, _ = open_by_layers(cache, monkeypatch)

@@ -10,8 +10,12 @@ import pytest
 
 from dynamo.kvcache import KVCache
 from dynamo.kvcache.errors import SequenceStateError
+from dynamo.kvcache.load_decision import TierRun
 from dynamo.kvcache.overlap import OverlappedLoad
+from dynamo.kvcache.planner import LoadPlanner
+from dynamo.kvcache.store import BlockStore
 from dynamo.tiers.aio import RequestQueue
+from dynamo.tiers.device import DeviceTier
 
 TOKENS = list(range(257))  # 64 full blocks and one token to compute
 
@@ -271,3 +275,52 @@ def test_misuse_of_overlap_is_refused(cache):
             sequence.begin_layerwise()
     with cache.open(TOKENS) as sequence, pytest.raises(SequenceStateError, match="wait"):
         sequence.next_span(0, 16)
+
+
+def test_a_block_that_is_gone_when_its_load_begins_is_computed_alone(cache, content, monkeypatch):
+    find_runs = BlockStore.find_runs
+    gone = cache.block_keys(TOKENS)[20]
+
+    def find_and_lose(store: BlockStore, keys) -> list[TierRun]:
+        runs = find_runs(store, keys)
+        store._shelf.disk.forget([gone])  # as an eviction in between does
+        return runs
+
+    monkeypatch.setattr(BlockStore, "find_runs", find_and_lose)
+    with cache.open(TOKENS, overlap=True) as sequence:
+        ended = threading.Event()
+        sequence.when_ready(ended.set)
+        assert ended.wait(20.0)
+        content.run_in_pieces(cache, sequence, TOKENS, 500)
+        assert sequence.num_cached_tokens == 252
+    assert cache.stats().load_faults["missing"] == 1
+
+
+def test_blocks_in_host_memory_that_were_computed_meanwhile_say_nothing_about_its_speed(
+    make_cache, content, monkeypatch
+):
+    made = make_cache(device_blocks=128, host="1MiB")
+    content.run(made, TOKENS)
+    assert made.flush()
+    made.clear("device")
+    observe(made, token_s=0.001)
+    write, end_part, go_on, moved = DeviceTier.write, LoadPlanner.end_part, threading.Event(), []
+
+    def write_slowly(*arguments, **options):
+        assert go_on.wait(20.0)
+        return write(*arguments, **options)
+
+    def note(planner, tier, load, num_blocks, num_moved):
+        moved.append(num_moved)
+        end_part(planner, tier, load, num_blocks, num_moved)
+
+    monkeypatch.setattr(DeviceTier, "write", write_slowly)
+    monkeypatch.setattr(LoadPlanner, "end_part", note)
+    with made.open(TOKENS, overlap=True) as sequence:
+        assert sequence.next_span(0, 240) == (0, 240)
+        ended = threading.Event()
+        sequence.when_ready(ended.set)
+        go_on.set()
+        assert ended.wait(20.0)
+    assert 0 in moved
+    assert sum(moved) <= 4  # of 64: the last ones, as far as nobody computed them

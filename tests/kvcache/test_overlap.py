@@ -207,3 +207,13 @@ def test_every_block_is_loaded_or_computed_and_none_both(num_blocks: int, data: 
     assert not passed & computed
     assert set(np.flatnonzero(overlapped.used).tolist()) == passed
     assert all(load.arrived[block] for block in passed)
+
+
+def test_a_load_that_nobody_computed_beside_is_no_decision() -> None:
+    clock = Clock()
+    planner = make_planner(clock, block_s=1e-5)
+    overlapped, load = begin(planner, clock)
+    overlapped.finish()
+    assert load.is_ended
+    stats = planner.stats()
+    assert (dict(stats.decisions), stats.declined_blocks, dict(stats.regret_s)) == ({}, 0, {})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import dynamo.serve.demo
-from dynamo.kvcache import KVCache
+from dynamo.kvcache import KVCache, Sequence
 from dynamo.serve.engine.engine import InferenceEngine
 from dynamo.serve.engine.mocker import DEFAULT_TEXT, MockTimings, build_mock_engine, mock_kv_spec
 from dynamo.serve.engine.request import GenerationRequest, OutputDelta, SamplingParams
@@ -136,6 +136,37 @@ def test_a_prefix_comes_back_from_the_host_tier_with_the_right_bytes(tokenizer: 
             await collect(engine, [100 + other] * (8 * BLOCK_SIZE), max_tokens=20)
         assert cache.lookup(prompt).device_tokens == 0
         assert (await collect(engine, prompt, max_tokens=3)).num_cached_tokens == 5 * BLOCK_SIZE
+        await engine.stop()
+
+    asyncio.run(test())
+
+
+def test_wrong_content_behind_what_was_computed_is_noticed_too(tokenizer: Tokenizer) -> None:
+    async def test() -> None:
+        cache = make_cache()
+        engine = make_engine(
+            tokenizer, cache, limits=SchedulerLimits(max_running=4, max_batch_tokens=64, prefill_chunk=16)
+        )
+        await engine.start()
+        prompt = list(range(8 * BLOCK_SIZE))
+        await collect(engine, prompt, max_tokens=1)
+        table = cache.open(prompt)
+        slot = int(table.block_table[4])
+        table.close()
+        next_span = Sequence.next_span
+
+        def skip_to_the_end(sequence: Sequence, num_computed: int, max_tokens: int) -> tuple[int, int]:
+            if num_computed == BLOCK_SIZE:  # as where the rest has been loaded meanwhile
+                return next_span(sequence, 7 * BLOCK_SIZE, max_tokens)
+            return num_computed, num_computed + BLOCK_SIZE
+
+        Sequence.next_span = skip_to_the_end  # type: ignore[method-assign]
+        try:
+            cache.layer(0)[0][slot] += 1.0
+            with pytest.raises(RequestFailedError, match=r"wrong content for blocks \[4\]"):
+                await collect(engine, prompt, max_tokens=1)
+        finally:
+            Sequence.next_span = next_span  # type: ignore[method-assign]
         await engine.stop()
 
     asyncio.run(test())

@@ -467,3 +467,26 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+def test_what_came_from_the_cache_is_known_of_a_sequence_that_gave_way_before_it_computed() -> None:
+    with KVCache(SPEC, device="cpu", device_blocks=64) as cache:
+        prompt = [1] * 17
+        with cache.open(prompt) as kept:
+            kept.commit()
+        slow = SlowCache(cache)
+        scheduler = Scheduler(slow, SchedulerLimits(max_running=1, max_batch_tokens=64, prefill_chunk=64))  # type: ignore[arg-type]
+        sequence = make_sequence("loading", prompt)
+        scheduler.add(sequence)
+        assert scheduler.schedule().is_empty
+        scheduler._preempt(sequence)  # as where an older one finds no block
+        assert scheduler.schedule().is_empty
+        slow.opened[1].is_ready = True
+        scheduler.complete(scheduler.schedule(), [5])
+        assert sequence.num_cached_tokens == 16
+        scheduler._preempt(sequence)
+        scheduler.schedule()
+        slow.opened[2].is_ready = True
+        scheduler.complete(scheduler.schedule(), [6])
+        assert sequence.num_cached_tokens == 16  # what it had computed itself is no hit
+        scheduler.finish(sequence)

@@ -54,6 +54,11 @@ def examine_disk(
         findings.say("", f"does not exist yet; measured in {folder}")
     for mounted in dict.fromkeys(folders):
         _examine_mount(mounted, findings)
+    closed = [where for where in dict.fromkeys(folders) if not os.access(where, os.W_OK | os.X_OK)]
+    for where in closed:
+        findings.problem(f"this user may not write to {where}: give it the permission, or --disk-cache another folder")
+    if closed:
+        return
     _examine_space(place, findings)
     locks = [lock for directory in place.directories for lock in sorted(directory.glob("*/LOCK"))]
     holders = {lock.parent: lock_holder(lock) for lock in locks}
@@ -66,11 +71,6 @@ def examine_disk(
     findings.say(
         "", f"models with blocks here: {len(holders)}, in use now: {sum(p is not None for p in holders.values())}"
     )
-    closed = [where for where in dict.fromkeys(folders) if not os.access(where, os.W_OK | os.X_OK)]
-    for where in closed:
-        findings.problem(f"this user may not write to {where}: give it the permission, or --disk-cache another folder")
-    if closed:
-        return
     if shutil.disk_usage(folder).free < 2 * size:
         findings.advise(f"too little space is free in {folder} to measure; give less --size")
         return
@@ -108,7 +108,15 @@ def _examine_mount(folder: Path, findings: Findings) -> None:
 
 
 def _examine_space(place: DiskPlace, findings: Findings) -> None:
-    for space in disk_space(place.directories, place.capacity_bytes):
+    try:
+        spaces = disk_space(place.directories, place.capacity_bytes)
+    except OSError as error:
+        findings.problem(
+            f"what is free in {place} and taken by KV blocks cannot be told: {error}; give this user the permission, or "
+            "--disk-cache another folder"
+        )
+        return
+    for space in spaces:
         free, held = space.free_bytes, space.held_bytes
         where = ", ".join(map(str, space.directories))
         findings.say("", f"{where}: {format_size(free)} free, {format_size(held)} taken by KV blocks already")

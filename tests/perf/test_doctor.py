@@ -1,10 +1,14 @@
 """The examination of a configuration."""
 
 import argparse
+import ctypes
 import fcntl
 import io
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +34,7 @@ from dynamo.serve.config import SECTIONS
 from dynamo.tiers.host_budget import HostBudget
 
 QUIET = Console(file=io.StringIO())
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2  # see capabilities(7)
 
 
 def examine(*arguments: str) -> Report:
@@ -92,6 +97,45 @@ def test_a_file_in_the_place_of_a_directory_is_a_problem(tmp_path: Path) -> None
         report = examine("--disk-cache", f"{place}:64MiB", "--host-cache", "0", "--device", "cpu")
         assert f"PROBLEM: {tmp_path / 'file'} is no folder" in "\n".join(report.epilogue)
         assert report.exit_status == 1
+
+
+EXAMINATION = """
+import sys
+import torch
+from dynamo.kvcache.config import parse_disk_place
+from dynamo.perf.doctor_disk import examine_disk
+from dynamo.perf.doctor_findings import Findings
+for place in sys.argv[1:]:
+    findings = Findings()
+    list(examine_disk(parse_disk_place(place), 1, 16 << 20, torch.device("cpu"), findings, keeps_in_host=False))
+    print(*[line for line in findings.lines() if line.startswith("PROBLEM")])
+"""
+
+
+def test_a_folder_without_permission_is_a_problem_and_ends_nothing(tmp_path: Path) -> None:
+    def obey() -> None:  # permissions of files hold for root too
+        for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+            prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+    prctl = ctypes.CDLL(None).prctl
+    closed, unreadable = tmp_path / "closed", tmp_path / "unreadable"
+    closed.mkdir(mode=0o000)
+    unreadable.mkdir(mode=0o300)
+    places = [f"{place}:64MiB" for place in (closed, closed / "new" / "kv", unreadable)]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", EXAMINATION, *places],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=obey if os.geteuid() == 0 else None,
+        check=False,
+    )
+    closed.chmod(0o700)
+    unreadable.chmod(0o700)
+    told = done.stdout.splitlines()
+    assert len(told) == 3, done.stderr
+    assert all(line.startswith(f"PROBLEM: this user may not write to {closed}: give it the") for line in told[:2])
+    assert re.match(f"PROBLEM: what is free in {unreadable} .* cannot be told: .*Permission denied", told[2])
 
 
 def test_user_data_is_left_alone(tmp_path: Path) -> None:

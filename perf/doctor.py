@@ -1,7 +1,8 @@
 """Which path each tier of a configuration really takes here, how fast it is, and what to change.
 
-Takes the server's own cache options, and those that say which processes have tiers. Tiers are opened small, measured beside a plain copy or the raw disk, and closed;
-nothing but a scratch folder inside the disk tier's directory is written, and it is removed.
+Takes the server's own cache options, and those that say which processes have tiers. Tiers are opened small, measured beside
+a plain copy or the raw disk, and closed; nothing but a scratch folder inside the disk tier's directory is written, and it is
+removed.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Which path each tier of a configuration really takes here, how fast it is, and what to change.
 
-Takes the server's own cache options. Tiers are opened small, measured beside a plain copy or the raw disk, and closed;
-nothing but a scratch folder inside the disk tier's directory is written, and it is removed.
+Takes the server's own cache options, and those that say which processes have tiers. Tiers are opened small, measured beside
+a plain copy or the raw disk, and closed; nothing but a scratch folder inside the disk tier's directory is written, and it is
+removed.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from dynamo.kvcache.config import format_size, parse_size
 from dynamo.perf.disk_gds import why_no_gds
-from dynamo.perf.doctor_disk import examine_disk
+from dynamo.perf.doctor_disk import disk_tiers, examine_disk
 from dynamo.perf.doctor_facts import cuda_driver, importable, lock_limit_bytes, memory_pages
 from dynamo.perf.doctor_findings import Findings
 from dynamo.perf.harness import BenchmarkError, median, timed
@@ -83,9 +84,10 @@ def run(options: argparse.Namespace, console: Console) -> Report:
             f"--size {options.size} is too little; give {format_size(_MIN_BLOCKS * _LAYOUT.slot_bytes)}"
         )
     try:
-        config = load_config(options.config, {k: v for k, v in vars(options).items() if k in _server_options()}).config
+        loaded = load_config(options.config, {k: v for k, v in vars(options).items() if k in _server_options()})
     except ConfigError as error:
         raise BenchmarkError(str(error)) from error
+    config = loaded.config
     machine = machine_record()
     findings = Findings()
     results: list[Result] = []
@@ -101,6 +103,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         size = num_blocks * _LAYOUT.slot_bytes
         results += examine_disk(
             place,
+            disk_tiers(loaded),
             config.cache.io_threads,
             size,
             _device(config),
@@ -127,7 +130,8 @@ def run(options: argparse.Namespace, console: Console) -> Report:
 def _server_options() -> dict[str, Option]:
     """Of the server's options, those that this command looks at, by "section.key"."""
     found = {f"cache.{entry.name}": entry for entry in SECTIONS["cache"]}
-    found["model.device"] = next(entry for entry in SECTIONS["model"] if entry.name == "device")
+    for section, name in (("model", "device"), ("engine", "engine"), ("fleet", "workers")):
+        found[f"{section}.{name}"] = next(entry for entry in SECTIONS[section] if entry.name == name)
     return found
 
 

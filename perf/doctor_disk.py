@@ -1,9 +1,10 @@
 """The disk tier's place: file system, device, lock, space, and the tier beside the raw disk in a scratch folder there."""
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,10 +15,14 @@ from dynamo.perf.doctor_facts import lock_holder, mount_of, nearest_folder
 from dynamo.perf.doctor_findings import Findings
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.report import Result
+from dynamo.serve.assembly import mocker_place
+from dynamo.serve.config import LoadedConfig
+from dynamo.serve.worker_commands import disk_share, worker_name
 from dynamo.tiers.disk_space import disk_space
 from dynamo.tiers.errors import TierError
+from dynamo.tiers.namespace import held_bytes, is_namespace_name
 
-__all__ = ["examine_disk"]
+__all__ = ["disk_tiers", "examine_disk"]
 
 _BLOCK_BYTES = 2 << 20
 _TURNS = 5
@@ -26,8 +31,18 @@ _SLOW_SHARE = 60.0
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse", "ceph", "lustre", "overlay"})
 
 
+def disk_tiers(loaded: LoadedConfig) -> list[DiskPlace]:
+    """Where each process of a configuration that computes has its disk tier, and how large it may be; none when it is off."""
+    place, workers = disk_share(loaded), loaded.config.fleet.workers
+    if place is None:
+        return []
+    places = [place] if workers is None else [place.below(worker_name(number)) for number in range(workers)]
+    return [mocker_place(each) for each in places] if loaded.config.engine.engine == "mocker" else places
+
+
 def examine_disk(
     place: DiskPlace,
+    tiers: Sequence[DiskPlace],
     io_threads: int,
     size: int,
     device: torch.device,
@@ -35,27 +50,36 @@ def examine_disk(
     *,
     keeps_in_host: bool,
 ) -> Iterator[Result]:
-    """Facts, advice, problems and rates of a disk tier at `place`. Nothing there is changed.
+    """Facts, advice, problems and rates of disk tiers at `place`. Nothing there is changed.
 
     Args:
+        tiers: at least one, of one size, in it or below; see `disk_tiers`.
         size: bytes to measure with; written for a while, in the first directory.
         device: where the blocks are wanted.
         keeps_in_host: there is a host tier.
     """
-    findings.say("disk tier", f"{place}, {format_size(place.capacity_bytes)}")
+    times = f"{len(tiers)} times " if len(tiers) > 1 else ""
+    findings.say("disk tier", f"{place}, {times}{format_size(tiers[0].capacity_bytes)}")
     obstacles = [obstacle for directory in place.directories if (obstacle := _obstacle(directory)) is not None]
     for obstacle in obstacles:
         findings.problem(f"{obstacle} is no folder, so no disk tier can be there: give --disk-cache another path")
     if obstacles:
         return
+    own = [directory for tier in tiers for directory in tier.directories]
     folders = [nearest_folder(directory) for directory in place.directories]
     folder = folders[0]
     if folder != place.directories[0].absolute():
         findings.say("", f"does not exist yet; measured in {folder}")
     for mounted in dict.fromkeys(folders):
         _examine_mount(mounted, findings)
-    _examine_space(place, findings)
-    locks = [lock for directory in place.directories for lock in sorted(directory.glob("*/LOCK"))]
+    used = dict.fromkeys([*folders, *(nearest_folder(directory) for directory in own)])
+    closed = [where for where in used if not os.access(where, os.W_OK | os.X_OK)]
+    for where in closed:
+        findings.problem(f"this user may not write to {where}: give it the permission, or --disk-cache another folder")
+    if closed:
+        return
+    _examine_space(place, tiers, findings)
+    locks = [lock for directory in _tier_folders(place) for lock in sorted(directory.glob("*/LOCK"))]
     holders = {lock.parent: lock_holder(lock) for lock in locks}
     for owned, pid in holders.items():
         if pid is not None:
@@ -66,11 +90,6 @@ def examine_disk(
     findings.say(
         "", f"models with blocks here: {len(holders)}, in use now: {sum(p is not None for p in holders.values())}"
     )
-    closed = [where for where in dict.fromkeys(folders) if not os.access(where, os.W_OK | os.X_OK)]
-    for where in closed:
-        findings.problem(f"this user may not write to {where}: give it the permission, or --disk-cache another folder")
-    if closed:
-        return
     if shutil.disk_usage(folder).free < 2 * size:
         findings.advise(f"too little space is free in {folder} to measure; give less --size")
         return
@@ -79,6 +98,17 @@ def examine_disk(
             yield from _measure(Path(scratch), io_threads, size, device, findings, keeps_in_host=keeps_in_host)
     except (OSError, TierError, BenchmarkError) as error:
         findings.problem(f"the disk tier could not be measured in {folder}: {error}")
+
+
+def _tier_folders(place: DiskPlace) -> list[Path]:
+    """The place's own folders, and those in them that have blocks: of workers, and of the mocker in either."""
+    found = list(place.directories)
+    mocked = mocker_place(place).directories[0].name
+    for directory in place.directories:
+        with contextlib.suppress(OSError):  # of folders in it that have nothing to do with it
+            locks = [*directory.glob("*/*/LOCK"), *directory.glob(f"*/{mocked}/*/LOCK")]
+            found += sorted({lock.parent.parent for lock in locks if is_namespace_name(lock.parent.name)})
+    return found
 
 
 def _obstacle(directory: Path) -> Path | None:
@@ -107,15 +137,34 @@ def _examine_mount(folder: Path, findings: Findings) -> None:
         findings.advise(f"{mount.folder} is mounted with sync, which slows writing down; the tier does not need it")
 
 
-def _examine_space(place: DiskPlace, findings: Findings) -> None:
-    for space in disk_space(place.directories, place.capacity_bytes):
+def _examine_space(place: DiskPlace, tiers: Sequence[DiskPlace], findings: Findings) -> None:
+    own = [directory for tier in tiers for directory in tier.directories]
+    try:
+        spaces = disk_space(own, sum(tier.capacity_bytes for tier in tiers))
+        others = {
+            folder: held_bytes(folder) for folder in _tier_folders(place) if folder not in own and folder.is_dir()
+        }
+    except OSError as error:
+        findings.problem(
+            f"what is free in {place} and taken by KV blocks cannot be told: {error}; give this user the permission, or "
+            "--disk-cache another folder"
+        )
+        return
+    for space in spaces:
         free, held = space.free_bytes, space.held_bytes
-        where = ", ".join(map(str, space.directories))
+        # Tiers below a directory are named by it, as there may be many.
+        named = [d for d in place.directories if any(d in (one, *one.parents) for one in space.directories)]
+        where = ", ".join(map(str, named))
         findings.say("", f"{where}: {format_size(free)} free, {format_size(held)} taken by KV blocks already")
         if space.missing_bytes:
             findings.problem(
                 f"--disk-cache asks for {format_size(space.wanted_bytes)}, but only {format_size(free + held)} can be had in "
                 f"{where}: blocks are dropped when the disk is full; ask for less or free space"
+            )
+    for folder, held in others.items():
+        if held:
+            findings.say(
+                "", f"{folder}: {format_size(held)} taken by KV blocks, which no tier of this configuration gives up"
             )
 
 

@@ -112,9 +112,9 @@ def lock_holder(file: Path, proc: Path = _PROC) -> int | None:
 
 
 def nearest_folder(path: Path) -> Path:
-    """`path`, or the lowest folder above it that exists."""
+    """`path`, or the lowest folder above it that exists, as far as this user can see."""
     path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return next(folder for folder in (path, *path.parents) if os.path.isdir(folder))
 
 
 def lock_limit_bytes() -> int | None:

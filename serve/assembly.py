@@ -21,7 +21,7 @@ from dynamo.serve.errors import ConfigError
 from dynamo.serve.model_place import find_model
 from dynamo.serve.served_model import MOCK_MAX_MODEL_LEN, ModelSummary, ServedModel
 
-__all__ = ["Assembly", "build_engine"]
+__all__ = ["Assembly", "build_engine", "mocker_place"]
 
 _CPU_DEVICE_CACHE_BYTES = 256 << 20
 
@@ -93,6 +93,11 @@ def _build_model(config: Config, folder: Path, name: str, progress: Callable[[fl
     )
 
 
+def mocker_place(place: DiskPlace) -> DiskPlace:
+    """Where simulated blocks lie: in a folder of their own, so that a model's are not given up for them."""
+    return place.below("mocker")
+
+
 def _build_mocker(config: Config, folder: Path, name: str) -> Assembly:
     tokenizer = Tokenizer.from_folder(folder)
     settings = config.mocker
@@ -103,9 +108,7 @@ def _build_mocker(config: Config, folder: Path, name: str) -> Assembly:
         speedup=settings.speedup,
     )
     limits = _limits(config)
-    # In a folder of its own, so that a model's blocks are not given up for simulated ones.
-    place = config.cache.disk_cache
-    disk = place and place.below("mocker")
+    disk = config.cache.disk_cache and mocker_place(config.cache.disk_cache)
     cache = _open_cache(config, disk, mock_kv_spec(name, config.cache.block_size), torch.device("cpu"))
     max_model_len = config.model.max_model_len or MOCK_MAX_MODEL_LEN
     engine = build_mock_engine(

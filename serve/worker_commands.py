@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from dynamo.kvcache.config import DiskPlace
 from dynamo.serve.config import API_KEY_VARIABLE, LoadedConfig, render_toml
 from dynamo.serve.supervisor import WorkerCommand
 
-__all__ = ["count_gpus", "worker_commands", "worker_name"]
+__all__ = ["count_gpus", "disk_share", "worker_commands", "worker_name"]
 
 _GPU = re.compile(r"nvidia\d+")
 
@@ -31,10 +32,7 @@ def worker_commands(
     config = loaded.config
     count = config.fleet.workers
     assert count is not None, "checked with the command line"
-    place = config.cache.disk_cache
-    if place is not None and "cache.disk_cache" not in loaded.sources:
-        share = replace(place, capacity_bytes=place.capacity_bytes // count)
-        config = replace(config, cache=replace(config.cache, disk_cache=share))
+    config = replace(config, cache=replace(config.cache, disk_cache=disk_share(loaded)))
     num_gpus = 0 if config.model.device is not None else count_gpus(environ)
     if not num_gpus:
         threads = max(1, config.engine.threads // count)
@@ -59,6 +57,14 @@ def worker_commands(
         worker_id = worker_name(number)
         commands.append(WorkerCommand(worker_id, (*program, "--worker-id", worker_id, *device), environment, files))
     return commands
+
+
+def disk_share(loaded: LoadedConfig) -> DiskPlace | None:
+    """What each process that computes is given of the disk: the size that was asked for, or a share of the default one."""
+    place = loaded.config.cache.disk_cache
+    if place is None or "cache.disk_cache" in loaded.sources:
+        return place
+    return replace(place, capacity_bytes=place.capacity_bytes // (loaded.config.fleet.workers or 1))
 
 
 def worker_name(number: int) -> str:

@@ -8,11 +8,13 @@
 A reservation counts while its file is locked. The kernel lets go of the lock when the last process that holds the
 arena's memory is gone, however it ended, so nothing stale is ever left behind. Each user has a budget of their own.
 
-Who cannot count gets nothing: when the lock stays taken, by a process that was stopped with it, nothing is reserved or grown.
-Only where there is no place for reservations at all do processes go on without a budget, which the log says.
+Who cannot count gets nothing: while the lock stays taken, by a process that was stopped with it, while shared memory is full
+or a live reservation cannot be read, nothing is reserved or grown. Only where there is no place for reservations at all do
+processes go on without a budget, which the log says.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -39,6 +41,9 @@ _SUFFIX = ".reservation"
 _LOCK_TIMEOUT_S = 10.0
 _LOCK_POLL_S = 0.005
 _PID_DIGITS = 20
+_RECORD_BYTES = 4096  # all alike, so that one write replaces what was there; shared memory gives whole pages anyway
+# There is a place for reservations, but not now: of space there and of this process's descriptors.
+_SHORTAGES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +82,7 @@ class Reservation:
                 with self._budget.locked():
                     if num_bytes > self.num_bytes:
                         self._budget.check(num_bytes, self._purpose, own=self._path)
-                    self._fd = _kept(self._fd, self._path)
-                    _write(self._fd, num_bytes, self._purpose)
+                    self._fd = _rewrite(self._fd, self._path, num_bytes, self._purpose)
             except OSError as error:
                 if num_bytes > self.num_bytes:
                     raise TierMemoryError(
@@ -142,30 +146,32 @@ class HostBudget:
         caller goes on unbudgeted.
 
         Raises:
-            TierMemoryError: it does not fit, and the message says who holds what; or that cannot be told, since a process
-                keeps the others from counting.
+            TierMemoryError: it does not fit, and the message says who holds what; or that cannot be told or written down now,
+                since a process keeps the others from counting, or space or descriptors have run out.
         """
         try:
-            with self.locked():
+            with contextlib.ExitStack() as counting:
+                try:
+                    counting.enter_context(self.locked())
+                except OSError as error:
+                    if isinstance(error, TimeoutError) or error.errno in _SHORTAGES:
+                        raise
+                    logger.warning(
+                        "host memory is not shared out with other processes: %s; make %s a folder of this user's own",
+                        error,
+                        self.folder,
+                    )
+                    return Reservation(self, None, None, purpose, num_bytes)
                 self.check(num_bytes, purpose)
                 path = self.folder / f"{secrets.token_hex(8)}{_SUFFIX}"
-                fd = _make(path)
-                _write(fd, num_bytes, purpose)
-        except TimeoutError as error:
+                return Reservation(self, path, _make(path, num_bytes, purpose), purpose, num_bytes)
+        except OSError as error:
             raise TierMemoryError(
                 f"{purpose} needs {_gib(num_bytes)}, and how much KV caches take on this machine cannot be counted now: "
                 f"{error}",
                 needed_bytes=num_bytes,
                 available_bytes=None,
             ) from error
-        except OSError as error:
-            logger.warning(
-                "host memory is not shared out with other processes: %s; make %s a folder of this user's own",
-                error,
-                self.folder,
-            )
-            return Reservation(self, None, None, purpose, num_bytes)
-        return Reservation(self, path, fd, purpose, num_bytes)
 
     def holders(self) -> Sequence[Holder]:
         """All live reservations, the largest first. Empty where none was ever made.
@@ -183,6 +189,7 @@ class HostBudget:
 
         Raises:
             TierMemoryError: they do not.
+            OSError: somebody's reservation cannot be read.
         """
         others = [holder for path, holder in self._live() if path != own]
         limit_bytes = self.limit_bytes
@@ -220,7 +227,8 @@ class HostBudget:
                         "continue or end that process"
                     )
                 time.sleep(_LOCK_POLL_S)
-            os.pwrite(fd, str(os.getpid()).encode().ljust(_PID_DIGITS), 0)
+            with contextlib.suppress(OSError):  # without space the lock holds all the same, only nameless
+                os.pwrite(fd, str(os.getpid()).encode().ljust(_PID_DIGITS), 0)
             yield
         finally:
             os.close(fd)
@@ -259,36 +267,44 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _make(path: Path) -> int:
-    """A new, locked file."""
+def _make(path: Path, num_bytes: int, purpose: str) -> int:
+    """A new, locked file that says what is reserved; none is left when that fails, as others could not count it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        path.unlink()
+        _write(fd, path, num_bytes, purpose)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
         os.close(fd)
         raise
     return fd
 
 
-def _kept(fd: int, path: Path) -> int:
+def _rewrite(fd: int, path: Path, num_bytes: int, purpose: str) -> int:
     """`fd`, or a new descriptor in its place when its file was deleted, as a session's end may clean up shared memory."""
     if os.fstat(fd).st_nlink:
+        _write(fd, path, num_bytes, purpose)
         return fd
-    made = _make(path)
+    made = _make(path, num_bytes, purpose)
     os.close(fd)
     return made
 
 
-def _write(fd: int, num_bytes: int, purpose: str) -> None:
-    text = json.dumps({"pid": os.getpid(), "bytes": num_bytes, "purpose": purpose}).encode()
-    os.pwrite(fd, text, 0)
-    os.ftruncate(fd, len(text))
+def _write(fd: int, path: Path, num_bytes: int, purpose: str) -> None:
+    """Replaces the whole record or, on an error, which names the file, nothing of it."""
+    text = json.dumps({"pid": os.getpid(), "bytes": num_bytes, "purpose": purpose}).encode().ljust(_RECORD_BYTES)
+    try:
+        num_written = os.pwrite(fd, text, 0)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    if num_written < len(text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _read(fd: int, path: Path) -> Holder:
     try:
-        record = json.loads(os.pread(fd, 4096, 0))
+        record = json.loads(os.pread(fd, _RECORD_BYTES, 0))
         return Holder(int(record["pid"]), int(record["bytes"]), str(record["purpose"]))
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(f"{path} is no reservation ({error}); end the process that holds it") from error

@@ -1,15 +1,21 @@
 """The examination of a configuration."""
 
 import argparse
+import contextlib
+import ctypes
 import fcntl
 import io
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from dynamo.kvcache.config import format_size
 from dynamo.perf import doctor, doctor_disk
 from dynamo.perf.__main__ import main
 from dynamo.perf.doctor_facts import (
@@ -27,9 +33,13 @@ from dynamo.perf.doctor_findings import Findings
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.report import Report
 from dynamo.serve.config import SECTIONS
+from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.host_budget import HostBudget
+from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.namespace import held_bytes
 
 QUIET = Console(file=io.StringIO())
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2  # see capabilities(7)
 
 
 def examine(*arguments: str) -> Report:
@@ -92,6 +102,91 @@ def test_a_file_in_the_place_of_a_directory_is_a_problem(tmp_path: Path) -> None
         report = examine("--disk-cache", f"{place}:64MiB", "--host-cache", "0", "--device", "cpu")
         assert f"PROBLEM: {tmp_path / 'file'} is no folder" in "\n".join(report.epilogue)
         assert report.exit_status == 1
+
+
+EXAMINATION = """
+import sys
+import torch
+from dynamo.kvcache.config import parse_disk_place
+from dynamo.perf.doctor_disk import examine_disk
+from dynamo.perf.doctor_findings import Findings
+for place in sys.argv[1:]:
+    findings = Findings()
+    place = parse_disk_place(place)
+    list(examine_disk(place, [place], 1, 16 << 20, torch.device("cpu"), findings, keeps_in_host=False))
+    print(*[line for line in findings.lines() if line.startswith("PROBLEM")])
+"""
+
+
+def test_a_folder_without_permission_is_a_problem_and_ends_nothing(tmp_path: Path) -> None:
+    def obey() -> None:  # permissions of files hold for root too
+        for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+            prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+    prctl = ctypes.CDLL(None).prctl
+    closed, unreadable = tmp_path / "closed", tmp_path / "unreadable"
+    closed.mkdir(mode=0o000)
+    unreadable.mkdir(mode=0o300)
+    places = [f"{place}:64MiB" for place in (closed, closed / "new" / "kv", unreadable)]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", EXAMINATION, *places],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=obey if os.geteuid() == 0 else None,
+        check=False,
+    )
+    closed.chmod(0o700)
+    unreadable.chmod(0o700)
+    told = done.stdout.splitlines()
+    assert len(told) == 3, done.stderr
+    assert all(line.startswith(f"PROBLEM: this user may not write to {closed}: give it the") for line in told[:2])
+    assert re.match(f"PROBLEM: what is free in {unreadable} .* cannot be told: .*Permission denied", told[2])
+
+
+def keep_blocks(*directories: Path) -> int:
+    """Opens a disk tier in each, as a server would, and closes it. Returns the bytes they hold together."""
+    for directory in directories:
+        DiskTier.open(directory, BlockLayout(3, 4, 2, 10, 4), 1 << 20, b"model-a.").close()
+    return sum(held_bytes(directory) for directory in directories)
+
+
+@pytest.mark.parametrize(
+    ("flags", "below"),
+    [
+        (["--workers", "2"], ["worker-0", "worker-1"]),
+        (["--engine", "mocker"], ["mocker"]),
+        (["--workers", "2", "--engine", "mocker"], ["worker-0/mocker", "worker-1/mocker"]),
+        ([], ["."]),
+    ],
+    ids=["workers", "mocker", "mocked workers", "one process"],
+)
+def test_blocks_of_all_the_servers_processes_are_counted(tmp_path: Path, flags: list[str], below: list[str]) -> None:
+    places = [tmp_path / name for name in below]
+    held = keep_blocks(*places)
+    assert held > 0
+    with contextlib.closing(DiskTier.open(places[0], BlockLayout(3, 4, 2, 10, 4), 1 << 20, b"model-a.")):
+        report = examine(*flags, "--disk-cache", f"{tmp_path}:64MiB", "--host-cache", "0", "--device", "cpu")
+    text = "\n".join(report.epilogue)
+    assert re.search(rf"{tmp_path}: .* free, {format_size(held)} taken by KV blocks already", text)
+    assert f"models with blocks here: {len(below)}, in use now: 1" in text
+    assert "no tier of this configuration" not in text
+
+
+def test_what_all_workers_may_take_together_is_held_against_the_free_space(tmp_path: Path) -> None:
+    capacity_bytes = shutil.disk_usage(tmp_path).free * 2 // 3
+    place = ("--disk-cache", f"{tmp_path}:{capacity_bytes}", "--host-cache", "0", "--device", "cpu")
+    assert not any("--disk-cache asks for" in line for line in examine(*place).epilogue)
+    report = examine(*place, "--workers", "2")
+    assert any(f"--disk-cache asks for {format_size(2 * capacity_bytes)}" in line for line in report.epilogue)
+
+
+def test_blocks_that_are_not_the_configurations_own_are_told_apart(tmp_path: Path) -> None:
+    held = keep_blocks(tmp_path / "worker-0")
+    report = examine("--disk-cache", f"{tmp_path}:64MiB", "--host-cache", "0", "--device", "cpu")
+    text = "\n".join(report.epilogue)
+    assert re.search(rf"{tmp_path}: .* free, 0 B taken by KV blocks already", text)
+    assert f"{tmp_path / 'worker-0'}: {format_size(held)} taken by KV blocks, which no tier of this" in text
 
 
 def test_user_data_is_left_alone(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Host memory shared out among processes."""
 
+import errno
+import fcntl
 import logging
 import os
 import select
@@ -207,6 +209,81 @@ def test_a_reservation_whose_file_was_deleted_is_made_anew_when_it_changes(folde
         budget.reserve(6 << 30, "another")
     kept.close()
     assert budget.holders() == []
+
+
+def fill_up(patch: pytest.MonkeyPatch, suffix: str = "") -> None:
+    """From now on there is no space to write into files of this suffix, though they can still be made."""
+    write = os.pwrite
+
+    def refuse(fd: int, data: bytes, offset: int) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(suffix):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data, offset)
+
+    patch.setattr(os, "pwrite", refuse)
+
+
+@pytest.mark.parametrize("suffix", ["", ".reservation"], ids=["nothing fits", "the lock's owner fits"])
+def test_without_space_for_reservations_nothing_is_handed_out_and_nothing_is_left_behind(
+    folder: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = HostBudget(folder, LIMIT)
+    num_descriptors = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        fill_up(patch, suffix)
+        with pytest.raises(
+            TierMemoryError,
+            match=rf"x needs 1\.00 GiB, and .* cannot be counted now: .*No space left on device: .*{folder}",
+        ):
+            budget.reserve(1 << 30, "x")
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert len(os.listdir("/proc/self/fd")) == num_descriptors
+    with pytest.raises(TierMemoryError, match=r"of the 10\.00 GiB"):
+        budget.reserve(1 << 40, "more than there is")
+    budget.reserve(LIMIT, "all").close()
+
+
+def test_a_reservation_that_cannot_be_made_anew_for_want_of_space_does_not_grow_and_keeps_nobody_from_counting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    budget = HostBudget(folder, LIMIT)
+    kept = budget.reserve(4 << 30, "the host tier")
+    shutil.rmtree(folder)
+    with monkeypatch.context() as patch:
+        fill_up(patch, ".reservation")
+        with pytest.raises(TierMemoryError, match=r"cannot grow from 4\.00 GiB to 5\.00 GiB: .*No space left"):
+            kept.resize(5 << 30)
+        assert kept.num_bytes == 4 << 30
+        kept.resize(3 << 30)
+    assert "do not see yet that the host tier takes only 3.00 GiB" in caplog.text
+    assert budget.holders() == []
+    kept.resize(5 << 30)
+    assert [entry.num_bytes for entry in budget.holders()] == [5 << 30]
+    kept.close()
+
+
+def test_while_a_live_reservation_cannot_be_read_nothing_grows_or_starts(folder: Path) -> None:
+    budget = HostBudget(folder, LIMIT)
+    kept = budget.reserve(4 << 30, "the host tier")
+    with (folder / "0.reservation").open("w") as unreadable:
+        fcntl.flock(unreadable, fcntl.LOCK_EX)
+        with pytest.raises(TierMemoryError, match=r"x needs 1\.00 GiB, and .*0\.reservation is no reservation"):
+            budget.reserve(1 << 30, "x")
+        with pytest.raises(TierMemoryError, match=r"is no reservation .* end the process that holds it"):
+            kept.resize(5 << 30)
+        kept.resize(3 << 30)
+    budget.reserve(7 << 30, "x").close()
+    kept.close()
+
+
+def test_a_process_without_descriptors_to_spare_gets_no_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(TierMemoryError, match="Too many open files"):
+            HostBudget(folder, LIMIT).reserve(1 << 30, "x")
 
 
 def test_files_are_for_this_user_only(folder: Path) -> None:

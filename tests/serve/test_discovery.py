@@ -239,6 +239,28 @@ def test_a_registration_that_was_removed_is_written_anew(
     assert "a.json was removed or replaced by somebody; it is written anew" in caplog.text
 
 
+def test_a_worker_does_not_take_the_name_of_another_that_runs(
+    tmp_path: Path, run: Any, caplog: pytest.LogCaptureFixture, child: "subprocess.Popen[bytes]"
+) -> None:
+    folder = tmp_path / "fleet"
+
+    async def test() -> None:
+        discovery = FolderDiscovery(folder, silence_s=0.15)
+        path = folder / "child.json"
+        await _until(path.exists)
+        child.send_signal(signal.SIGSTOP)  # it runs, but writes nothing
+        theirs = path.read_text()
+        path.unlink()
+        registered = await discovery.register(registration("child", epoch=2))
+        write(folder / "new", theirs).replace(path)
+        await _until(lambda: "another worker of that name runs" in caplog.text)
+        await registered.close()
+        assert path.read_text() == theirs
+
+    run(test())
+    assert "written anew" not in caplog.text
+
+
 def test_registrations_come_back_when_their_folder_was_removed(tmp_path: Path, run: Any) -> None:
     folder = tmp_path / "deep" / "fleet"
 

@@ -1,5 +1,6 @@
 """A worker's name is its own while it lives, and nobody's afterwards."""
 
+import shutil
 import stat
 import subprocess
 import sys
@@ -100,6 +101,50 @@ def test_a_worker_whose_lock_was_removed_is_not_tidied_up_after(tmp_path: Path) 
         (tmp_path / "alive.lock").touch()
         WorkerClaim.take(tmp_path, "another").close()
         assert (tmp_path / "alive.json").exists() and folder.exists()
+
+
+def test_what_was_removed_is_made_again_for_the_same_worker(tmp_path: Path) -> None:
+    with WorkerClaim.take(tmp_path / "fleet", "w") as claim:
+        shutil.rmtree(tmp_path / "fleet")
+        assert claim.renew()
+        assert claim.folder.is_dir()
+        with pytest.raises(ConfigError, match="a worker of that name runs"):
+            WorkerClaim.take(tmp_path / "fleet", "w")
+    assert list((tmp_path / "fleet").iterdir()) == []
+
+
+@pytest.mark.parametrize("depth", [0, 100])
+def test_a_worker_whose_name_was_taken_leaves_it_and_its_folder_to_the_other(tmp_path: Path, depth: int) -> None:
+    directory = tmp_path / "fleet" / ("x" * depth)
+    slow = WorkerClaim.take(directory, None)
+    shutil.rmtree(tmp_path / "fleet")
+    with WorkerClaim.take(directory, None) as fast:
+        assert fast.worker_id == slow.worker_id
+        Path(fast.socket_path("http")).touch()
+        assert not slow.renew()
+        slow.close()
+        assert [path.name for path in fast.folder.iterdir()] == ["http.sock"]
+        with pytest.raises(ConfigError, match="a worker of that name runs"):
+            WorkerClaim.take(directory, fast.worker_id)
+
+
+def test_a_worker_whose_name_was_taken_makes_no_folder(tmp_path: Path) -> None:
+    slow = WorkerClaim.take(tmp_path / "fleet", None)
+    shutil.rmtree(tmp_path / "fleet")
+    with WorkerClaim.take(tmp_path / "fleet", None) as fast:
+        fast.folder.rmdir()
+        assert not slow.renew()
+        assert not fast.folder.exists()
+        assert fast.renew()
+    slow.close()
+
+
+def test_a_worker_whose_discovery_folder_is_gone_removes_its_own_elsewhere(tmp_path: Path) -> None:
+    directory = tmp_path / ("x" * 100)
+    with WorkerClaim.take(directory, "w") as claim:
+        folder = claim.folder
+        shutil.rmtree(directory)
+    assert not folder.exists() and not directory.exists()
 
 
 def test_a_folder_that_cannot_be_used_is_one_sentence() -> None:

@@ -146,12 +146,11 @@ def any_worker_in(directory: Path) -> bool:
     Raises:
         OSError: that cannot be found out.
     """
-    for lock_path in directory.glob("*.lock"):
-        lock_fd = _try_lock(lock_path)
-        if lock_fd is None:
-            return True
-        os.close(lock_fd)
-    return False
+    try:
+        with _alone_in(directory):  # a worker that starts might find its own name locked
+            return any(_is_locked(path) for path in directory.glob("*.lock"))
+    except FileNotFoundError:
+        return False
 
 
 def _numbered() -> Iterator[str]:
@@ -233,6 +232,21 @@ def _try_lock(path: Path) -> int | None:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process has locked a file; makes none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:  # its owner has ended meanwhile
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _folder_of(directory: Path, worker_id: str) -> Path:

@@ -1,5 +1,7 @@
 """A worker's name is its own while it lives, and nobody's afterwards."""
 
+import fcntl
+import os
 import shutil
 import stat
 import subprocess
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dynamo.serve.errors import ConfigError
-from dynamo.serve.worker_claim import MAX_SOCKET_PATH_BYTES, WorkerClaim
+from dynamo.serve.worker_claim import MAX_SOCKET_PATH_BYTES, WorkerClaim, any_worker_in
 
 
 def test_names_are_given_out_in_order_and_given_back(tmp_path: Path) -> None:
@@ -145,6 +147,39 @@ def test_a_worker_whose_discovery_folder_is_gone_removes_its_own_elsewhere(tmp_p
         folder = claim.folder
         shutil.rmtree(directory)
     assert not folder.exists() and not directory.exists()
+
+
+def test_it_is_known_whether_any_worker_runs_and_nothing_is_made_to_find_out(tmp_path: Path) -> None:
+    directory = tmp_path / "fleet"
+    assert not any_worker_in(directory)
+    with WorkerClaim.take(directory, "w"):
+        assert any_worker_in(directory)
+    (directory / "dead.lock").touch()
+    assert not any_worker_in(directory)
+    assert [path.name for path in directory.iterdir()] == ["dead.lock"]
+    shutil.rmtree(directory)
+    assert not any_worker_in(directory)
+    assert not directory.exists()
+
+
+def test_a_lock_that_goes_while_it_is_looked_for_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "glob", lambda directory, _: [directory / "gone.lock"])
+    assert not any_worker_in(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_worker_is_looked_for_while_one_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamo.serve.worker_claim._ALONE_TIMEOUT_S", 0.05)
+    starting = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="has kept the folder locked"):
+            any_worker_in(tmp_path)
+    finally:
+        os.close(starting)
+    assert not any_worker_in(tmp_path)
 
 
 def test_a_folder_that_cannot_be_used_is_one_sentence() -> None:

@@ -32,10 +32,6 @@ _WORKER_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 class Registered(Protocol):
     """A worker's own registration, which it keeps up for as long as it takes requests."""
 
-    async def update(self, registration: Registration) -> None:
-        """Says something else of the same worker."""
-        ...
-
     async def close(self) -> None:
         """Takes the worker off. Idempotent."""
         ...
@@ -114,9 +110,6 @@ class _MemoryEntry:
         self._discovery = discovery
         self._worker_id = worker_id
 
-    async def update(self, registration: Registration) -> None:
-        self._discovery.put(registration)
-
     async def close(self) -> None:
         self._discovery.remove(self._worker_id)
 
@@ -181,11 +174,6 @@ class _FolderEntry:
         self._registration = registration
         self._machine = machine_id()
         self.beating: asyncio.Task[None] | None = None
-
-    async def update(self, registration: Registration) -> None:
-        """See `Registered.update`."""
-        self._registration = registration
-        await asyncio.to_thread(write_entry, self._path, registration)
 
     async def close(self) -> None:
         """See `Registered.close`."""

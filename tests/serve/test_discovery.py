@@ -120,12 +120,13 @@ def test_workers_come_and_go(discovery: Discovery, run: Any) -> None:
     run(test())
 
 
-def test_a_worker_that_says_something_else_leaves_and_joins(discovery: Discovery, run: Any) -> None:
+def test_a_worker_that_registers_anew_leaves_and_joins(discovery: Discovery, run: Any) -> None:
     async def test() -> None:
         registered = await discovery.register(registration("a"))
         async with watching(discovery) as watch:
             await watch.until({"a"})
-            await registered.update(registration("a", address="unix:/b"))
+            await registered.close()
+            registered = await discovery.register(registration("a", address="unix:/b"))
             await asyncio.wait_for(_until(lambda: len(watch.changes) == 3), 5)
             assert watch.changes[2] == Joined(registration("a", address="unix:/b"))
         await registered.close()
@@ -141,7 +142,8 @@ def test_who_looked_before_is_told_only_what_has_changed_since(discovery: Discov
             await watch.until({*names})
         known = [change.registration for change in watch.changes if isinstance(change, Joined)]
         changed, new = registration("changes", address="unix:/b"), registration("new")
-        await registered["changes"].update(changed)
+        await registered["changes"].close()
+        registered["changes"] = await discovery.register(changed)
         await registered.pop("leaves").close()
         registered["new"] = await discovery.register(new)
         async with watching(discovery, known) as later:

@@ -27,7 +27,6 @@ from dynamo.perf.report import Report, Result
 from dynamo.serve.config import SECTIONS, CacheSettings, Config, load_config
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.options import Option
-from dynamo.serve.worker_commands import disk_places
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.errors import TierError
 from dynamo.tiers.host import HostTier
@@ -84,10 +83,9 @@ def run(options: argparse.Namespace, console: Console) -> Report:
             f"--size {options.size} is too little; give {format_size(_MIN_BLOCKS * _LAYOUT.slot_bytes)}"
         )
     try:
-        loaded = load_config(options.config, {k: v for k, v in vars(options).items() if k in _server_options()})
+        config = load_config(options.config, {k: v for k, v in vars(options).items() if k in _server_options()}).config
     except ConfigError as error:
         raise BenchmarkError(str(error)) from error
-    config = loaded.config
     machine = machine_record()
     findings = Findings()
     results: list[Result] = []
@@ -103,7 +101,6 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         size = num_blocks * _LAYOUT.slot_bytes
         results += examine_disk(
             place,
-            disk_places(loaded),
             config.cache.io_threads,
             size,
             _device(config),
@@ -130,8 +127,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
 def _server_options() -> dict[str, Option]:
     """Of the server's options, those that this command looks at, by "section.key"."""
     found = {f"cache.{entry.name}": entry for entry in SECTIONS["cache"]}
-    for section, name in (("model", "device"), ("engine", "engine"), ("fleet", "workers")):
-        found[f"{section}.{name}"] = next(entry for entry in SECTIONS[section] if entry.name == name)
+    found["model.device"] = next(entry for entry in SECTIONS["model"] if entry.name == "device")
     return found
 
 

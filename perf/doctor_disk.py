@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,13 +23,11 @@ _BLOCK_BYTES = 2 << 20
 _TURNS = 5
 _DEPTHS = (4, 16)  # of the raw disk; `perf disk` looks closer
 _SLOW_SHARE = 60.0
-_NUM_NAMED = 4
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse", "ceph", "lustre", "overlay"})
 
 
 def examine_disk(
     place: DiskPlace,
-    tiers: Sequence[DiskPlace],
     io_threads: int,
     size: int,
     device: torch.device,
@@ -40,60 +38,24 @@ def examine_disk(
     """Facts, advice, problems and rates of a disk tier at `place`. Nothing there is changed.
 
     Args:
-        tiers: those of the server's processes, which lie there or below.
         size: bytes to measure with; written for a while, in the first directory.
         device: where the blocks are wanted.
         keeps_in_host: there is a host tier.
     """
     findings.say("disk tier", f"{place}, {format_size(place.capacity_bytes)}")
-    try:
-        folder = _examine_place(place, tiers, findings)
-    except OSError as error:
-        findings.problem(
-            f"{error.filename or place} cannot be looked at: {error.strerror or error}; give this user the permission, or "
-            "--disk-cache another folder"
-        )
-        return
-    if folder is None:
-        return
-    if shutil.disk_usage(folder).free < 2 * size:
-        findings.advise(f"too little space is free in {folder} to measure; give less --size")
-        return
-    try:
-        with tempfile.TemporaryDirectory(prefix="dynamo-perf-doctor-", dir=folder) as scratch:
-            yield from _measure(Path(scratch), io_threads, size, device, findings, keeps_in_host=keeps_in_host)
-    except (OSError, TierError, BenchmarkError) as error:
-        findings.problem(f"the disk tier could not be measured in {folder}: {error}")
-
-
-def _examine_place(place: DiskPlace, tiers: Sequence[DiskPlace], findings: Findings) -> Path | None:
-    """All but the rates; the folder to measure in, None where that makes no sense.
-
-    Raises:
-        OSError: this user may not look, or a path is none.
-    """
-    directories = [directory for tier in tiers for directory in tier.directories]
-    obstacles = dict.fromkeys(obstacle for directory in directories if (obstacle := _obstacle(directory)) is not None)
+    obstacles = [obstacle for directory in place.directories if (obstacle := _obstacle(directory)) is not None]
     for obstacle in obstacles:
         findings.problem(f"{obstacle} is no folder, so no disk tier can be there: give --disk-cache another path")
     if obstacles:
-        return None
+        return
     folders = [nearest_folder(directory) for directory in place.directories]
     folder = folders[0]
     if folder != place.directories[0].absolute():
         findings.say("", f"does not exist yet; measured in {folder}")
     for mounted in dict.fromkeys(folders):
         _examine_mount(mounted, findings)
-    _examine_space(tiers, findings)
-    _examine_holders(directories, findings)
-    closed = [where for where in dict.fromkeys(folders) if not os.access(where, os.W_OK | os.X_OK)]
-    for where in closed:
-        findings.problem(f"this user may not write to {where}: give it the permission, or --disk-cache another folder")
-    return None if closed else folder
-
-
-def _examine_holders(directories: Sequence[Path], findings: Findings) -> None:
-    locks = [lock for directory in directories for lock in sorted(directory.glob("*/LOCK"))]
+    _examine_space(place, findings)
+    locks = [lock for directory in place.directories for lock in sorted(directory.glob("*/LOCK"))]
     holders = {lock.parent: lock_holder(lock) for lock in locks}
     for owned, pid in holders.items():
         if pid is not None:
@@ -104,6 +66,19 @@ def _examine_holders(directories: Sequence[Path], findings: Findings) -> None:
     findings.say(
         "", f"models with blocks here: {len(holders)}, in use now: {sum(p is not None for p in holders.values())}"
     )
+    closed = [where for where in dict.fromkeys(folders) if not os.access(where, os.W_OK | os.X_OK)]
+    for where in closed:
+        findings.problem(f"this user may not write to {where}: give it the permission, or --disk-cache another folder")
+    if closed:
+        return
+    if shutil.disk_usage(folder).free < 2 * size:
+        findings.advise(f"too little space is free in {folder} to measure; give less --size")
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix="dynamo-perf-doctor-", dir=folder) as scratch:
+            yield from _measure(Path(scratch), io_threads, size, device, findings, keeps_in_host=keeps_in_host)
+    except (OSError, TierError, BenchmarkError) as error:
+        findings.problem(f"the disk tier could not be measured in {folder}: {error}")
 
 
 def _obstacle(directory: Path) -> Path | None:
@@ -132,13 +107,10 @@ def _examine_mount(folder: Path, findings: Findings) -> None:
         findings.advise(f"{mount.folder} is mounted with sync, which slows writing down; the tier does not need it")
 
 
-def _examine_space(tiers: Sequence[DiskPlace], findings: Findings) -> None:
-    directories = [directory for tier in tiers for directory in tier.directories]
-    for space in disk_space(directories, sum(tier.capacity_bytes for tier in tiers)):
+def _examine_space(place: DiskPlace, findings: Findings) -> None:
+    for space in disk_space(place.directories, place.capacity_bytes):
         free, held = space.free_bytes, space.held_bytes
-        where = ", ".join(map(str, space.directories[:_NUM_NAMED]))
-        if num_more := len(space.directories[_NUM_NAMED:]):
-            where += f" and {num_more} more"
+        where = ", ".join(map(str, space.directories))
         findings.say("", f"{where}: {format_size(free)} free, {format_size(held)} taken by KV blocks already")
         if space.missing_bytes:
             findings.problem(

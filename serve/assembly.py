@@ -20,7 +20,6 @@ from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.model_place import find_model
 from dynamo.serve.served_model import MOCK_MAX_MODEL_LEN, ModelSummary, ServedModel
-from dynamo.serve.worker_commands import mocker_place
 
 __all__ = ["Assembly", "build_engine"]
 
@@ -104,8 +103,9 @@ def _build_mocker(config: Config, folder: Path, name: str) -> Assembly:
         speedup=settings.speedup,
     )
     limits = _limits(config)
+    # In a folder of its own, so that a model's blocks are not given up for simulated ones.
     place = config.cache.disk_cache
-    disk = place and mocker_place(place)
+    disk = place and place.below("mocker")
     cache = _open_cache(config, disk, mock_kv_spec(name, config.cache.block_size), torch.device("cpu"))
     max_model_len = config.model.max_model_len or MOCK_MAX_MODEL_LEN
     engine = build_mock_engine(

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dynamo.kvcache.config import DiskPlace
 from dynamo.serve.config import API_KEY_VARIABLE, LoadedConfig, render_toml
 from dynamo.serve.supervisor import WorkerCommand
 
-__all__ = ["count_gpus", "disk_places", "mocker_place", "worker_commands", "worker_name"]
+__all__ = ["count_gpus", "worker_commands", "worker_name"]
 
 _GPU = re.compile(r"nvidia\d+")
 
@@ -32,7 +31,10 @@ def worker_commands(
     config = loaded.config
     count = config.fleet.workers
     assert count is not None, "checked with the command line"
-    config = replace(config, cache=replace(config.cache, disk_cache=_disk_share(loaded)))
+    place = config.cache.disk_cache
+    if place is not None and "cache.disk_cache" not in loaded.sources:
+        share = replace(place, capacity_bytes=place.capacity_bytes // count)
+        config = replace(config, cache=replace(config.cache, disk_cache=share))
     num_gpus = 0 if config.model.device is not None else count_gpus(environ)
     if not num_gpus:
         threads = max(1, config.engine.threads // count)
@@ -57,28 +59,6 @@ def worker_commands(
         worker_id = worker_name(number)
         commands.append(WorkerCommand(worker_id, (*program, "--worker-id", worker_id, *device), environment, files))
     return commands
-
-
-def disk_places(loaded: LoadedConfig) -> list[DiskPlace]:
-    """Where the disk tiers of a server's processes lie, and how large each may be; none where it has none."""
-    config = loaded.config
-    place, count = _disk_share(loaded), config.fleet.workers
-    if place is None:
-        return []
-    places = [place] if count is None else [place.below(worker_name(number)) for number in range(count)]
-    return [mocker_place(place) for place in places] if config.engine.engine == "mocker" else places
-
-
-def mocker_place(place: DiskPlace) -> DiskPlace:
-    """A folder of its own for simulated blocks, so that a model's are not given up for them."""
-    return place.below("mocker")
-
-
-def _disk_share(loaded: LoadedConfig) -> DiskPlace | None:
-    place, count = loaded.config.cache.disk_cache, loaded.config.fleet.workers
-    if place is None or count is None or "cache.disk_cache" in loaded.sources:
-        return place
-    return replace(place, capacity_bytes=place.capacity_bytes // count)
 
 
 def worker_name(number: int) -> str:

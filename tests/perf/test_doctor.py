@@ -1,19 +1,15 @@
 """The examination of a configuration."""
 
 import argparse
-import errno
 import fcntl
 import io
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from dynamo.kvcache.config import format_size
 from dynamo.perf import doctor, doctor_disk
 from dynamo.perf.__main__ import main
 from dynamo.perf.doctor_facts import (
@@ -31,10 +27,7 @@ from dynamo.perf.doctor_findings import Findings
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.report import Report
 from dynamo.serve.config import SECTIONS
-from dynamo.tiers.disk_space import DiskSpace
 from dynamo.tiers.host_budget import HostBudget
-from dynamo.tiers.identity import StripeIdentity, write_identity
-from dynamo.tiers.namespace import Namespace, held_bytes
 
 QUIET = Console(file=io.StringIO())
 
@@ -99,46 +92,6 @@ def test_a_file_in_the_place_of_a_directory_is_a_problem(tmp_path: Path) -> None
         report = examine("--disk-cache", f"{place}:64MiB", "--host-cache", "0", "--device", "cpu")
         assert f"PROBLEM: {tmp_path / 'file'} is no folder" in "\n".join(report.epilogue)
         assert report.exit_status == 1
-
-
-def test_what_this_user_may_not_look_at_is_a_problem_and_the_report_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(directories: Sequence[Path], capacity_bytes: int) -> list[DiskSpace]:
-        raise PermissionError(errno.EACCES, "Permission denied", str(directories[0]))
-
-    monkeypatch.setattr(doctor_disk, "disk_space", refuse)
-    for place, why in ((tmp_path, "Permission denied"), (tmp_path / ("x" * 300), "File name too long")):
-        report = examine("--disk-cache", f"{place}:64MiB", "--host-cache", "0", "--device", "cpu")
-        assert f"PROBLEM: {place} cannot be looked at: {why}; give" in "\n".join(report.epilogue)
-        assert any(line.startswith("GPUDirect Storage:") for line in report.epilogue)
-        assert report.exit_status == 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "folders"),
-    [
-        ([], [""]),
-        (["--engine", "mocker"], ["mocker"]),
-        (["--workers", "2"], ["worker-0", "worker-1"]),
-        (["--workers", "2", "--engine", "mocker"], ["worker-0/mocker", "worker-1/mocker"]),
-    ],
-)
-def test_blocks_are_looked_for_where_the_servers_processes_have_them(
-    tmp_path: Path, flags: list[str], folders: list[str]
-) -> None:
-    with ExitStack() as stack:
-        for folder in ("", "mocker", *(f"worker-{n}{rest}" for n in range(3) for rest in ("", "/mocker"))):
-            namespace = stack.enter_context(closing(Namespace(tmp_path / folder, bytes(8))))
-            write_identity(namespace.identity_path, StripeIdentity(bytes(16), 4096, 4096, bytes(16), 0, 1))
-            namespace.blocks_path.write_bytes(bytes(1 << 20))
-    report = examine("--disk-cache", f"{tmp_path}:1000000GiB", "--host-cache", "0", "--device", "cpu", *flags)
-    text = "\n".join(report.epilogue)
-    held = sum(held_bytes(tmp_path / folder) for folder in folders)
-    assert held > len(folders) << 20
-    assert f"{format_size(held)} taken by KV blocks already" in text
-    assert f"models with blocks here: {len(folders)}," in text
-    assert f"--disk-cache asks for {format_size(len(folders) * 10**6 << 30)}, but" in text
 
 
 def test_user_data_is_left_alone(tmp_path: Path) -> None:

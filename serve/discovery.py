@@ -6,6 +6,7 @@ of different machines are never compared: a watcher measures by its own how long
 """
 
 import asyncio
+import errno
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Final, Protocol
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.process_identity import is_running, machine_id
 from dynamo.serve.registration import Joined, Left, Registration
-from dynamo.serve.registration_files import FILE_SUFFIX, FolderView, make_private, read_entry, write_entry
+from dynamo.serve.registration_files import FILE_SUFFIX, Entry, FolderView, make_private, read_entry, write_entry
 
 __all__ = ["Discovery", "FolderDiscovery", "Joined", "Left", "MemoryDiscovery", "Registered", "Registration"]
 
@@ -30,10 +31,6 @@ _WORKER_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 class Registered(Protocol):
     """A worker's own registration, which it keeps up for as long as it takes requests."""
-
-    async def update(self, registration: Registration) -> None:
-        """Says something else of the same worker."""
-        ...
 
     async def close(self) -> None:
         """Takes the worker off. Idempotent."""
@@ -113,9 +110,6 @@ class _MemoryEntry:
         self._discovery = discovery
         self._worker_id = worker_id
 
-    async def update(self, registration: Registration) -> None:
-        self._discovery.put(registration)
-
     async def close(self) -> None:
         self._discovery.remove(self._worker_id)
 
@@ -181,11 +175,6 @@ class _FolderEntry:
         self._machine = machine_id()
         self.beating: asyncio.Task[None] | None = None
 
-    async def update(self, registration: Registration) -> None:
-        """See `Registered.update`."""
-        self._registration = registration
-        await asyncio.to_thread(write_entry, self._path, registration)
-
     async def close(self) -> None:
         """See `Registered.close`."""
         task, self.beating = self.beating, None
@@ -197,13 +186,11 @@ class _FolderEntry:
 
     def begin(self) -> None:
         try:
-            other = read_entry(self._path)
+            entry = read_entry(self._path)
         except OSError as error:
             raise ConfigError(f"{self._path} cannot be read: {error.strerror or error}") from error
-        if other is not None and other.machine == self._machine:
-            pid, started = other.registration.pid, other.started
-            if pid != self._registration.pid and is_running(pid, started):
-                raise _name_taken(self._registration.worker_id)
+        if self._is_anothers(entry):
+            raise _name_taken(self._registration.worker_id)
         try:
             make_private(self._path.parent)
             write_entry(self._path, self._registration)
@@ -226,21 +213,30 @@ class _FolderEntry:
                 trouble = ""
 
     def _touch(self, is_loud: bool) -> None:
-        if self._is_ours():
+        entry = read_entry(self._path)
+        if self._is_ours(entry):
             os.utime(self._path, follow_symlinks=False)
             return
+        if self._is_anothers(entry):
+            raise OSError(errno.EEXIST, "another worker of that name runs by now; restart this one")
         if is_loud:
             logger.warning("the registration %s was removed or replaced by somebody; it is written anew", self._path)
         make_private(self._path.parent)
         write_entry(self._path, self._registration)
 
-    def _is_ours(self) -> bool:
-        entry = read_entry(self._path)
+    def _is_ours(self, entry: Entry | None) -> bool:
         return entry is not None and entry.registration.card.epoch == self._registration.card.epoch
+
+    def _is_anothers(self, entry: Entry | None) -> bool:
+        """Whether it is that of a process that runs, as far as can be seen from this machine."""
+        if entry is None or entry.machine != self._machine:
+            return False
+        pid = entry.registration.pid
+        return pid != self._registration.pid and is_running(pid, entry.started)
 
     def _remove(self) -> None:
         with suppress(OSError):
-            if self._is_ours():
+            if self._is_ours(read_entry(self._path)):
                 self._path.unlink()
 
 

@@ -9,14 +9,10 @@ A dead engine ends the process with 1, so that whoever supervises it starts anot
 """
 
 import asyncio
-import contextlib
 import logging
 import os
-import socket
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -25,7 +21,7 @@ from dynamo.kvcache.event_publisher import EventPublisher
 from dynamo.serve.config import Config
 from dynamo.serve.discovery import Discovery, FolderDiscovery, Registration
 from dynamo.serve.errors import EngineDeadError
-from dynamo.serve.http_server import Drain, drain, serving, set_up_logging, stop_signals, use_all_descriptors
+from dynamo.serve.http_server import Drain, drain, set_up_logging, stop_signals, use_all_descriptors
 from dynamo.serve.key_log import check_key_log
 from dynamo.serve.lifecycle import load_assembly, running
 from dynamo.serve.lifeline import hold_on
@@ -33,6 +29,7 @@ from dynamo.serve.metrics import EngineCollector
 from dynamo.serve.plane.worker_app import WorkerApp
 from dynamo.serve.worker_claim import WorkerClaim
 from dynamo.serve.worker_report import load_report, worker_card
+from dynamo.serve.worker_socket import reachable
 
 if TYPE_CHECKING:
     from dynamo.serve.assembly import Assembly
@@ -42,8 +39,6 @@ __all__ = ["run_worker"]
 logger = logging.getLogger(__name__)
 
 _HEALTH_S = 0.5
-_LOOK_S = 1.0
-_BACKLOG = 64
 _FLUSH_TIMEOUT_S = 20.0
 
 
@@ -108,9 +103,8 @@ async def _serve(assembly: "Assembly", claim: WorkerClaim, discovery: Discovery,
                 replay=publisher.replay_endpoint,
                 pid=os.getpid(),
             )
-            with _listen(claim.socket_path("http")) as listener:
-                async with serving(app, listener), _reachable(app, claim):
-                    return await _serve_until_told(app, discovery, registration, signals, config.server.drain_timeout)
+            async with reachable(app, claim, name_lost=app.begin_drain):
+                return await _serve_until_told(app, discovery, registration, signals, config.server.drain_timeout)
 
 
 async def _serve_until_told(
@@ -150,43 +144,3 @@ async def _until_told(app: WorkerApp, signals: asyncio.Queue[int]) -> bool:
         for task in (told, asked):
             task.cancel()
         await asyncio.gather(told, asked, return_exceptions=True)
-
-
-@contextlib.asynccontextmanager
-async def _reachable(app: WorkerApp, claim: WorkerClaim) -> AsyncIterator[None]:
-    """Has a worker whose folder or socket is removed under it listen anew, for as long as the block runs."""
-    task = asyncio.create_task(_listen_anew(app, claim))
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-
-async def _listen_anew(app: WorkerApp, claim: WorkerClaim) -> None:
-    path = claim.socket_path("http")
-    trouble = ""
-    async with contextlib.AsyncExitStack() as stack:
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            try:
-                await asyncio.to_thread(claim.renew)
-                if await asyncio.to_thread(os.path.exists, path):
-                    continue
-                listener = stack.enter_context(_listen(path))
-            except OSError as error:
-                if trouble != (trouble := str(error)):
-                    logger.error("fronts cannot reach %s: %s", claim.worker_id, error)
-                continue
-            await stack.enter_async_context(serving(app, listener))
-            trouble = ""
-            logger.warning("the socket of %s was removed by somebody; it is made anew", claim.worker_id)
-
-
-def _listen(path: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(path)
-    Path(path).chmod(0o600)
-    listener.listen(_BACKLOG)
-    return listener

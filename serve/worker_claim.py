@@ -92,27 +92,48 @@ class WorkerClaim:
         self.close()
 
     def close(self) -> None:
-        """Removes the folder and gives the name back. Once only."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes the folder and gives the name back; leaves both alone where they are another's by now. Once only."""
         with contextlib.suppress(OSError):
-            self._lock_path.unlink()
+            if self._has_name():
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self._lock_path.unlink()
         os.close(self._lock_fd)
 
-    def renew(self) -> None:
-        """Makes folder and lock again where somebody has removed them, unless the name is another worker's by now.
+    def renew(self) -> bool:
+        """Makes lock and folder again where somebody has removed them.
+
+        Returns:
+            False where the name is another worker's by now: its folder is left alone.
 
         Raises:
             OSError: they cannot be made.
         """
         make_private(self._directory)
+        if not self._has_name():
+            return False
         self.folder.mkdir(mode=0o700, exist_ok=True)
+        return True
+
+    def _has_name(self) -> bool:
+        """Whether the name is still ours, after another try where the lock was removed.
+
+        Where there is no folder to be locked nobody has the name.
+        """
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(self._lock_path.lstat(), os.fstat(self._lock_fd)):
-                return
-        lock_fd = _try_lock(self._lock_path)
-        if lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = lock_fd
+                return True
+        try:
+            with _alone_in(
+                self._directory
+            ):  # or a worker that starts might look at the lock, and be taken for its owner
+                lock_fd = _try_lock(self._lock_path)
+        except FileNotFoundError:
+            return True
+        if lock_fd is None:
+            return False
+        os.close(self._lock_fd)
+        self._lock_fd = lock_fd
+        return True
 
     def socket_path(self, name: str) -> str:
         """Where a socket of this name lies, such as "http"."""
@@ -125,12 +146,11 @@ def any_worker_in(directory: Path) -> bool:
     Raises:
         OSError: that cannot be found out.
     """
-    for lock_path in directory.glob("*.lock"):
-        lock_fd = _try_lock(lock_path)
-        if lock_fd is None:
-            return True
-        os.close(lock_fd)
-    return False
+    try:
+        with _alone_in(directory):  # a worker that starts might find its own name locked
+            return any(_is_locked(path) for path in directory.glob("*.lock"))
+    except FileNotFoundError:
+        return False
 
 
 def _numbered() -> Iterator[str]:
@@ -212,6 +232,21 @@ def _try_lock(path: Path) -> int | None:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process has locked a file; makes none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:  # its owner has ended meanwhile
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _folder_of(directory: Path, worker_id: str) -> Path:

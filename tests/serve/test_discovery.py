@@ -120,12 +120,13 @@ def test_workers_come_and_go(discovery: Discovery, run: Any) -> None:
     run(test())
 
 
-def test_a_worker_that_says_something_else_leaves_and_joins(discovery: Discovery, run: Any) -> None:
+def test_a_worker_that_registers_anew_leaves_and_joins(discovery: Discovery, run: Any) -> None:
     async def test() -> None:
         registered = await discovery.register(registration("a"))
         async with watching(discovery) as watch:
             await watch.until({"a"})
-            await registered.update(registration("a", address="unix:/b"))
+            await registered.close()
+            registered = await discovery.register(registration("a", address="unix:/b"))
             await asyncio.wait_for(_until(lambda: len(watch.changes) == 3), 5)
             assert watch.changes[2] == Joined(registration("a", address="unix:/b"))
         await registered.close()
@@ -141,7 +142,8 @@ def test_who_looked_before_is_told_only_what_has_changed_since(discovery: Discov
             await watch.until({*names})
         known = [change.registration for change in watch.changes if isinstance(change, Joined)]
         changed, new = registration("changes", address="unix:/b"), registration("new")
-        await registered["changes"].update(changed)
+        await registered["changes"].close()
+        registered["changes"] = await discovery.register(changed)
         await registered.pop("leaves").close()
         registered["new"] = await discovery.register(new)
         async with watching(discovery, known) as later:
@@ -237,6 +239,28 @@ def test_a_registration_that_was_removed_is_written_anew(
 
     run(test())
     assert "a.json was removed or replaced by somebody; it is written anew" in caplog.text
+
+
+def test_a_worker_does_not_take_the_name_of_another_that_runs(
+    tmp_path: Path, run: Any, caplog: pytest.LogCaptureFixture, child: "subprocess.Popen[bytes]"
+) -> None:
+    folder = tmp_path / "fleet"
+
+    async def test() -> None:
+        discovery = FolderDiscovery(folder, silence_s=0.15)
+        path = folder / "child.json"
+        await _until(path.exists)
+        child.send_signal(signal.SIGSTOP)  # it runs, but writes nothing
+        theirs = path.read_text()
+        path.unlink()
+        registered = await discovery.register(registration("child", epoch=2))
+        write(folder / "new", theirs).replace(path)
+        await _until(lambda: "another worker of that name runs" in caplog.text)
+        await registered.close()
+        assert path.read_text() == theirs
+
+    run(test())
+    assert "written anew" not in caplog.text
 
 
 def test_registrations_come_back_when_their_folder_was_removed(tmp_path: Path, run: Any) -> None:

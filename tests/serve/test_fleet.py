@@ -361,7 +361,8 @@ def test_an_error_while_looking_for_workers_is_told_once_and_costs_none(
             before = fleet.link("is-replaced")
             discovery.is_failing = True
             await registered["leaves"].close()
-            await registered["is-replaced"].update(replace(there["is-replaced"], events=""))
+            await registered["is-replaced"].close()
+            await discovery.register(replace(there["is-replaced"], events=""))
             await discovery.register(there["comes"])
             await plane.until(lambda: discovery.num_failures == 3)
             assert {*router.worker_ids} == {*names[:3]}

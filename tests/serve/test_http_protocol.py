@@ -70,6 +70,27 @@ def test_headers_without_end_are_refused(run: Any, start: bytes, piece: bytes) -
     run(work())
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /%s HTTP/1.1\r\nhost: x\r\n\r\n" % (b"a" * 70_000),
+        b"GET / HTTP/1.1\r\nhost: x\r\nx-long: %s\r\n\r\n" % (b"a" * 70_000),
+        b"GET / HTTP/1.1\r\nhost: x\r\n%s\r\n" % (b"x-many: a\r\n" * 7000),
+        CHUNKED + b"2\r\n{}\r\n0\r\n%s\r\n" % (b"x-many: a\r\n" * 7000),
+    ],
+    ids=["a long path", "a long header", "many headers", "many trailers"],
+)
+def test_a_long_head_is_refused_even_if_all_of_it_is_there_at_once(run: Any, head: bytes) -> None:
+    async def work() -> None:
+        async with connection() as (reader, writer):
+            writer.write(head)  # uvloop reads up to 256 KB at a time
+            status, body = await answer(reader)
+            assert (status, b"headers are longer than 65536 bytes" in body) == (431, True)
+            assert await reader.read() == b""
+
+    run(work())
+
+
 def test_what_has_an_end_is_taken_whatever_pieces_it_comes_in(run: Any) -> None:
     many = b"".join(b"x-%d: a\r\n" % number for number in range(2000))
 
@@ -100,6 +121,45 @@ def test_a_head_that_does_not_come_ends_the_connection(run: Any, monkeypatch: py
             if b"\r\n\r\n" in start:
                 assert await answer(reader) == (200, b"1 0")
             assert await reader.read() == b""
+
+    run(work())
+
+
+def test_an_answer_is_not_cut_off_because_the_next_head_does_not_come(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamo.serve.http_protocol._HEAD_TIMEOUT_S", 0.1)
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"6")]})
+        await asyncio.sleep(0.35)
+        await send({"type": "http.response.body", "body": b"answer"})
+
+    async def work() -> None:
+        async with connection(slow) as (reader, writer):
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\nGET /")
+            assert await answer(reader) == (200, b"answer")
+            assert await reader.read() == b""
+
+    run(work())
+
+
+def test_a_client_that_takes_long_for_a_large_answer_gets_all_of_it(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamo.serve.http_protocol._UNREAD_TIMEOUT_S", 0.3)
+    large = 60_000_000  # many times what the kernel takes for a client that does not read
+
+    async def once(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"%d" % large)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": bytes(large)})
+
+    async def work() -> None:
+        async with connection(once) as (reader, writer):
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\n")
+            for _ in range(10):
+                await asyncio.sleep(0.1)
+                await reader.readexactly(large // 10)
 
     run(work())
 

@@ -1,5 +1,8 @@
 """A worker's name is its own while it lives, and nobody's afterwards."""
 
+import fcntl
+import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dynamo.serve.errors import ConfigError
-from dynamo.serve.worker_claim import MAX_SOCKET_PATH_BYTES, WorkerClaim
+from dynamo.serve.worker_claim import MAX_SOCKET_PATH_BYTES, WorkerClaim, any_worker_in
 
 
 def test_names_are_given_out_in_order_and_given_back(tmp_path: Path) -> None:
@@ -100,6 +103,83 @@ def test_a_worker_whose_lock_was_removed_is_not_tidied_up_after(tmp_path: Path) 
         (tmp_path / "alive.lock").touch()
         WorkerClaim.take(tmp_path, "another").close()
         assert (tmp_path / "alive.json").exists() and folder.exists()
+
+
+def test_what_was_removed_is_made_again_for_the_same_worker(tmp_path: Path) -> None:
+    with WorkerClaim.take(tmp_path / "fleet", "w") as claim:
+        shutil.rmtree(tmp_path / "fleet")
+        assert claim.renew()
+        assert claim.folder.is_dir()
+        with pytest.raises(ConfigError, match="a worker of that name runs"):
+            WorkerClaim.take(tmp_path / "fleet", "w")
+    assert list((tmp_path / "fleet").iterdir()) == []
+
+
+@pytest.mark.parametrize("depth", [0, 100])
+def test_a_worker_whose_name_was_taken_leaves_it_and_its_folder_to_the_other(tmp_path: Path, depth: int) -> None:
+    directory = tmp_path / "fleet" / ("x" * depth)
+    slow = WorkerClaim.take(directory, None)
+    shutil.rmtree(tmp_path / "fleet")
+    with WorkerClaim.take(directory, None) as fast:
+        assert fast.worker_id == slow.worker_id
+        Path(fast.socket_path("http")).touch()
+        assert not slow.renew()
+        slow.close()
+        assert [path.name for path in fast.folder.iterdir()] == ["http.sock"]
+        with pytest.raises(ConfigError, match="a worker of that name runs"):
+            WorkerClaim.take(directory, fast.worker_id)
+
+
+def test_a_worker_whose_name_was_taken_makes_no_folder(tmp_path: Path) -> None:
+    slow = WorkerClaim.take(tmp_path / "fleet", None)
+    shutil.rmtree(tmp_path / "fleet")
+    with WorkerClaim.take(tmp_path / "fleet", None) as fast:
+        fast.folder.rmdir()
+        assert not slow.renew()
+        assert not fast.folder.exists()
+        assert fast.renew()
+    slow.close()
+
+
+def test_a_worker_whose_discovery_folder_is_gone_removes_its_own_elsewhere(tmp_path: Path) -> None:
+    directory = tmp_path / ("x" * 100)
+    with WorkerClaim.take(directory, "w") as claim:
+        folder = claim.folder
+        shutil.rmtree(directory)
+    assert not folder.exists() and not directory.exists()
+
+
+def test_it_is_known_whether_any_worker_runs_and_nothing_is_made_to_find_out(tmp_path: Path) -> None:
+    directory = tmp_path / "fleet"
+    assert not any_worker_in(directory)
+    with WorkerClaim.take(directory, "w"):
+        assert any_worker_in(directory)
+    (directory / "dead.lock").touch()
+    assert not any_worker_in(directory)
+    assert [path.name for path in directory.iterdir()] == ["dead.lock"]
+    shutil.rmtree(directory)
+    assert not any_worker_in(directory)
+    assert not directory.exists()
+
+
+def test_a_lock_that_goes_while_it_is_looked_for_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "glob", lambda directory, _: [directory / "gone.lock"])
+    assert not any_worker_in(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_worker_is_looked_for_while_one_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamo.serve.worker_claim._ALONE_TIMEOUT_S", 0.05)
+    starting = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="has kept the folder locked"):
+            any_worker_in(tmp_path)
+    finally:
+        os.close(starting)
+    assert not any_worker_in(tmp_path)
 
 
 def test_a_folder_that_cannot_be_used_is_one_sentence() -> None:

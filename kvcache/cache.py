@@ -506,6 +506,7 @@ class KVCache:
             begin_use=begin_use,
             priority=priority,
             window=window,
+            overlap=overlap,
         )
 
     def _write_tightness(self) -> float:

@@ -60,6 +60,7 @@ class Sequence:
         begin_use: Callable[[list[BlockKey]], OpenUse] | None = None,
         priority: Priority = Priority.LOAD,
         window: RequestWindow | None = None,
+        overlap: bool = False,
     ) -> None:
         """Reserves blocks for all `tokens`, of which the first `num_cacheable_blocks` may come from the cache.
 
@@ -69,6 +70,7 @@ class Sequence:
             begin_use: called with the chain's keys once the blocks are reserved; None: nobody's use.
             priority: who waits for the loads.
             window: is told, at `close`, what the sequence got from which tier; None: the sequence is no request.
+            overlap: see `KVCache.open`.
 
         Raises:
             OutOfBlocksError: see `DevicePool.reserve`.
@@ -101,6 +103,8 @@ class Sequence:
             if begin_use is not None:
                 self._use = begin_use(chain.keys)
             self._num_matched_blocks = self._num_shared_blocks
+            # Tokens that may be committed; None: all. Those from there on may still be written by a load.
+            self._num_handed_tokens = self._num_matched_blocks * block_size if overlap else None
             num_loadable = self._start_loading(loader, keys, reservation.fresh, priority) if loader is not None else 0
             if self._load is None:
                 self._num_cached_tokens = self._num_matched_blocks * block_size
@@ -205,10 +209,16 @@ class Sequence:
         """Which tokens to compute next, where the caller computes in pieces: with `overlap`, while the others are loaded.
 
         To be called before each piece, when those before it are committed. The caller writes the KV of the tokens it is
-        given, and only those.
+        given, and only those:
+
+            end = 0
+            while end < seq.num_tokens:
+                start, end = seq.next_span(end, 512)
+                ...  # compute tokens [start, end), and write their KV
+                seq.commit(end)
 
         Args:
-            num_computed: tokens from the start on whose KV is written, or came from the cache.
+            num_computed: tokens from the start on whose KV is written and committed, or came from the cache.
             max_tokens: of the piece, at least 1.
 
         Returns:
@@ -216,10 +226,22 @@ class Sequence:
             `num_tokens` when nothing is left.
 
         Raises:
-            SequenceStateError: loads that somebody has to `wait` for are under way.
+            SequenceStateError: loads that somebody has to `wait` for are under way, or what was computed is not committed.
+            ValueError: `num_computed` is beyond the sequence, or no token is asked for.
         """
         self._check_open()
         size, load, first = self._block_size, self._load, self._num_matched_blocks
+        if not 0 <= num_computed <= self.num_tokens:
+            raise ValueError(
+                f"num_computed must be from 0 to the sequence's {self.num_tokens} tokens, not {num_computed}"
+            )
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+        if num_computed // size > self._num_shared_blocks:
+            raise SequenceStateError(
+                f"next_span() after {num_computed} tokens of which {self._num_shared_blocks * size} are committed; write the "
+                "others and commit them first"
+            )
         if isinstance(load, WaitedLoad):
             raise SequenceStateError("next_span() before wait(): blocks are still being loaded")
         start = max(num_computed, self._num_shared_blocks * size)
@@ -234,6 +256,7 @@ class Sequence:
             self._num_cached_tokens = (first + sum(self._hit_blocks)) * size
             if end > start or start == self.num_tokens:  # else more has come in between
                 break
+        self._num_handed_tokens = end if end < self.num_tokens else None
         return start, end
 
     def begin_layerwise(self) -> int:
@@ -299,14 +322,14 @@ class Sequence:
         self._tokens.frombytes(added)
 
     def commit_layer(self, layer: int, num_tokens: int | None = None) -> None:
-        """Says that layer `layer` of the first `num_tokens` tokens (default: all) is written and will not change.
+        """Says that layer `layer` of the first `num_tokens` tokens (default: as for `commit`) is written and will not change.
 
         To be called for layer 0, then 1, and so on, before `commit` for the same tokens: each layer is then copied to the
         host tier while the next ones are computed, as far as there is room. Blocks become visible only with `commit`. Does
         not wait. On CUDA, as for `commit`.
 
         Raises:
-            SequenceStateError: before `wait` or `begin_layerwise`, or beyond the sequence's tokens.
+            SequenceStateError: before `wait`, `begin_layerwise` or `next_span`, or beyond what may be committed.
         """
         self._check_open()
         first, end = self._num_cached_blocks("commit_layer"), self._num_full_blocks(num_tokens)
@@ -323,14 +346,17 @@ class Sequence:
             store.save_layer(self._saving, layer, self._pool.tier.fences())
 
     def commit(self, num_tokens: int | None = None) -> None:
-        """Says that the KV of the first `num_tokens` tokens (default: all) is written and will not change.
+        """Says that the KV of the first `num_tokens` tokens is written and will not change.
+
+        Default are all tokens or, while `next_span` has more to hand out, all that it has handed out.
 
         Their full blocks become reusable by other sequences and are offered to the lower tiers. When those cannot keep
         up, waits for them for up to a second, once for as long as they are behind. On CUDA, kernels that write the blocks
         must have been submitted to the current stream.
 
         Raises:
-            SequenceStateError: before `wait`, or beyond the sequence's tokens.
+            SequenceStateError: before `wait` or `next_span`, beyond the sequence's tokens, or beyond what `next_span` has
+                handed out.
         """
         self._check_open()
         self._num_cached_blocks("commit")
@@ -410,13 +436,20 @@ class Sequence:
     def _num_cached_blocks(self, method: str) -> int:
         """Leading blocks that need not be computed, or are committed."""
         if self._num_cached_tokens is None:
+            before = "next_span" if isinstance(self._load, OverlappedLoad) else "wait"
             raise SequenceStateError(
-                f"{method}() before wait(): blocks that are still being loaded cannot be committed"
+                f"{method}() before {before}(): blocks that are still being loaded cannot be committed"
             )
         return max(self._num_shared_blocks, self._num_cached_tokens // self._block_size)
 
     def _num_full_blocks(self, num_tokens: int | None) -> int:
-        count = len(self._tokens) if num_tokens is None else num_tokens
+        handed = self._num_handed_tokens
+        most = len(self._tokens) if handed is None else handed
+        count = most if num_tokens is None else num_tokens
+        if most < count <= len(self._tokens):
+            raise SequenceStateError(
+                f"cannot commit {count} tokens, of which next_span() has handed out {most} until now"
+            )
         if not 0 <= count <= len(self._tokens):
             raise SequenceStateError(f"cannot commit {count} tokens of a sequence of {len(self._tokens)}")
         return count // self._block_size

@@ -324,3 +324,47 @@ def test_blocks_in_host_memory_that_were_computed_meanwhile_say_nothing_about_it
         assert ended.wait(20.0)
     assert 0 in moved
     assert sum(moved) <= 4  # of 64: the last ones, as far as nobody computed them
+
+
+def test_only_what_was_handed_out_can_be_committed_and_no_block_of_others_is_written(cache, content, slow_reads):
+    """A slot that is given back while a load may still write it would be somebody else's by then."""
+    observe(cache, token_s=0.001)
+    slow_reads[0] = 0.05
+    with cache.open(TOKENS, overlap=True) as sequence:
+        assert sequence.next_span(0, 16) == (0, 16)
+        with pytest.raises(SequenceStateError, match=r"cannot commit 257 tokens, of which next_span\(\) has handed out 16"):
+            sequence.commit(257)
+        content.write(cache, sequence, TOKENS[:16], 0)
+        sequence.commit()  # these 16
+        assert cache.lookup(TOKENS).device_tokens == 16
+        with pytest.raises(SequenceStateError, match="after 32 tokens of which 16 are committed"):
+            sequence.next_span(32, 16)
+        content.run_in_pieces(cache, sequence, TOKENS, 16)
+        sequence.append([1] * 7)
+        content.write(cache, sequence, [*TOKENS, *[1] * 7], 64)
+        sequence.commit()  # nothing is left to hand out: all of them
+        assert cache.lookup([*TOKENS, *[1] * 7, 2]).device_tokens == 264
+
+
+def test_without_any_block_to_load_commit_says_the_same(make_cache, content):
+    made = make_cache(device_blocks=128)
+    with made.open(TOKENS, overlap=True) as sequence:
+        sequence.commit()
+        assert not made.lookup(TOKENS).device_tokens
+        assert sequence.next_span(0, 100) == (0, 100)
+        content.write(made, sequence, TOKENS[:100], 0)
+        sequence.commit()
+        assert made.lookup(TOKENS).device_tokens == 100
+
+
+@pytest.mark.parametrize(("num_computed", "max_tokens"), [(0, 0), (0, -5), (258, 1), (-1, 1)])
+def test_a_span_that_makes_no_sense_is_refused(cache, num_computed, max_tokens):
+    with cache.open(TOKENS, overlap=True) as sequence, pytest.raises(ValueError, match="must be"):
+        sequence.next_span(num_computed, max_tokens)
+
+
+def test_committing_before_the_first_span_names_the_way_out(cache):
+    with cache.open(TOKENS, overlap=True) as sequence:
+        sequence.wait()
+        with pytest.raises(SequenceStateError, match=r"before next_span\(\)"):
+            sequence.commit(16)

@@ -14,7 +14,15 @@ OPTIONS = {
     "blocks": {"--tokens", "--blocks", "--repeats", "--vllm-python", "--vllm-hash", "--out"},
     "store": {"--shape", "--size", "--repeats", "--threads", "--path", "--out"},
     "disk": {"--path", "--size", "--quick", "--lmcache-python", "--out"},
-    "doctor": {"--config", "--size", "--device", "--out", *(str(entry.flag) for entry in SECTIONS["cache"])},
+    "doctor": {
+        "--config",
+        "--size",
+        "--device",
+        "--workers",
+        "--engine",
+        "--out",
+        *(str(entry.flag) for entry in SECTIONS["cache"]),
+    },
     "router": {"--workers", "--blocks", "--prompts", "--repeats", "--dynamo-python", "--out"},
     "serve": {
         "--streams",

@@ -332,7 +332,9 @@ def test_only_what_was_handed_out_can_be_committed_and_no_block_of_others_is_wri
     slow_reads[0] = 0.05
     with cache.open(TOKENS, overlap=True) as sequence:
         assert sequence.next_span(0, 16) == (0, 16)
-        with pytest.raises(SequenceStateError, match=r"cannot commit 257 tokens, of which next_span\(\) has handed out 16"):
+        with pytest.raises(
+            SequenceStateError, match=r"cannot commit 257 tokens, of which next_span\(\) has handed out 16"
+        ):
             sequence.commit(257)
         content.write(cache, sequence, TOKENS[:16], 0)
         sequence.commit()  # these 16

@@ -9,7 +9,8 @@ block that fails is computed alone, and nobody has to know beforehand how slow t
 
 At first the caller does wait, since a fast tier has brought everything before one piece is computed, and the device may have
 others to compute for: as long as what has arrived grows several times as fast as computing would make it grow, and a little
-patience more. Time waited <= patience + a quarter of the time saved.
+patience more. Time waited <= patience + a quarter of the time saved; for short prompts, and while nothing is measured yet, the
+patience is some milliseconds and not a share of computing (`LoadPlanner.plan_overlapped`).
 
 From both ends at once is Cake's idea (https://arxiv.org/abs/2410.03065).
 """

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dynamo.kvcache import KVCache
+from dynamo.kvcache import KVCache, Sequence
 from dynamo.kvcache.errors import SequenceStateError
 from dynamo.kvcache.load_decision import TierRun
 from dynamo.kvcache.overlap import OverlappedLoad
@@ -147,6 +147,13 @@ def test_a_prefetch_takes_its_time(cache, slow_reads):
     assert not cache.stats().planner.decisions
 
 
+def wait_for_load(sequence: Sequence) -> None:
+    """Until all that will ever come has come, without using any of it."""
+    ended = threading.Event()
+    sequence.when_ready(ended.set)
+    assert ended.wait(20.0)
+
+
 def use_in_pieces(cache: KVCache, content, piece: int = 16) -> tuple[float, int]:
     """Seconds of waiting, and the cached tokens, of TOKENS computed in pieces while the others are loaded."""
     started = time.monotonic()
@@ -177,9 +184,7 @@ def test_a_slow_disk_gives_the_end_of_a_prompt_while_its_start_is_computed(cache
         assert sequence.next_span(0, 16) == (0, 16)
         content.write(cache, sequence, TOKENS[:16], 0)
         sequence.commit(16)
-        ended = threading.Event()
-        sequence.when_ready(ended.set)
-        assert ended.wait(20.0)
+        wait_for_load(sequence)
         assert sequence.next_span(16, 500) == (256, 257)
         content.check(cache, sequence, TOKENS, 256)
         assert sequence.num_cached_tokens == 240
@@ -206,9 +211,7 @@ def test_what_the_time_limit_cuts_off_counts_as_late(make_cache, content, slow_r
     observe(made, token_s=0.1)
     slow_reads[0] = 0.6
     with made.open(TOKENS, overlap=True) as sequence:
-        ended = threading.Event()
-        sequence.when_ready(ended.set)
-        assert ended.wait(20.0)
+        wait_for_load(sequence)
         assert sequence.is_ready
         content.run_in_pieces(made, sequence, TOKENS, 64)
         assert sequence.num_cached_tokens == 0
@@ -221,9 +224,7 @@ def test_a_damaged_block_is_computed_and_those_after_it_are_not(cache, content, 
         file.seek(20 * 4096 + 100)
         file.write(b"damaged")
     with cache.open(TOKENS, overlap=True) as sequence:
-        ended = threading.Event()
-        sequence.when_ready(ended.set)
-        assert ended.wait(20.0)
+        wait_for_load(sequence)
         content.run_in_pieces(cache, sequence, TOKENS, 500)
         assert sequence.num_cached_tokens == 252
     assert cache.stats().load_faults["corrupt"] == 1
@@ -288,9 +289,7 @@ def test_a_block_that_is_gone_when_its_load_begins_is_computed_alone(cache, cont
 
     monkeypatch.setattr(BlockStore, "find_runs", find_and_lose)
     with cache.open(TOKENS, overlap=True) as sequence:
-        ended = threading.Event()
-        sequence.when_ready(ended.set)
-        assert ended.wait(20.0)
+        wait_for_load(sequence)
         content.run_in_pieces(cache, sequence, TOKENS, 500)
         assert sequence.num_cached_tokens == 252
     assert cache.stats().load_faults["missing"] == 1

@@ -79,7 +79,8 @@ class KVCache:
             load_timeout_s: a block that takes longer to load is computed instead; see also `observe_compute`.
             load_patience: share of the time to compute a prompt that waiting for its loads may cost beyond what they save, and
                 at least some milliseconds of a tier whose last load came in time; None: all that is cached is loaded and
-                waited for, as it is before `observe_compute` has told that time, or with `overlap` for 25 ms at most.
+                waited for, as it is before `observe_compute` has told that time; with `overlap`, then, for 25 ms and while it
+                comes fast.
             io_threads: threads that read and write the disk file.
             eviction: which blocks of a full tier go first.
             admission: which blocks the host and disk tiers take.

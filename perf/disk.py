@@ -8,13 +8,11 @@ and GPU memory with GPUDirect Storage where that is there.
 import argparse
 import contextlib
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -34,6 +32,7 @@ from dynamo.perf.disk_sweep import (
 )
 from dynamo.perf.disk_tier import Comparison, LMCachePeer, TierSide, Windows, compare
 from dynamo.perf.harness import BenchmarkError
+from dynamo.perf.interrupts import Interrupts
 from dynamo.perf.machine import machine_record
 from dynamo.perf.report import Report, Result
 
@@ -97,7 +96,11 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     plan, repeats = (_QUICK, _QUICK_REPEATS) if options.quick else (_FULL, _REPEATS)
     machine = machine_record()
     notes: list[str] = []
-    with _scratch(options.path) as folders, _progress(console, plan, repeats) as progress:
+    with (
+        Interrupts() as interrupts,
+        _scratch(options.path) as folders,
+        _progress(console, plan, repeats, interrupts) as progress,
+    ):
         place = _Place(folders, size)
         results, found = _measure(place, plan, repeats, options.lmcache_python, progress, notes)
     threads = recommended_threads(found, BLOCK_SIZES)
@@ -215,35 +218,29 @@ def _best_workers(python: Path, folder: Path, windows: Windows, choices: set[int
 @contextlib.contextmanager
 def _scratch(paths: Sequence[Path]) -> Iterator[tuple[Path, ...]]:
     """A folder of this run in each path, removed in the end, also after Ctrl-C or SIGTERM."""
-
-    def stop(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        with contextlib.ExitStack() as made:
-            yield tuple(
-                Path(made.enter_context(tempfile.TemporaryDirectory(prefix="dynamo-perf-disk-", dir=path)))
-                for path in paths
-            )
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with contextlib.ExitStack() as made:
+        yield tuple(
+            Path(made.enter_context(tempfile.TemporaryDirectory(prefix="dynamo-perf-disk-", dir=path)))
+            for path in paths
+        )
 
 
 class _Steps:
     """Progress: one step for each thing that is measured."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
+    def __init__(self, progress: Progress, total: int, interrupts: Interrupts) -> None:
         self._progress = progress
         self._task = progress.add_task("starting", total=total)
+        self._interrupts = interrupts
 
     def say(self, what: str) -> None:
-        """A new step begins."""
+        """A new step begins, unless the run was interrupted."""
+        self._interrupts.check()
         self._progress.update(self._task, advance=1, description=what)
 
 
 @contextlib.contextmanager
-def _progress(console: Console, plan: Sweep, repeats: int) -> Iterator[_Steps]:
+def _progress(console: Console, plan: Sweep, repeats: int, interrupts: Interrupts) -> Iterator[_Steps]:
     columns = (
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
@@ -251,4 +248,4 @@ def _progress(console: Console, plan: Sweep, repeats: int) -> Iterator[_Steps]:
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        yield _Steps(progress, 1 + plan.num_runs + len(BLOCK_SIZES) * (1 + 2 * repeats))
+        yield _Steps(progress, 1 + plan.num_runs + len(BLOCK_SIZES) * (1 + 2 * repeats), interrupts)

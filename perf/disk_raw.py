@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+from numpy.random import default_rng
 
 from dynamo.perf.disk_calls import Call, Rate, open_queue, run_calls, run_requests
 from dynamo.perf.harness import BenchmarkError
@@ -59,11 +60,11 @@ def aligned_memory(num_bytes: int, *, has_huge_pages: bool = True) -> mmap.mmap:
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages has one kind only
         memory.madvise(mmap.MADV_HUGEPAGE if has_huge_pages else mmap.MADV_NOHUGEPAGE)
-    random_bytes = np.random.default_rng(7).bytes(min(num_bytes, 16 << 20))
+    random_bytes = default_rng(7).bytes(min(num_bytes, 16 << 20))
     for start in range(0, num_bytes, len(random_bytes)):
         memory[start : start + len(random_bytes)] = random_bytes[: num_bytes - start]
     stamps = np.frombuffer(memory, dtype=np.uint64).reshape(-1, mmap.PAGESIZE // 8)[:, 0]
-    stamps[:] = np.random.default_rng(8).integers(0, 2**63, stamps.size, dtype=np.uint64)  # no page twice
+    stamps[:] = default_rng(8).integers(0, 2**63, stamps.size, dtype=np.uint64)  # no page twice
     return memory
 
 

@@ -11,6 +11,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from numpy.random import default_rng
 
 from dynamo.kvcache.config import format_size
 from dynamo.kvcache.device_path import find_device_path
@@ -54,7 +55,7 @@ class TierSide:
         layout = BlockLayout(num_layers=1, block_size=1, num_kv_heads=1, head_dim=windows.block_bytes // 2, itemsize=1)
         self.num_windows = windows.num_windows
         total_blocks = windows.num_windows * windows.num_blocks
-        self._random = np.random.default_rng(1)
+        self._random = default_rng(1)
         self._source, self._target = (map_rows(layout, windows.num_blocks) for _ in range(2))
         for row in self._source:
             row[:] = np.frombuffer(self._random.bytes(row.size), dtype=np.uint8)

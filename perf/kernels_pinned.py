@@ -131,6 +131,8 @@ def pinned_copies(workload: Workload) -> Findings:
 
 def pipeline_depths(workload: Workload) -> Findings:
     """Zero-copy by tile, stages and programs: how many bytes in flight the bus wants."""
+    from triton.errors import TritonError
+
     driver, device = cuda_driver(), torch.device(workload.device)
     num_bytes = min(workload.mib, _SMALL_MIB) << 20
     with torch.cuda.stream(new_stream(device)):
@@ -141,7 +143,7 @@ def pipeline_depths(workload: Workload) -> Findings:
                 try:
                     action = zero_copy(crossing, device, tile_kib << 10, stages, programs)
                     speed = paired(timer, action, crossing.large, crossing.num_bytes, workload.repeats)
-                except RuntimeError as error:  # among them Triton's, for more shared memory than there is
+                except (RuntimeError, TritonError) as error:  # such as for more shared memory than there is
                     yield f"{crossing.name}, {name}: {str(error).splitlines()[0]}"
                     continue
                 yield from speed_results(crossing.name, name, speed, workload.repeats)

@@ -181,8 +181,11 @@ def test_arguments_that_do_not_fit_are_refused():
         digest_blocks(view, ids, torch.zeros(2, dtype=torch.uint64))
     with pytest.raises(KernelArgumentError, match="out must be"):
         digest_blocks(view, ids, torch.zeros(3, dtype=torch.int32))
-    with pytest.raises(KernelArgumentError, match="seeds must be"):
-        digest_blocks_new(view, ids, np.zeros(2, dtype=np.uint64))
+    for seeds in (np.zeros(2, dtype=np.uint64), np.zeros(3, dtype=np.int64), [1, 2, 3]):
+        with pytest.raises(KernelArgumentError, match="seeds must be"):
+            digest_blocks_new(view, ids, seeds)
+    with pytest.raises(KernelArgumentError, match="ids must be a 1-D numpy int64 array, got list"):
+        digest_blocks_new(view, [0, 1])
     with pytest.raises(KernelArgumentError, match="sm_budget"):
         digest_blocks(view, ids, torch.zeros(3, dtype=torch.uint64), sm_budget=0)
 

@@ -212,7 +212,7 @@ def test_copies_that_do_not_fit_are_refused_and_write_nothing():
 def test_gpu_gives_the_digests_of_the_cpu_and_copies(row_bytes, axes):
     blocks, seeds, ids = random_bytes(5, 2, 2, 33, 3, row_bytes), np.arange(4, dtype=np.uint64), np.array([4, 0, 2, 1])
     moved = torch.full([blocks.shape[AXES.index(a)] for a in axes], 0xAA, dtype=torch.uint8, device="cuda")
-    out = torch.zeros(4, dtype=torch.uint64, device="cuda")
+    out = torch.empty(4, dtype=torch.uint64, device="cuda")
     view, expected = from_paged(blocks.cuda(), AXES), digest_blocks_new(from_paged(blocks, AXES), ids, seeds)
     assert torch.equal(digest_blocks_new(view, ids, seeds).cpu(), expected)
     copy_blocks_digest(view, ids, from_paged(moved, axes), np.arange(4), out, seeds=seeds)

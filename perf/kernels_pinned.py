@@ -175,7 +175,7 @@ def batched_copies(workload: Workload) -> Findings:
             subject = f"copy engine, {count:,} pieces"
             speed = paired(timer, action, large, size * count, workload.repeats)
             yield from speed_results(case, subject, speed, workload.repeats)
-            yield _plain(case, subject, "submit", median(submit_us[1:]), "µs", workload.repeats)
+            yield _plain(case, subject, "submit", median(submit_us[-workload.repeats :]), "µs", workload.repeats)
 
 
 def page_sizes(workload: Workload) -> Findings:
@@ -208,7 +208,7 @@ def page_sizes(workload: Workload) -> Findings:
                     "zero-copy, 64 KiB pieces": partial(copy_blocks, src, order, dst, consecutive),
                 }
                 for way, action in ways.items():
-                    action()
+                    timer.prepare(action)
                     seconds = median([timer.seconds(action) for _ in range(workload.repeats)])
                     case = f"{way}, {'GPU to host' if to_host else 'host to GPU'}"
                     yield _plain(case, name, "payload", num_bytes / seconds / 1e9, "GB/s", workload.repeats)
@@ -258,7 +258,7 @@ def ways(
 def _planned(
     crossing: Crossing, driver: CudaDriver, staging: Staging, calibration: Calibration, device: torch.device
 ) -> tuple[str, Callable[[], object]]:
-    """What users call; planning is part of the time, as it is part of theirs."""
+    """What users call, planning included; how long that takes the host is a section of its own."""
     stream = torch.cuda.current_stream(device).cuda_stream
     sides = crossing.src, crossing.src_ids, crossing.dst, crossing.dst_ids
     planned = partial(plan, *sides, calibration=calibration, staging=staging, driver=driver)

@@ -22,13 +22,20 @@ from dynamo.kernels.copy_blocks import copy_blocks, specializations
 from dynamo.kernels.fake_driver import FakeDriver
 from dynamo.kernels.staged import Staging
 from dynamo.kernels.view import View
-from dynamo.perf import kernels_attention, kernels_beside, kernels_device, kernels_pinned, kernels_transforms
+from dynamo.perf import (
+    kernels_attention,
+    kernels_beside,
+    kernels_device,
+    kernels_measure,
+    kernels_pinned,
+    kernels_transforms,
+)
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.kernels import add_arguments, run
 from dynamo.perf.kernels_cpu import cpu_copies
 from dynamo.perf.kernels_decode import LLAMA_3_8B, DecodeShape, measure_decode
 from dynamo.perf.kernels_layouts import LayoutCase, conversions, rows
-from dynamo.perf.kernels_measure import WallTimer, busy_core, paired, paired_cpu
+from dynamo.perf.kernels_measure import CudaTimer, WallTimer, busy_core, paired, paired_cpu
 from dynamo.perf.kernels_peers import PointerList, UniversalPack
 from dynamo.perf.kernels_planning import planning
 from dynamo.perf.kernels_plot import draw
@@ -181,6 +188,29 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(PointerList, "run", lambda self, programs=1: None)
     monkeypatch.setattr(UniversalPack, "run", lambda self: None)
     return driver
+
+
+def test_the_gpu_is_kept_busy_for_as_long_as_an_action_takes_to_queue(
+    fake_gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(kernels_measure, "new_event", _FakeEvent)
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda tensor: calls.append("flush"))
+    monkeypatch.setattr(kernels_measure, "timed", lambda action: SimpleNamespace(wall_s=action() or 0.0))
+    timer = CudaTimer(CPU)
+
+    def action(queueing_s: float) -> float:
+        calls.append("action")
+        return queueing_s
+
+    num_flushes = []
+    for queueing_s in (0.0, 1e-4, 1e9):
+        timer.prepare(lambda queueing_s=queueing_s: action(queueing_s))
+        calls.clear()
+        assert timer.seconds(lambda: action(0.0)) >= 0.0
+        assert calls.pop() == "action"
+        num_flushes.append(calls.count("flush"))
+    assert num_flushes[0] == 1 < num_flushes[1] < num_flushes[2] < 1 << 20
 
 
 def _copy_on_any_stream(

@@ -44,7 +44,7 @@ SUMMARY = "which path each tier really takes, its GB/s beside memcpy and the raw
 _LAYOUT = BlockLayout(num_layers=32, block_size=16, num_kv_heads=8, head_dim=128, itemsize=2)  # 2 MiB
 _COPY_TURNS = 5
 _MIN_BLOCKS = 8
-_PACKAGES = ("torch", "numpy", "triton", "kvikio-cu13", "kvikio-cu12", "ucxx-cu13", "ucxx-cu12", "cuda-python")
+_PACKAGES = ("torch", "numpy", "triton", "kvikio-cu13", "kvikio-cu12", "ucxx-cu13", "ucxx-cu12")
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,4 +212,6 @@ class _Mirror:
         """Copies rows [start, stop) in the order of the current stream."""
         if self._copied is not None:
             self.device[start:stop].copy_(self.host[start:stop], non_blocking=True)
-            self._copied.record()
+            self._copied.record(
+                torch.cuda.current_stream(self.device.device)
+            )  # not that of the thread's current device

@@ -258,7 +258,7 @@ class KVCache:
 
         Returns:
             A future of the number of leading tokens that are in device memory when the loads have ended, which is at the
-            latest after `load_timeout_s`.
+            latest after `load_timeout_s`. Closing the cache makes it CacheClosedError.
 
         Raises:
             OutOfBlocksError: the device pool cannot hold the prefix now, or would have no block left for each sequence.
@@ -276,11 +276,19 @@ class KVCache:
         sequence = self._open(packed, salt, lora, num_blocks, spare_blocks, None, priority=Priority.PREFETCH)
 
         def finish() -> None:
-            with sequence:
-                sequence.wait(0.0)
-                num_tokens = sequence.num_cached_tokens
+            closed: CacheClosedError | None = None
+            num_tokens = 0
+            try:
+                with sequence:
+                    sequence.wait(0.0)
+                    num_tokens = sequence.num_cached_tokens
+            except CacheClosedError as error:
+                closed = error
             if done.set_running_or_notify_cancel():
-                done.set_result(num_tokens)
+                if closed is None:
+                    done.set_result(num_tokens)
+                else:
+                    done.set_exception(closed)
 
         sequence.when_ready(finish)
         return done
@@ -459,11 +467,16 @@ class KVCache:
             self._store.check_invariants()
 
     def close(self) -> None:
-        """Writes what is pending, ends all threads and frees all tiers. Sequences must no longer be used. Idempotent."""
+        """Writes what is pending, ends all threads and frees all tiers. Idempotent.
+
+        Pins end. Of sequences that are still open, nothing but their `close` is of use: what else is asked of them raises
+        CacheClosedError, also of a thread that waits for their loads meanwhile.
+        """
         with self._roots_lock:
             if self._is_closed:
                 return
             self._is_closed = True
+        self._pool.close()
         self._leases.close(_CLOSE_TIMEOUT_S)
         if self._store:
             self._store.close(_CLOSE_TIMEOUT_S)

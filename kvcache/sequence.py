@@ -174,10 +174,10 @@ class Sequence:
             timeout_s: what has not arrived by then is computed instead; at most, and by default, the cache's
                 `load_timeout_s` since `open`, or until waiting on would cost more than computing.
         """
+        self._check_open()
         load = self._load
         if load is None:
             return
-        self._check_open()
         if isinstance(load, OverlappedLoad):
             load.wait(timeout_s)
             return
@@ -272,11 +272,11 @@ class Sequence:
         Raises:
             SequenceStateError: the sequence was opened with `overlap`.
         """
+        self._check_open()
         load = self._load
         if isinstance(load, OverlappedLoad):
             raise SequenceStateError("begin_layerwise() of a sequence that was opened with overlap; open it without")
         if load is not None and self._store is not None:
-            self._check_open()
             self._layers = self._store.begin_layerwise(load.load)
             self._load = None
             num_promised = self._layers.num_blocks
@@ -497,3 +497,4 @@ class Sequence:
     def _check_open(self) -> None:
         if self._is_closed:
             raise CacheClosedError("the sequence is closed; open it again with its tokens")
+        self._pool.check_open()

@@ -17,6 +17,7 @@ from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids,
 from dynamo.tiers.disk_space import disk_space
 from dynamo.tiers.errors import TierConfigError, TierUnavailableError
 from dynamo.tiers.file_io import SlotIO, check_aligned
+from dynamo.tiers.interruptible_io import InterruptibleIO
 from dynamo.tiers.journal import Journal
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.queued_io import QueuedIO
@@ -244,10 +245,18 @@ class DiskTier:
         self._recorder.add_read(num_good, slots.size - num_good, time.perf_counter() - started)
         return outcomes
 
-    def inspect(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
-        """Reads like `read` for somebody who only looks: neither counted as a read nor as use of the disk."""
+    def inspect(
+        self, slots: SlotIds, rows: Rows, row_ids: SlotIds, check: Callable[[], None] | None = None
+    ) -> Outcomes:
+        """Reads like `read` for somebody who only looks: neither counted as a read nor as use of the disk.
+
+        Args:
+            check: called before every 256 KiB, which are then read one after the other; what it raises ends the reading.
+                None: all is read at once, as fast as the disk can.
+        """
         self._check(slots, rows, row_ids, writable=True)
-        return self._stripes.read(slots, IOTarget(rows), row_ids, None)
+        io = None if check is None else InterruptibleIO(check)
+        return self._stripes.read(slots, IOTarget(rows, io), row_ids, None)
 
     def write(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
         """Writes rows to slots; see `Tier.write`. Not synced: after a power cut digests tell what is good.

@@ -77,10 +77,10 @@ class KVCache:
             disk: "PATH:SIZE" of the disk tier, or "PATH,PATH:SIZE" for several devices, always in the same order; None: no
                 disk tier. The folder holds one sub-folder for each spec.
             load_timeout_s: a block that takes longer to load is computed instead; see also `observe_compute`.
-            load_patience: share of the time to compute a prompt that waiting for its loads may cost beyond what they save, and
-                at least some milliseconds of a tier whose last load came in time; None: all that is cached is loaded and
-                waited for, as it is before `observe_compute` has told that time; with `overlap`, then, for 25 ms and while it
-                comes fast.
+            load_patience: share of the time to compute a prompt that waiting for its loads may cost beyond what they save. For
+                short prompts up to 2 ms, where their tiers' last loads came in time, and a fifth at most of what loading saves.
+                None: all that is cached is loaded and waited for, as it is before `observe_compute` has told that time; with
+                `overlap`, then, for 25 ms at most and while it comes fast, and not from a disk that was slow at the start.
             io_threads: threads that read and write the disk file.
             eviction: which blocks of a full tier go first.
             admission: which blocks the host and disk tiers take.

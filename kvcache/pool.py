@@ -15,6 +15,7 @@ import numpy.typing as npt
 from dynamo.kvcache.entries import Entries
 from dynamo.kvcache.events import RunStarts
 from dynamo.kvcache.eviction import EvictionOrder, LeafFirstLRU, Use, anonymous_use
+from dynamo.kvcache.free_slots import FreeSlots
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.kvcache.lineage import NO_PARENT, Lineage, runs_of_slots, slots_behind
 from dynamo.kvcache.removals import MAX_REMOVALS, Removal, RemovalLog
@@ -89,9 +90,7 @@ class BlockPool:
         self.num_slots = num_slots
         self.num_evicted = 0
         self.removals = RemovalLog()
-        self._free = np.arange(num_slots - 1, -1, -1, dtype=np.int64)  # a stack; popping from the end gives 0, 1, 2 ...
-        self._num_free = num_slots
-        self._withheld = _NO_SLOTS
+        self._free = FreeSlots(num_slots)
         self._refs = np.zeros(num_slots, dtype=np.int32)
         self._registered = np.zeros(num_slots, dtype=np.bool_)
         self._keys: list[BlockKey | None] = [None] * num_slots  # of slots that are not registered: anything
@@ -109,12 +108,12 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Slots that `allocate` could give now: free and idle ones."""
-        return self._num_free + self._entries.num_slots
+        return self._free.count + self._entries.num_slots
 
     @property
     def num_free(self) -> int:
         """Slots that `allocate` could give without evicting anything."""
-        return self._num_free
+        return self._free.count
 
     @property
     def num_idle(self) -> int:
@@ -124,7 +123,7 @@ class BlockPool:
     @property
     def num_pinned(self) -> int:
         """Slots somebody holds."""
-        return self.num_slots - self.num_available - len(self._withheld) + self.num_leaving
+        return self.num_slots - self.num_available - len(self._free.withheld) + self.num_leaving
 
     @property
     def num_leaving(self) -> int:
@@ -227,7 +226,7 @@ class BlockPool:
                 self._entries.file(slots[start:end], part)
             return
         is_unused = refs == 0
-        self._push_free(slots[is_unused & ~registered])
+        self._free.push(slots[is_unused & ~registered])
         is_idle = is_unused & registered
         if is_idle.any():
             for start, end, part in _parts(use, len(slots)):
@@ -253,10 +252,8 @@ class BlockPool:
         if count > self.num_available:
             return None
         candidates = self._entries.candidates(time.monotonic())
-        evicted_keys, evicted_slots = self._evict(max(0, count - self._num_free), candidates, "evicted")
-        top = self._num_free
-        slots = self._free[top - count : top][::-1].copy()
-        self._num_free = top - count
+        evicted_keys, evicted_slots = self._evict(max(0, count - self._free.count), candidates, "evicted")
+        slots = self._free.take(count)
         self._refs[slots] = 1
         return Allocation(slots, evicted_keys, evicted_slots)
 
@@ -269,17 +266,11 @@ class BlockPool:
 
     def withhold(self, first: int) -> None:
         """Takes the free ones of the slots from `first` on out of use, until `put_back`."""
-        free = self._free[: self._num_free]
-        beyond = free >= first
-        self._withheld = np.concatenate((self._withheld, free[beyond]))
-        kept = free[~beyond].copy()
-        self._free[: len(kept)] = kept
-        self._num_free = len(kept)
+        self._free.withhold(first)
 
     def put_back(self) -> None:
         """Makes withheld slots free again."""
-        withheld, self._withheld = self._withheld, _NO_SLOTS
-        self._push_free(withheld)
+        self._free.put_back()
 
     def resize(self, num_slots: int) -> tuple[list[BlockKey], SlotIds]:
         """Makes slots `[0, num_slots)` the pool's, while it is in use. Withheld slots are put back.
@@ -290,23 +281,19 @@ class BlockPool:
         Returns:
             Keys of the blocks that became unfindable, and their slots.
         """
-        self.put_back()
+        self._free.put_back()
+        self._free.limit(num_slots)
         old, self.num_slots = self.num_slots, num_slots
         added = num_slots - len(self._refs)
         if added > 0:
             self._refs = np.concatenate((self._refs, np.zeros(added, dtype=np.int32)))
             self._registered = np.concatenate((self._registered, np.zeros(added, dtype=np.bool_)))
-            self._free = np.concatenate((self._free, np.zeros(added, dtype=np.int64)))
             self._keys += [None] * added
             self._entries.grow(num_slots)
             self._lineage.grow(num_slots)
         if num_slots >= old:
-            self._push_free(np.arange(old, num_slots)[self._refs[old:num_slots] == 0])
+            self._free.push(np.arange(old, num_slots)[self._refs[old:num_slots] == 0])
             return [], _NO_SLOTS
-        free = self._free[: self._num_free]
-        kept = free[free < num_slots].copy()
-        self._free[: len(kept)] = kept
-        self._num_free = len(kept)
         going: SlotIds = np.flatnonzero(self._registered[num_slots:]) + num_slots
         while len(children := self._lineage.children(going)):
             going = np.concatenate((going, children))
@@ -331,10 +318,10 @@ class BlockPool:
             ends: positions in `names` up to which blocks are filed as one entry each; the last is n.
             lacking: for slots of blocks whose parents are not among `names`, the parents' keys.
         """
-        assert self._num_free == self.num_slots, "only an unused pool can be restored"
+        assert self._free.count == self.num_slots, "only an unused pool can be restored"
         self._registered[slots] = True
-        self._num_free = 0
-        self._push_free(np.flatnonzero(~self._registered))
+        self._free.clear()
+        self._free.push(np.flatnonzero(~self._registered))
         taken = np.flatnonzero(self._registered)
         by_slot = np.empty(self.num_slots, dtype=np.int64)
         by_slot[slots] = np.arange(len(slots))
@@ -431,7 +418,7 @@ class BlockPool:
         self._registered[:] = False
         self._entries.clear()
         self._lineage.clear()
-        self._push_free(idle)
+        self._free.push(idle)
         self.removals.add(list(islice(reversed(index), MAX_REMOVALS))[::-1], "lost")
         return index
 
@@ -444,11 +431,11 @@ class BlockPool:
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the books do not balance. Cost: proportional to the number of slots."""
-        free = self._free[: self._num_free]
+        free, withheld = self._free.slots, self._free.withheld
         idle = self._entries.all_idle()
         used = np.flatnonzero(self._refs)
-        assert len(np.unique(free)) == self._num_free, "a slot is free twice"
-        states = np.concatenate((free, idle, used[used < self.num_slots], self._withheld))
+        assert len(np.unique(free)) == len(free), "a slot is free twice"
+        states = np.concatenate((free, idle, used[used < self.num_slots], withheld))
         assert len(states) == self.num_slots, f"{len(states)} slots accounted for, {self.num_slots} exist"
         assert len(np.unique(states)) == self.num_slots, "a slot is in two states"
         assert not len(states) or states.max() < self.num_slots, "a slot beyond the pool is in use"
@@ -513,20 +500,13 @@ class BlockPool:
                 self._lineage.add_orphan(slot, parent)
         self._lineage.adopt([keys[i] for i in registered.new], slots)
 
-    def _push_free(self, slots: SlotIds) -> None:
-        if self.num_slots < len(self._refs):
-            slots = slots[slots < self.num_slots]
-        top = self._num_free
-        self._free[top : top + len(slots)] = slots[::-1]
-        self._num_free = top + len(slots)
-
     def _evict(self, count: int, candidates: Iterable[int], reason: str) -> tuple[list[BlockKey], SlotIds]:
         if not count:
             return [], _NO_SLOTS
         chosen, passed = self._choose(count, candidates)
         slots = chosen[0] if len(chosen) == 1 else np.concatenate([_NO_SLOTS, *chosen])
         keys = self._drop(slots)
-        self._push_free(slots[::-1])  # a chain that lay in ascending slots leaves them for another in this order
+        self._free.push(slots[::-1])  # a chain that lay in ascending slots leaves them for another in this order
         self.removals.add(keys, reason)
         if len(keys) < count:  # all that is left is held by those that hold what continues it, and not it
             left = np.concatenate([self._entries.slots(number) for number in passed])[: count - len(keys)]
@@ -589,7 +569,7 @@ class BlockPool:
         self._drop(slots)
         idle = self._entries.idle(slots)
         self._entries.leave(idle)
-        self._push_free(idle)
+        self._free.push(idle)
         self.removals.add(keys, reason)
 
     def _drop(self, slots: SlotIds) -> list[BlockKey]:

@@ -22,6 +22,7 @@ from dynamo.kvcache.overlap import OverlappedLoad
 from dynamo.kvcache.prefix_load import PrefixLoader, WaitedLoad
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
+from dynamo.kvcache.tier_errors import translated_errors
 from dynamo.kvcache.window import RequestHits, RequestWindow
 from dynamo.tiers.device import Fence
 from dynamo.tiers.mover import Priority
@@ -277,7 +278,8 @@ class Sequence:
         if isinstance(load, OverlappedLoad):
             raise SequenceStateError("begin_layerwise() of a sequence that was opened with overlap; open it without")
         if load is not None and self._store is not None:
-            self._layers = self._store.begin_layerwise(load.load)
+            with translated_errors():  # the cache may just be being closed
+                self._layers = self._store.begin_layerwise(load.load)
             self._load = None
             num_promised = self._layers.num_blocks
             self._counters.count_fault("late", load.load.num_blocks - num_promised)

@@ -16,12 +16,13 @@ import numpy as np
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
 from dynamo.tiers.disk_space import disk_space
 from dynamo.tiers.errors import TierConfigError, TierUnavailableError
-from dynamo.tiers.file_io import SlotIO, check_aligned
 from dynamo.tiers.interruptible_io import InterruptibleIO
 from dynamo.tiers.journal import Journal
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.queued_io import QueuedIO
 from dynamo.tiers.recovered import RecoveredBlocks
+from dynamo.tiers.slot_batch import check_aligned
+from dynamo.tiers.slot_io import SlotIO
 from dynamo.tiers.stats import TierRecorder, TierStats
 from dynamo.tiers.stripe import FaultReport, Generations, IOTarget
 from dynamo.tiers.stripe_set import StripePlan, StripeSet

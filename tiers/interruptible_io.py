@@ -7,7 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dynamo.kernels.checks import Rows, SlotIds
-from dynamo.tiers.file_io import BlockFile, PendingBatch, PendingIO, SlotBatch
+from dynamo.tiers.block_file import BlockFile
+from dynamo.tiers.slot_batch import PendingBatch, SlotBatch
+from dynamo.tiers.slot_io import PendingIO
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ import pytest
 
 from dynamo.kernels.checks import Rows
 from dynamo.tiers.arena import map_rows
+from dynamo.tiers.block_file import BlockFile
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierClosedError
-from dynamo.tiers.file_io import BlockFile
 from dynamo.tiers.interruptible_io import MAX_CALL_BYTES, InterruptibleIO
 from dynamo.tiers.layout import BlockLayout
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
-from dynamo.tiers.disk_space import disk_space
+from dynamo.tiers.disk_faults import fault_reporter
+from dynamo.tiers.disk_space import warn_of_shortage
 from dynamo.tiers.errors import TierConfigError, TierUnavailableError
 from dynamo.tiers.interruptible_io import InterruptibleIO
 from dynamo.tiers.journal import Journal
@@ -37,27 +38,6 @@ if TYPE_CHECKING:  # these load torch, which the rest of the tier does without
 __all__ = ["DiskTier"]
 
 logger = logging.getLogger(__name__)
-
-_FAULT_MESSAGES = {
-    "truncated": "the file is shorter than its blocks; those lost are computed again",
-    "missing": "the index is there but the blocks are gone; going on without them",
-    "restriped": "the directories are others than last time; starting empty",
-    "deleted": "the file was deleted; its blocks are lost and a new file is started",
-    "disk_full": "the disk is full; blocks are not kept until there is space",
-    "quota_exceeded": "the disk quota is used up; blocks are not kept until there is space",
-    "over_capacity": "other models in use fill the directory's capacity; blocks are not kept",
-    "write_budget": "the write budget is used up; blocks are not kept until it has grown again",
-    "io_error": "the disk reports I/O errors; blocks affected are computed again",
-    "read_only": "the file system is read-only now; blocks are not kept",
-    "no_permission": "the permission to use the file was taken away; blocks affected are computed again",
-    "resting": "the disk failed several times in a row; it is left alone for a while, then tried again",
-    "overwritten": "slots were overwritten while they were read; what was read is thrown away",
-    "direct_refused": "O_DIRECT stopped working; going on through the page cache",
-    "index_format": "the index cannot be used; starting empty",
-    "index_damaged": "the index has damaged records; the blocks they named are forgotten",
-    "unavailable": "the file cannot be made again; nothing is kept on disk",
-    "still_used": "calls are still running; closing anyway",
-}
 
 
 class DiskTier:
@@ -150,7 +130,7 @@ class DiskTier:
                 f"give at least {least_bytes_per_day(layout.slot_bytes)}"
             )
         recorder = TierRecorder(layout.block_bytes)
-        report = _reporter(recorder, directories)
+        report = fault_reporter(recorder, directories)
         plan = StripePlan(
             directories,
             fingerprint,
@@ -169,7 +149,7 @@ class DiskTier:
                 "nobody else changed its files",
                 path=Path(str(error.filename or directories[0])),
             ) from error
-        _warn_of_shortage(directories, capacity_bytes)
+        warn_of_shortage(directories, capacity_bytes)
         budget = None
         if write_bytes_per_day is not None:
             budget = WriteBudget(write_bytes_per_day, stripes.stripes[0].namespace.budget_path)
@@ -369,7 +349,7 @@ class DiskTier:
             grows, self._num_slots = num_slots > self._num_slots, num_slots
         if grows:
             directories = [stripe.namespace.directory for stripe in self._stripes.stripes]
-            _warn_of_shortage(directories, num_slots * self.layout.slot_bytes)
+            warn_of_shortage(directories, num_slots * self.layout.slot_bytes)
 
     def stats(self) -> TierStats:
         """Counters; `path` is "O_DIRECT", "buffered" or "unavailable", the worst of all directories."""
@@ -432,32 +412,3 @@ def _check_directories(directories: Sequence[Path]) -> None:
             other = directories[real.index(real[i])]
             same = "" if other == directory else f", which is {other},"
             raise TierConfigError(f"the disk tier's directory {directory}{same} is given twice; give each once")
-
-
-def _warn_of_shortage(directories: Sequence[Path], capacity_bytes: int) -> None:
-    """No error: space may be freed, and until then the tier makes do with what there is."""
-    try:
-        spaces = disk_space(directories, capacity_bytes)
-    except OSError as error:
-        logger.warning("disk tier %s: free space is not known: %s", ", ".join(map(str, directories)), error)
-        return
-    for space in spaces:
-        if space.missing_bytes:
-            logger.warning(
-                "disk tier %s: may take %s bytes, but the file system has %s bytes free, beside %s that KV blocks hold "
-                "already: %s too few. Once it is full, blocks are not kept: free space there, or make the disk tier smaller",
-                ", ".join(str(directory) for directory in space.directories),
-                *(f"{n:,}" for n in (space.wanted_bytes, space.free_bytes, space.held_bytes, space.missing_bytes)),
-            )
-
-
-def _reporter(recorder: TierRecorder, directories: Sequence[Path]) -> FaultReport:
-    """Counts faults, and logs the first of each kind."""
-    where = ", ".join(str(directory) for directory in directories)
-
-    def report(kind: str, count: int, detail: str) -> None:
-        if recorder.add_fault(kind, count):
-            suffix = f" ({detail})" if detail else ""
-            logger.warning("disk tier %s: %s%s", where, _FAULT_MESSAGES[kind], suffix)
-
-    return report

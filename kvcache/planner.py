@@ -44,8 +44,7 @@ FAST_SHARE = 0.25
 _GUESSED_COST = PrefillCost(step_s=0.0, token_s=2e-4, pair_s=0.0, step_tokens=512, sure=1.0)
 _GUESSED_PATIENCE_S = 0.025  # for the first loads of an engine, from a tier of which nothing is known either
 _COLD_START_S = 0.005  # for those from one that is known: they pay for cold threads
-_MIN_PATIENCE_S = 0.002  # what a wait for a thread costs anyway on a busy machine,
-_WAKE_S = 0.0005  # and on one at rest
+_MIN_PATIENCE_S = 0.002  # what a wait for a thread costs anyway
 _SHORT_SHARE = 0.2  # of what a short prompt saves, it may lose when a disk gets slow all of a sudden
 _TRUSTING_PATIENCE_S = 0.010  # likewise on a busy machine; only where the tier's last load came in time,
 _TRUSTING_PATIENCE = 0.04  # and no more than this share of the time to compute
@@ -171,12 +170,12 @@ class LoadPlanner:
             lanes = [self._lane(run.tier) for run in question.runs]
             is_trusted, is_on_trial = all(lane.is_trusted for lane in lanes), any(lane.is_on_trial for lane in lanes)
         saved_s = compute_s - left_s
-        in_time_s = 2 * load_s if len(known) == len(speeds) else math.inf
         patience_s = self._patience * compute_s
         if cost is _GUESSED_COST:
-            patience_s = max(patience_s, min(_GUESSED_PATIENCE_S, in_time_s + _COLD_START_S))
+            in_time_s = 2 * load_s + _COLD_START_S if len(known) == len(speeds) else math.inf
+            patience_s = max(patience_s, min(_GUESSED_PATIENCE_S, in_time_s))
         elif is_trusted:
-            patience_s = max(patience_s, min(_MIN_PATIENCE_S, in_time_s + _WAKE_S, _SHORT_SHARE * saved_s))
+            patience_s = max(patience_s, min(_MIN_PATIENCE_S, _SHORT_SHARE * saved_s))
         reason = (
             f"loading takes {1e3 * load_s:.1f} ms, as far as is known, and computing the same {1e3 * saved_s:.1f} ms"
         )

@@ -132,13 +132,12 @@ def test_before_anything_was_measured_a_load_is_waited_for_a_moment() -> None:
     assert planner.stats().decisions == {"loaded": 1}
 
 
-@pytest.mark.parametrize(("num_blocks", "block_s"), [(1, 1e-5), (8, 1e-5), (8, 1e-4), (16, 1e-4), (30, 1e-4)])
-def test_a_short_prompt_loses_little_when_a_trusted_tier_gets_slow(num_blocks: int, block_s: float) -> None:
+@pytest.mark.parametrize("num_blocks", [1, 3, 8, 16, 30])
+def test_a_short_prompt_loses_little_when_a_trusted_tier_gets_slow(num_blocks: int) -> None:
     clock = Clock()
-    overlapped, _ = begin(make_planner(clock, block_s=block_s), clock, num_blocks)
-    patience_s, load_s, saved_s = overlapped.patience_left_s, num_blocks * block_s, num_blocks * SIZE * TOKEN_S
-    assert patience_s <= max(0.031 * saved_s, min(0.002, 2.1 * load_s + 0.0005, 0.2 * saved_s)) + 1e-4
-    assert patience_s >= min(0.0005, 0.15 * saved_s)
+    overlapped, _ = begin(make_planner(clock, block_s=1e-5), clock, num_blocks)
+    saved_s = num_blocks * SIZE * TOKEN_S
+    assert overlapped.patience_left_s == pytest.approx(max(0.03 * saved_s, min(0.002, 0.2 * saved_s)), abs=1e-4)
 
 
 def test_an_engine_that_has_not_measured_itself_waits_for_a_tier_as_it_is_known() -> None:

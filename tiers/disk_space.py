@@ -1,5 +1,6 @@
 """Whether the file systems below a disk tier have room for what the tier may take."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,9 @@ from pathlib import Path
 
 from dynamo.tiers.namespace import held_bytes
 
-__all__ = ["DiskSpace", "disk_space"]
+__all__ = ["DiskSpace", "disk_space", "warn_of_shortage"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +61,20 @@ def disk_space(directories: Sequence[Path], capacity_bytes: int) -> list[DiskSpa
 def _existing(path: Path) -> Path:
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def warn_of_shortage(directories: Sequence[Path], capacity_bytes: int) -> None:
+    """No error: space may be freed, and until then the tier makes do with what there is."""
+    try:
+        spaces = disk_space(directories, capacity_bytes)
+    except OSError as error:
+        logger.warning("disk tier %s: free space is not known: %s", ", ".join(map(str, directories)), error)
+        return
+    for space in spaces:
+        if space.missing_bytes:
+            logger.warning(
+                "disk tier %s: may take %s bytes, but the file system has %s bytes free, beside %s that KV blocks hold "
+                "already: %s too few. Once it is full, blocks are not kept: free space there, or make the disk tier smaller",
+                ", ".join(str(directory) for directory in space.directories),
+                *(f"{n:,}" for n in (space.wanted_bytes, space.free_bytes, space.held_bytes, space.missing_bytes)),
+            )

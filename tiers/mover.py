@@ -87,13 +87,13 @@ class Mover:
         self._num_submitted = 0
         self._num_unfinished = 0
         self._is_closing = False
+        self._watcher = threading.Thread(target=self._watch_deadlines, name="kv-deadlines", daemon=True)
         self._threads = [
             threading.Thread(target=self._run_parts, args=(self._lanes[name],), name=f"kv-{name}-{i}", daemon=True)
             for name, lane in lanes.items()
             for i in range(lane.num_threads)
         ]
-        self._threads.append(threading.Thread(target=self._watch_deadlines, name="kv-deadlines", daemon=True))
-        for thread in self._threads:
+        for thread in (*self._threads, self._watcher):
             thread.start()
 
     @property
@@ -113,7 +113,7 @@ class Mover:
         """Runs the parts, those of a lane in order of their start, then `on_done`, and then finishes the transfer.
 
         If the transfer ends early, parts that have not begun never do. `on_done`, which gives back what the parts use, is
-        called exactly once, on any thread, when the last one that had begun has ended.
+        called exactly once, on any thread, when the last one that had begun has ended. After `close` that is at once.
 
         Args:
             parts: by lane.
@@ -126,12 +126,18 @@ class Mover:
             return
         work = _Work(priority, at_once, transfer, on_done, num_parts)
         with self._lock:
-            for name, lane_parts in parts.items():
-                self._lanes[name].add(work, lane_parts)
-            self._num_submitted += 1
-            self._num_unfinished += 1
-            heapq.heappush(self._deadlines, (transfer.deadline, self._num_submitted, transfer))
-            self._deadlines_changed.notify()
+            is_refused = self._is_closing
+            if not is_refused:
+                for name, lane_parts in parts.items():
+                    self._lanes[name].add(work, lane_parts)
+                self._num_submitted += 1
+                self._num_unfinished += 1
+                heapq.heappush(self._deadlines, (transfer.deadline, self._num_submitted, transfer))
+                self._deadlines_changed.notify()
+        if is_refused:
+            on_done()
+            transfer.cancel()
+            return
         transfer.when_ended(lambda: self._discard(work))
 
     def line(self, lane: str, priority: Priority) -> "Line":
@@ -146,16 +152,25 @@ class Mover:
         return Line(put)
 
     def close(self, timeout_s: float) -> None:
-        """Waits for all parts, also queued ones, for at most `timeout_s`. A thread that hangs in a read is left behind."""
+        """Waits for all parts, also queued ones, for at most `timeout_s`. A thread that hangs in a read is left behind.
+
+        Transfers that hang with it still end at their deadlines.
+        """
         deadline = time.monotonic() + timeout_s
         with self._lock:
             self._is_closing = True
-            self._deadlines_changed.notify_all()
             for lane in self._lanes.values():
                 lane.changed.notify_all()
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
+        has_ended = not any(thread.is_alive() for thread in self._threads)
+        with self._lock:
+            if has_ended:
+                self._deadlines.clear()
+            self._deadlines_changed.notify_all()
+        if has_ended:
+            self._watcher.join(max(0.0, deadline - time.monotonic()))
+        else:
             logger.error(
                 "moves of KV blocks still run %g s after they were told to end; going on without them", timeout_s
             )
@@ -210,7 +225,7 @@ class Mover:
     def _watch_deadlines(self) -> None:
         while True:
             with self._lock:
-                if self._is_closing:
+                if self._is_closing and not self._deadlines:
                     return
                 next_s = self._deadlines[0][0] - time.monotonic() if self._deadlines else None
                 if next_s is None or next_s > 0:

@@ -1,4 +1,6 @@
+import os
 import threading
+import time
 
 import pytest
 
@@ -117,8 +119,51 @@ def test_a_closed_cache_says_so(spec):
     cache = KVCache(spec, device="cpu", device_blocks=4, host="1MiB")
     cache.close()
     cache.close()
+    for use in (cache.open, cache.lookup, cache.prefetch, cache.pin):
+        with pytest.raises(CacheClosedError):
+            use([1])
+
+
+def test_what_a_cache_gave_away_ends_with_it(spec, content):
+    cache = KVCache(spec, device="cpu", device_blocks=16, host="1MiB")
+    content.run(cache, list(range(16)))
+    assert cache.flush()
+    lease = cache.pin(list(range(16)))
+    assert lease.is_active
+    cache.close()
+    assert not lease.is_active
+    assert not lease.extend(60.0)
+    assert not lease.release()
+    assert cache.pins() == ()
+    cache.check_invariants()
+
+
+def test_a_prefetch_that_its_cache_does_not_outlive_is_told_so(spec, content, tmp_path, monkeypatch):
+    cache = KVCache(spec, device="cpu", device_blocks=16, disk=f"{tmp_path}:1MiB")
+    content.run(cache, list(range(16)))
+    assert cache.flush()
+    cache.clear("device")
+    reading, closing = threading.Event(), threading.Event()
+    read = os.preadv
+
+    def slow(*arguments):
+        reading.set()
+        assert closing.wait(20)
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    prefetch = cache.prefetch(list(range(16)))
+    assert reading.wait(20)
+    closer = threading.Thread(target=cache.close)
+    closer.start()
+    deadline = time.monotonic() + 20
     with pytest.raises(CacheClosedError):
-        cache.open([1])
+        while time.monotonic() < deadline:
+            cache.lookup([1])
+    closing.set()
+    closer.join(20)
+    assert isinstance(prefetch.exception(timeout=20), CacheClosedError)
+    cache.check_invariants()
 
 
 @pytest.mark.parametrize(

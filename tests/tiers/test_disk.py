@@ -22,10 +22,11 @@ from dynamo.tiers.arena import map_rows
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.disk_space import disk_space
 from dynamo.tiers.errors import TierBusyError, TierConfigError, TierUnavailableError
-from dynamo.tiers.file_io import FileIO, SlotIO
+from dynamo.tiers.file_io import FileIO
 from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.queued_io import QueuedIO
+from dynamo.tiers.slot_io import SlotIO
 from dynamo.tiers.verify import verify_directories
 
 NUM_SLOTS = 64

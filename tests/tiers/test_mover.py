@@ -285,3 +285,24 @@ def test_closing_runs_what_is_queued_and_leaves_a_hanging_thread_behind(caplog: 
     mover.close(0.05)
     assert "still run" in caplog.text
     gate.opened.set()
+
+
+def test_what_hangs_while_closing_still_ends_at_its_deadline(eventually: Eventually) -> None:
+    mover = Mover({"stuck": Lane("link", 1)}, 1)
+    gate = Gate()
+    gate.hold(mover, "stuck")
+    late = submit(mover, "stuck", [nothing], timeout_s=0.2)
+    mover.close(0.05)
+    eventually(lambda: late.is_ended)
+    assert late.is_expired
+    gate.opened.set()
+
+
+def test_a_closed_mover_ends_what_it_is_given_at_once() -> None:
+    done: list[str] = []
+    mover = Mover({"lane": Lane("link", 1)}, 1)
+    mover.close(TIMEOUT_S)
+    transfer = submit(mover, "lane", [lambda: done.append("run")], on_done=lambda: done.append("done"))
+    assert transfer.is_ended
+    assert done == ["done"]
+    assert mover.num_unfinished == 0

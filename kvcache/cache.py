@@ -123,24 +123,26 @@ class KVCache:
         self._is_closed = False
         self._store: BlockStore | None = None
         self._policies = Policies(eviction, admission, write_budget=self._write_tightness)
-        with _translated_errors(), ExitStack() as undo:
-            self._device = DeviceTier(spec.layout, spec.dtype, device_blocks, device)
+        with ExitStack() as undo:
+            with _translated_errors("device"):
+                self._device = DeviceTier(spec.layout, spec.dtype, device_blocks, device)
             undo.callback(self._device.close)
             if host_bytes or place is not None:
-                self._store = BlockStore.open(
-                    spec,
-                    self._device,
-                    self._events,
-                    self._counters,
-                    self._planner,
-                    host_bytes=host_bytes,
-                    disk=place,
-                    io_threads=io_threads,
-                    max_host_bytes=max_host_bytes,
-                    policies=self._policies,
-                    disk_write_budget=None if disk_write_budget is None else parse_size(disk_write_budget),
-                    scrub_bytes_per_s=parse_size(scrub_bytes_per_s),
-                )
+                with _translated_errors("host"):
+                    self._store = BlockStore.open(
+                        spec,
+                        self._device,
+                        self._events,
+                        self._counters,
+                        self._planner,
+                        host_bytes=host_bytes,
+                        disk=place,
+                        io_threads=io_threads,
+                        max_host_bytes=max_host_bytes,
+                        policies=self._policies,
+                        disk_write_budget=None if disk_write_budget is None else parse_size(disk_write_budget),
+                        scrub_bytes_per_s=parse_size(scrub_bytes_per_s),
+                    )
             undo.pop_all()
         self._pool = DevicePool(self._device, self._events, self._counters, self._policies.new_order("device"))
         self._leases = LeaseBook()
@@ -221,7 +223,7 @@ class KVCache:
             CacheConfigError: there is no such layer.
         """
         self._check_open()
-        with _translated_errors():
+        with _translated_errors("device"):
             return self._device.layer(index)
 
     def observe_compute(self, num_tokens: int, context_tokens: float, seconds: float) -> None:
@@ -358,7 +360,7 @@ class KVCache:
         _check_tier(tier)
         if self._store is None or all(stats.name != tier for stats in self._store.tier_stats()):
             raise UnsupportedError(f"the cache was made without a {tier} tier, so there is none to resize")
-        with _translated_errors():
+        with _translated_errors(tier):
             return self._store.resize(tier, num_bytes)
 
     def verify(self, timeout_s: float = 60.0) -> Verification:
@@ -377,7 +379,7 @@ class KVCache:
             raise ValueError(f"timeout_s must be seconds from 0 on, not {timeout_s}")
         if self._store is None:
             raise UnsupportedError("there is no disk tier to verify; give the cache one")
-        with _translated_errors():
+        with _translated_errors("disk"):
             return self._store.verify(timeout_s)
 
     def clear(self, tier: TierName | None = None) -> None:
@@ -548,13 +550,13 @@ def _check_ttl(ttl_s: float) -> None:
 
 
 @contextmanager
-def _translated_errors() -> Iterator[None]:
-    """What tiers raise, in the words of this package."""
+def _translated_errors(tier: TierName) -> Iterator[None]:
+    """What a tier raises, in the words of this package."""
     try:
         yield
     except TierMemoryError as error:
         raise CacheMemoryError(
-            str(error), needed_bytes=error.needed_bytes, available_bytes=error.available_bytes
+            str(error), tier=tier, needed_bytes=error.needed_bytes, available_bytes=error.available_bytes
         ) from error
     except TierConfigError as error:
         raise CacheConfigError(str(error)) from error

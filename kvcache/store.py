@@ -170,6 +170,7 @@ class BlockStore:
             disk_tier, disk_fault = _open_disk(spec, disk, io_threads, disk_write_budget) if disk else (None, None)
             if disk_tier is not None:
                 undo.callback(disk_tier.close)
+            _warn_of_tight_memory(device, host_bytes)
             num_host_slots = host_bytes // slot_bytes
             num_staging = _part_blocks(slot_bytes) * (1 if num_host_slots else _STAGING_PARTS)
             max_slots = max_host_bytes // slot_bytes if max_host_bytes > host_bytes > 0 else None
@@ -435,6 +436,21 @@ def _open_disk(
     return tier, None
 
 
+def _warn_of_tight_memory(device: DeviceTier, host_bytes: int) -> None:
+    """Without a GPU both tiers lie in the same memory, which the device tier takes only as it fills."""
+    device_bytes, available_bytes = device.num_slots * device.layout.slot_bytes, available_memory_bytes()
+    if device.device.type != "cpu" or available_bytes is None or host_bytes > available_bytes:  # refused in a moment
+        return
+    if device_bytes + host_bytes > available_bytes:
+        logger.warning(
+            "a device tier of %s and a host tier of %s are more together than the %s of memory that are available: the system "
+            "may end this process when both have filled; make one smaller, or free memory",
+            format_size(device_bytes),
+            format_size(host_bytes),
+            format_size(available_bytes),
+        )
+
+
 def _check_index_fits(num_blocks: int) -> None:
     """Refuses more blocks on disk than memory can keep books of, which would otherwise fail when the tier has filled up.
 
@@ -446,6 +462,7 @@ def _check_index_fits(num_blocks: int) -> None:
         raise CacheMemoryError(
             f"the index of {num_blocks:,} blocks on disk takes {format_size(needed_bytes)} of memory when they are all there, "
             f"and {format_size(available_bytes)} are available; make the disk tier smaller, or its blocks larger",
+            tier="disk",
             needed_bytes=needed_bytes,
             available_bytes=available_bytes,
         )

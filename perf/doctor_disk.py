@@ -18,7 +18,7 @@ from dynamo.perf.report import Result
 from dynamo.serve.assembly import mocker_place
 from dynamo.serve.config import LoadedConfig
 from dynamo.serve.worker_commands import disk_share, worker_name
-from dynamo.tiers.disk_space import disk_space
+from dynamo.tiers.disk_space import disk_space, find_obstacle
 from dynamo.tiers.errors import TierError
 from dynamo.tiers.namespace import held_bytes, is_namespace_name
 
@@ -60,7 +60,7 @@ def examine_disk(
     """
     times = f"{len(tiers)} times " if len(tiers) > 1 else ""
     findings.say("disk tier", f"{place}, {times}{format_size(tiers[0].capacity_bytes)}")
-    obstacles = [obstacle for directory in place.directories if (obstacle := _obstacle(directory)) is not None]
+    obstacles = [obstacle for directory in place.directories if (obstacle := find_obstacle(directory)) is not None]
     for obstacle in obstacles:
         findings.problem(f"{obstacle} is no folder, so no disk tier can be there: give --disk-cache another path")
     if obstacles:
@@ -109,13 +109,6 @@ def _tier_folders(place: DiskPlace) -> list[Path]:
             locks = [*directory.glob("*/*/LOCK"), *directory.glob(f"*/{mocked}/*/LOCK")]
             found += sorted({lock.parent.parent for lock in locks if is_namespace_name(lock.parent.name)})
     return found
-
-
-def _obstacle(directory: Path) -> Path | None:
-    """What lies in the way of a folder, such as a file of its name."""
-    directory = directory.absolute()
-    found = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
-    return None if found.is_dir() else found
 
 
 def _examine_mount(folder: Path, findings: Findings) -> None:

@@ -33,6 +33,7 @@ from dynamo.serve.options import (
     switch,
     text,
 )
+from dynamo.serve.path_refusal import path_refusal
 
 __all__ = [
     "API_KEY_VARIABLE",
@@ -54,6 +55,7 @@ __all__ = [
 API_KEY_VARIABLE: Final = "DYNAMO_API_KEY"
 DEMO_MODEL: Final = "demo"
 
+_MAX_FILE_BYTES = 1 << 20
 _DEVICE = re.compile("cpu|cuda(:[0-9]{1,18})?")
 _AUTO = "auto"
 _OFF = "off"
@@ -307,9 +309,16 @@ def render_toml(loaded: LoadedConfig) -> str:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as opened:
+            content = opened.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"--config {file}: {error.strerror or error}") from error
+        raise ConfigError(f"--config {file}: {path_refusal(file, error, 'read')}") from error
+    if len(content) > _MAX_FILE_BYTES:
+        raise ConfigError(
+            f"--config {file}: it has more than {_MAX_FILE_BYTES >> 20} MiB, so it is no file of settings"
+        )
+    try:
+        tables = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
     known = {section: [entry.name for entry in entries] for section, entries in SECTIONS.items()}

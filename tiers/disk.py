@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
-from dynamo.tiers.disk_space import disk_space
+from dynamo.tiers.disk_space import disk_space, find_obstacle
 from dynamo.tiers.errors import TierConfigError, TierUnavailableError
 from dynamo.tiers.file_io import SlotIO, check_aligned
 from dynamo.tiers.journal import Journal
@@ -161,10 +161,8 @@ class DiskTier:
         try:
             stripes = StripeSet.open(plan)
         except OSError as error:
-            where = error.filename or ", ".join(str(directory) for directory in directories)
             raise TierUnavailableError(
-                f"the disk tier cannot use {where}: {error.strerror or error}; check that this user may write there, and that "
-                "nobody else changed its files",
+                _why_unusable(directories, error),
                 path=Path(str(error.filename or directories[0])),
             ) from error
         _warn_of_shortage(directories, capacity_bytes)
@@ -422,6 +420,18 @@ def _check_directories(directories: Sequence[Path]) -> None:
             other = directories[real.index(real[i])]
             same = "" if other == directory else f", which is {other},"
             raise TierConfigError(f"the disk tier's directory {directory}{same} is given twice; give each once")
+
+
+def _why_unusable(directories: Sequence[Path], error: OSError) -> str:
+    where = error.filename or ", ".join(map(str, directories))
+    for directory in directories:
+        if (obstacle := find_obstacle(directory)) is not None:
+            which = "this" if obstacle == directory.absolute() else obstacle
+            return f"the disk tier cannot be in {directory}: {which} is no folder; move it away, or give another path"
+    return (
+        f"the disk tier cannot use {where}: {error.strerror or error}; check that this user may write there, and that nobody "
+        "else changed its files"
+    )
 
 
 def _warn_of_shortage(directories: Sequence[Path], capacity_bytes: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dynamo.tiers.namespace import held_bytes
 
-__all__ = ["DiskSpace", "disk_space"]
+__all__ = ["DiskSpace", "disk_space", "find_obstacle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,13 @@ def disk_space(directories: Sequence[Path], capacity_bytes: int) -> list[DiskSpa
             )
         )
     return spaces
+
+
+def find_obstacle(directory: Path) -> Path | None:
+    """What lies in the way of a folder, such as a file of its name; None for nothing."""
+    directory = directory.absolute()
+    found = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    return None if os.path.isdir(found) else found
 
 
 def _existing(path: Path) -> Path:

@@ -300,9 +300,18 @@ def test_mistakes_in_the_file_are_told_with_the_way_out(tmp_path: Path, text: st
     assert str(file) in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
-        parse_command_line(["--config", str(tmp_path / "none.toml")])
+def test_a_file_that_cannot_be_read_is_one_sentence_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "large.toml").write_bytes(bytes(2 << 20))
+    for file, says in (
+        ("none.toml", "there is no such file; check the path"),
+        (".", "this is a folder; give the path of a file"),
+        ("large.toml", "it has more than 1 MiB, so it is no file of settings"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_command_line(["--config", str(tmp_path / file)])
+        assert str(caught.value) == f"--config {tmp_path / file}: {says}"
+    with pytest.raises(ConfigError, match=r"^--config: '' is not accepted; accepted is the path of a file$"):
+        parse_command_line(["--config", ""])
 
 
 def test_the_printed_configuration_can_be_loaded_again(tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ from dynamo.perf.disk_sweep import (
 )
 from dynamo.perf.disk_tier import Comparison, LMCachePeer, TierSide, Windows, compare
 from dynamo.perf.harness import BenchmarkError
-from dynamo.perf.interrupts import Interrupts
 from dynamo.perf.machine import machine_record
 from dynamo.perf.report import Report, Result
 
@@ -96,11 +95,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     plan, repeats = (_QUICK, _QUICK_REPEATS) if options.quick else (_FULL, _REPEATS)
     machine = machine_record()
     notes: list[str] = []
-    with (
-        Interrupts() as interrupts,
-        _scratch(options.path) as folders,
-        _progress(console, plan, repeats, interrupts) as progress,
-    ):
+    with _scratch(options.path) as folders, _progress(console, plan, repeats) as progress:
         place = _Place(folders, size)
         results, found = _measure(place, plan, repeats, options.lmcache_python, progress, notes)
     threads = recommended_threads(found, BLOCK_SIZES)
@@ -228,19 +223,17 @@ def _scratch(paths: Sequence[Path]) -> Iterator[tuple[Path, ...]]:
 class _Steps:
     """Progress: one step for each thing that is measured."""
 
-    def __init__(self, progress: Progress, total: int, interrupts: Interrupts) -> None:
+    def __init__(self, progress: Progress, total: int) -> None:
         self._progress = progress
         self._task = progress.add_task("starting", total=total)
-        self._interrupts = interrupts
 
     def say(self, what: str) -> None:
-        """A new step begins, unless the run was interrupted."""
-        self._interrupts.check()
+        """A new step begins."""
         self._progress.update(self._task, advance=1, description=what)
 
 
 @contextlib.contextmanager
-def _progress(console: Console, plan: Sweep, repeats: int, interrupts: Interrupts) -> Iterator[_Steps]:
+def _progress(console: Console, plan: Sweep, repeats: int) -> Iterator[_Steps]:
     columns = (
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
@@ -248,4 +241,4 @@ def _progress(console: Console, plan: Sweep, repeats: int, interrupts: Interrupt
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        yield _Steps(progress, 1 + plan.num_runs + len(BLOCK_SIZES) * (1 + 2 * repeats), interrupts)
+        yield _Steps(progress, 1 + plan.num_runs + len(BLOCK_SIZES) * (1 + 2 * repeats))

@@ -13,6 +13,7 @@ from dynamo.perf import blocks, crash, disk, doctor, index, kernels, router, ser
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.interrupts import Interrupts
 from dynamo.perf.report import Report, print_report, write_report
+from dynamo.serve.path_refusal import path_refusal
 from dynamo.tiers.errors import TierError
 
 
@@ -88,7 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, console: Console, progress: Console) -> int:
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on what cannot be kept
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on what cannot be kept
+        except OSError as error:
+            raise BenchmarkError(f"--out {options.out}: {path_refusal(options.out, error, 'folder')}") from error
     report: Report = options.run(options, progress)
     print_report(report, console)
     if options.out is None:

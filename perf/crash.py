@@ -29,6 +29,7 @@ from dynamo.perf.crash_worker import Message, Recovered, Workload, work
 from dynamo.perf.harness import BenchmarkError, median
 from dynamo.perf.interrupts import put_off
 from dynamo.perf.machine import machine_record
+from dynamo.perf.option_checks import check_folder
 from dynamo.perf.report import Report, Result
 
 __all__ = ["SUMMARY", "Tally", "add_arguments", "crash_rounds", "damage", "run"]
@@ -95,6 +96,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         raise BenchmarkError("--rounds must be at least 1, --blocks at least 32, --block-kib a multiple of 8")
     if not 0 <= options.damage <= 100:
         raise BenchmarkError(f"--damage is {options.damage:g}; it is a percentage, from 0 to 100")
+    check_folder(Path(options.path), 1024 * options.block_kib * options.blocks)
     machine = machine_record()
     with tempfile.TemporaryDirectory(prefix="dynamo-crash-", dir=options.path) as folder:
         workload = Workload(Path(folder), options.blocks, options.block_kib, options.seed)

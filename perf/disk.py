@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dynamo.kvcache.config import format_size, parse_size
+from dynamo.kvcache.config import format_size
 from dynamo.perf.disk_gds import gds_results, why_no_gds
 from dynamo.perf.disk_plot import draw_disk
 from dynamo.perf.disk_raw import EXTRA_FILES, RawDisk
@@ -33,6 +33,7 @@ from dynamo.perf.disk_sweep import (
 from dynamo.perf.disk_tier import Comparison, LMCachePeer, TierSide, Windows, compare
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.machine import machine_record
+from dynamo.perf.option_checks import check_folder, checked_size
 from dynamo.perf.report import Report, Result
 
 __all__ = ["BLOCK_SIZES", "SUMMARY", "add_arguments", "recommendation", "run"]
@@ -143,21 +144,15 @@ def recommendation(paths: Sequence[Path], threads: int) -> str:
 
 
 def _checked_size(options: argparse.Namespace) -> int:
-    size = parse_size(options.size) // (1 << 20) << 20
+    size = checked_size("--size", options.size) // (1 << 20) << 20
     if size < _MIN_SIZE:
         raise BenchmarkError(f"--size {options.size} is too little to measure; give at least {format_size(_MIN_SIZE)}")
-    for path in options.path:
-        if not path.is_dir():
-            raise BenchmarkError(f"--path {path} is no folder; make it, or give one that is there")
+    if len({path.resolve() for path in options.path}) < len(options.path):
+        raise BenchmarkError(f"--path names a folder twice: {', '.join(map(str, options.path))}; give each once")
     # The raw files, and then beside them a tier, and then LMCache's files.
     needed = size + EXTRA_FILES * size // 4 + size + (size if options.lmcache_python else 0) + _SPARE_BYTES
     for path in options.path:
-        free = shutil.disk_usage(path).free
-        if free < needed:
-            raise BenchmarkError(
-                f"{path} has {format_size(free)} free and this run takes up to {format_size(needed)} for a while; "
-                "give less --size, or another --path"
-            )
+        check_folder(path, needed)
     return size
 
 

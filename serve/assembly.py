@@ -1,5 +1,7 @@
 """From the configuration to an engine over a cache, ready to be started."""
 
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from dynamo.serve.model_place import find_model
 from dynamo.serve.served_model import MOCK_MAX_MODEL_LEN, ModelSummary, ServedModel
 
 __all__ = ["Assembly", "build_engine", "mocker_place"]
+
+logger = logging.getLogger(__name__)
 
 _CPU_DEVICE_CACHE_BYTES = 256 << 20
 _SURE_SHARE = 0.9  # of the memory there is, for a size that fits: the rest goes up and down
@@ -47,12 +51,24 @@ def build_engine(config: Config, progress: Callable[[float], None]) -> Assembly:
         ConfigError: settings do not fit the model or the machine.
         ModelLoadError: the model folder cannot be loaded.
     """
+    _warn_of_threads(config.engine.threads)
     torch.set_num_threads(config.engine.threads)
     folder, default_name = find_model(config.model.path)
     name = config.model.served_model_name or default_name
     if config.engine.engine == "mocker":
         return _build_mocker(config, folder, name)
     return _build_model(config, folder, name, progress)
+
+
+def _warn_of_threads(num_threads: int) -> None:
+    num_cores = len(os.sched_getaffinity(0))
+    if num_threads > num_cores:
+        logger.warning(
+            "--threads %d is more than the %d cores that this process may use: threads that take turns compute more slowly; "
+            "give at most that many",
+            num_threads,
+            num_cores,
+        )
 
 
 def _build_model(config: Config, folder: Path, name: str, progress: Callable[[float], None]) -> Assembly:

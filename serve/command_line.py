@@ -16,6 +16,7 @@ __all__ = ["Command", "parse_command_line"]
 
 _PROGRAM = "python -m dynamo.serve"
 _PARTS: Final = {Role.SERVER: "[frontend | worker] ", Role.FRONTEND: "frontend ", Role.WORKER: "worker "}
+_FIRST_WORDS: Final = ("config", Role.FRONTEND.value, Role.WORKER.value)
 _DESCRIPTIONS: Final = {
     Role.SERVER: "Serves a language model over a tiered KV cache, with OpenAI's API. One process does all, unless --workers "
     "says how many compute. 'frontend' starts only the front of workers that are found in --discovery DIR; 'worker' "
@@ -58,11 +59,18 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
     if rest and rest[0] in (Role.FRONTEND.value, Role.WORKER.value):
         role = Role(rest.pop(0))
     namespace = vars(_parser(role).parse_args(rest))
+    _check_first_word(namespace.get("model.path"))
     file = _config_file(namespace.pop("config"))
     flags: dict[str, Any] = {key: value for key, value in namespace.items() if value is not None}
     loaded = load_config(file, flags)
     check_role(role, loaded)
     return Command(role, loaded, show_config)
+
+
+def _check_first_word(model: str | None) -> None:
+    """A part that is named behind flags would pass for a model, and its flags for mistakes."""
+    if model in _FIRST_WORDS and not Path(model).is_dir():
+        raise ConfigError(f"{model!r} comes first, before all flags: {_PROGRAM} {model}; see {_PROGRAM} --help")
 
 
 def _config_file(value: str | None) -> Path | None:

@@ -29,6 +29,7 @@ from dynamo.serve.options import (
     option,
     options_of,
     or_word,
+    or_zero,
     positive_size,
     switch,
     text,
@@ -231,7 +232,7 @@ class MockerSettings:
         flag="--mocker-token-time",
     )
     speedup: float = option(
-        1.0, "divides all of these; 0 does not wait at all", number(float, 0, 1e9), metavar="FACTOR"
+        1.0, "divides all of these; 0 does not wait at all", or_zero(number(float, 1e-3, 1e9)), metavar="FACTOR"
     )
 
 

@@ -1,5 +1,6 @@
 """How one setting is declared: once, in the field that holds it; flags, TOML keys and the printed form all follow from it."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ __all__ = [
     "option",
     "options_of",
     "or_word",
+    "or_zero",
     "positive_size",
     "several",
     "switch",
@@ -156,6 +158,21 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Notation:
         if not low <= result <= high:
             raise ValueError(accepted)
         return result
+
+    return Notation(parse)
+
+
+def or_zero(notation: Notation) -> Notation:
+    """Values of `notation`, or 0."""
+    zero = number(float, 0, 0)
+
+    def parse(value: Any) -> Any:
+        try:
+            return notation.parse(value)
+        except ValueError as error:
+            with contextlib.suppress(ValueError):
+                return zero.parse(value)
+            raise ValueError(f"{error}, or 0") from None
 
     return Notation(parse)
 

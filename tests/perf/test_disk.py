@@ -121,7 +121,7 @@ def test_the_recommendation_is_what_the_server_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--size", "1000000GiB"), "give less --size, or another --path"),
+        (("--size", "1000000GiB"), "measure less, or give another --path"),
         (("--size", "1MiB"), "give at least 32 MiB"),
     ],
 )

@@ -1,7 +1,9 @@
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dynamo.serve.assembly import build_engine
 from dynamo.serve.config import Config, load_config
@@ -102,6 +104,17 @@ def test_several_folders_share_the_disk_tier_under_a_write_budget(run: Any, tmp_
 def test_settings_that_do_not_fit_say_why(flags: dict[str, str], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         build_engine(config_of(**flags), lambda share: None)
+
+
+def test_more_threads_than_cores_are_warned_of(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    num_cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    try:
+        build(run, config_of(engine__engine="mocker", engine__threads=str(num_cores)))
+        assert "--threads" not in caplog.text
+        build(run, config_of(engine__engine="mocker", engine__threads=str(num_cores + 1)))
+    finally:
+        torch.set_num_threads(before)
+    assert f"--threads {num_cores + 1} is more than the {num_cores} cores" in caplog.text
 
 
 def test_sizes_that_do_not_fit_are_refused_before_any_weight_is_read() -> None:

@@ -200,6 +200,8 @@ def test_every_kind_of_option_is_read_from_the_command_line() -> None:
         ("--kv-events", "tcp://nowhere", "tcp://HOST:PORT"),
         ("--router-mode", "best", "one of kv, round-robin"),
         ("--migration-limit", "-1", "an integer from 0"),
+        ("--speedup", "1e-300", "a number from 0.001 to 1e+09, or 0"),
+        ("--speedup", "-1", "a number from 0.001 to 1e+09, or 0"),
     ],
 )
 def test_wrong_values_name_the_flag_the_value_and_what_is_accepted(flag: str, value: str, accepted: str) -> None:
@@ -270,6 +272,14 @@ def test_a_flag_may_be_given_several_times_and_is_a_list_in_toml(tmp_path: Path)
     assert load_config(file, {}).config.fleet.external == ("http://a:1",)
     with pytest.raises(ConfigError, match="--external: 'http://a:1' is not accepted; accepted is a list"):
         load_config(write(tmp_path, '[fleet]\nexternal = "http://a:1"\n'), {})
+
+
+@pytest.mark.parametrize("word", ["config", "frontend", "worker"])
+def test_a_part_that_is_named_behind_flags_is_no_model(word: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=f"^'{word}' comes first, before all flags: python -m dynamo.serve {word}; see"
+    ):
+        parse_command_line(["--port", "0", word, "--discovery", str(tmp_path)])
 
 
 def test_unknown_flags_get_the_nearest_one() -> None:

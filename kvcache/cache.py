@@ -363,6 +363,14 @@ class KVCache:
         with _translated_errors(tier):
             return self._store.resize(tier, num_bytes)
 
+    def describe_shortage(self) -> str | None:
+        """Where a disk is too small for the disk tier's size, and the way out; None if none is. Blocks are dropped there then.
+
+        Space may be freed later, so a size beyond it is no error: ask after `resize`. The log has the same.
+        """
+        self._check_open()
+        return self._store.describe_shortage() if self._store else None
+
     def verify(self, timeout_s: float = 60.0) -> Verification:
         """Reads what lies on disk and compares it with its digests; forgets and counts the blocks that are not right.
 

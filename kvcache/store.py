@@ -364,6 +364,10 @@ class BlockStore:
             self._resizing.release()
         return num_slots
 
+    def describe_shortage(self) -> str | None:
+        """What the disk lacks for as many blocks as its tier may hold, and the way out; None for nothing."""
+        return self._disk.describe_shortage() if self._disk else None
+
     def usage(self) -> Iterator[TierUsage]:
         """Occupancy and counters of each tier. A disk tier that could not be opened is told with its fault."""
         hits = self._shelf.counters.hits

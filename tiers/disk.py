@@ -165,7 +165,8 @@ class DiskTier:
                 _why_unusable(directories, error),
                 path=Path(str(error.filename or directories[0])),
             ) from error
-        _warn_of_shortage(directories, capacity_bytes)
+        if (shortage := _describe_shortage(directories, capacity_bytes)) is not None:
+            logger.warning("%s", shortage)
         budget = None
         if write_bytes_per_day is not None:
             budget = WriteBudget(write_bytes_per_day, stripes.stripes[0].namespace.budget_path)
@@ -355,9 +356,13 @@ class DiskTier:
                 self._num_slots = num_slots
             self._stripes.resize(num_slots)
             grows, self._num_slots = num_slots > self._num_slots, num_slots
-        if grows:
-            directories = [stripe.namespace.directory for stripe in self._stripes.stripes]
-            _warn_of_shortage(directories, num_slots * self.layout.slot_bytes)
+        if grows and (shortage := self.describe_shortage()) is not None:
+            logger.warning("%s", shortage)
+
+    def describe_shortage(self) -> str | None:
+        """What the file systems lack for as many blocks as the tier may hold, and the way out; None for nothing."""
+        directories = [stripe.namespace.directory for stripe in self._stripes.stripes]
+        return _describe_shortage(directories, self._num_slots * self.layout.slot_bytes)
 
     def stats(self) -> TierStats:
         """Counters; `path` is "O_DIRECT", "buffered" or "unavailable", the worst of all directories."""
@@ -434,21 +439,21 @@ def _why_unusable(directories: Sequence[Path], error: OSError) -> str:
     )
 
 
-def _warn_of_shortage(directories: Sequence[Path], capacity_bytes: int) -> None:
+def _describe_shortage(directories: Sequence[Path], capacity_bytes: int) -> str | None:
     """No error: space may be freed, and until then the tier makes do with what there is."""
     try:
         spaces = disk_space(directories, capacity_bytes)
     except OSError as error:
-        logger.warning("disk tier %s: free space is not known: %s", ", ".join(map(str, directories)), error)
-        return
-    for space in spaces:
-        if space.missing_bytes:
-            logger.warning(
-                "disk tier %s: may take %s bytes, but the file system has %s bytes free, beside %s that KV blocks hold "
-                "already: %s too few. Once it is full, blocks are not kept: free space there, or make the disk tier smaller",
-                ", ".join(str(directory) for directory in space.directories),
-                *(f"{n:,}" for n in (space.wanted_bytes, space.free_bytes, space.held_bytes, space.missing_bytes)),
-            )
+        return f"disk tier {', '.join(map(str, directories))}: free space is not known: {error}"
+    missing = [
+        f"disk tier {', '.join(map(str, space.directories))}: may take {space.wanted_bytes:,} bytes, but the file system has "
+        f"{space.free_bytes:,} bytes free, beside {space.held_bytes:,} that KV blocks hold already: "
+        f"{space.missing_bytes:,} too few. Once it is full, blocks are not kept: free space there, or make the disk tier "
+        "smaller"
+        for space in spaces
+        if space.missing_bytes
+    ]
+    return "; ".join(missing) or None
 
 
 def _reporter(recorder: TierRecorder, directories: Sequence[Path]) -> FaultReport:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -78,9 +78,9 @@ def examine_disk(
         findings.problem(f"this user may not write to {where}: give it the permission, or --disk-cache another folder")
     if closed:
         return
-    _examine_space(place, tiers, findings)
     locks = [lock for directory in _tier_folders(place) for lock in sorted(directory.glob("*/LOCK"))]
     holders = {lock.parent: lock_holder(lock) for lock in locks}
+    _examine_space(place, tiers, {owned.parent: pid for owned, pid in holders.items() if pid is not None}, findings)
     for owned, pid in holders.items():
         if pid is not None:
             findings.advise(
@@ -130,7 +130,10 @@ def _examine_mount(folder: Path, findings: Findings) -> None:
         findings.advise(f"{mount.folder} is mounted with sync, which slows writing down; the tier does not need it")
 
 
-def _examine_space(place: DiskPlace, tiers: Sequence[DiskPlace], findings: Findings) -> None:
+def _examine_space(
+    place: DiskPlace, tiers: Sequence[DiskPlace], holders: Mapping[Path, int], findings: Findings
+) -> None:
+    """`holders`: processes that use a folder with blocks now."""
     own = [directory for tier in tiers for directory in tier.directories]
     try:
         spaces = disk_space(own, sum(tier.capacity_bytes for tier in tiers))
@@ -156,9 +159,22 @@ def _examine_space(place: DiskPlace, tiers: Sequence[DiskPlace], findings: Findi
             )
     for folder, held in others.items():
         if held:
-            findings.say(
-                "", f"{folder}: {format_size(held)} taken by KV blocks, which no tier of this configuration gives up"
-            )
+            findings.say("", f"{folder}: {format_size(held)} taken by KV blocks, {_whose(folder, place, holders)}")
+
+
+def _whose(folder: Path, place: DiskPlace, holders: Mapping[Path, int]) -> str:
+    """Who might give up the blocks of a folder that is none of this configuration."""
+    if folder in holders:
+        return f"of process {holders[folder]}, which has its disk tier there"
+    above = next(directory for directory in place.directories if directory in (folder, *folder.parents))
+    # Below a directory, workers have folders of their names, which are not all numbered.
+    name = next(iter(folder.relative_to(above).parts), "")
+    worker = (
+        f"; a worker would that is started with --worker-id {name}"
+        if name != mocker_place(place).directories[0].name
+        else ""
+    )
+    return f"which no tier of this configuration gives up{worker if name else ''}"
 
 
 def _measure(

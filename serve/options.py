@@ -306,8 +306,15 @@ disk_place = Notation(_parse_disk_place, _render_disk_place)
 
 def default_disk_place() -> DiskPlace | None:
     """Up to 4 GiB in the user's cache folder, but never more than a tenth of what is free there; None when that is nothing."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    existing = next((folder for folder in (root, *root.parents) if folder.is_dir()), None)
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not root.is_absolute():  # such are to be passed over (https://specifications.freedesktop.org/basedir-spec/)
+        try:
+            root = Path.home() / ".cache"
+        except RuntimeError:  # a user without a home, as in some containers
+            return None
+    existing = next(
+        (folder for folder in (root, *root.parents) if os.path.isdir(folder)), None
+    )  # False where it may not look
     if existing is None:
         return None
     capacity = min(4 << 30, shutil.disk_usage(existing).free // 10 >> 20 << 20)

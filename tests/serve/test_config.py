@@ -1,3 +1,4 @@
+import errno
 import re
 from inspect import signature
 from pathlib import Path
@@ -113,11 +114,33 @@ def test_the_default_disk_tier_lies_in_the_users_cache_and_leaves_room(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not-yet"))
     disk = load_config(None, {}).config.cache.disk_cache
     assert disk is None or (disk.directories == (tmp_path / "not-yet/dynamo/kv",) and disk.capacity_bytes <= 4 << 30)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    disk = load_config(None, {}).config.cache.disk_cache
+    assert disk is None or disk.directories == (tmp_path / ".cache/dynamo/kv",)
     usage = (100 << 30, 99 << 30, 1 << 30)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": usage[2]}))
     disk = load_config(None, {}).config.cache.disk_cache
     assert disk is not None and disk.capacity_bytes == 102 << 20
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10 << 20}))
+    assert load_config(None, {}).config.cache.disk_cache is None
+
+
+def test_a_home_that_is_not_there_or_closed_costs_the_default_disk_tier_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbid(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    def have_none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "closed" / "cache"))
+    with monkeypatch.context() as closed:
+        closed.setattr(Path, "stat", forbid)
+        load_config(None, {})
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", have_none)
     assert load_config(None, {}).config.cache.disk_cache is None
 
 

@@ -117,24 +117,26 @@ class KVCache:
         self._is_closed = False
         self._store: BlockStore | None = None
         self._policies = Policies(eviction, admission, write_budget=self._write_tightness)
-        with translated_errors(), ExitStack() as undo:
-            self._device = DeviceTier(spec.layout, spec.dtype, device_blocks, device)
+        with ExitStack() as undo:
+            with translated_errors("device"):
+                self._device = DeviceTier(spec.layout, spec.dtype, device_blocks, device)
             undo.callback(self._device.close)
             if host_bytes or place is not None:
-                self._store = BlockStore.open(
-                    spec,
-                    self._device,
-                    self._events,
-                    self._counters,
-                    self._planner,
-                    host_bytes=host_bytes,
-                    disk=place,
-                    io_threads=io_threads,
-                    max_host_bytes=max_host_bytes,
-                    policies=self._policies,
-                    disk_write_budget=None if disk_write_budget is None else parse_size(disk_write_budget),
-                    scrub_bytes_per_s=parse_size(scrub_bytes_per_s),
-                )
+                with translated_errors("host"):
+                    self._store = BlockStore.open(
+                        spec,
+                        self._device,
+                        self._events,
+                        self._counters,
+                        self._planner,
+                        host_bytes=host_bytes,
+                        disk=place,
+                        io_threads=io_threads,
+                        max_host_bytes=max_host_bytes,
+                        policies=self._policies,
+                        disk_write_budget=None if disk_write_budget is None else parse_size(disk_write_budget),
+                        scrub_bytes_per_s=parse_size(scrub_bytes_per_s),
+                    )
             undo.pop_all()
         self._pool = DevicePool(self._device, self._events, self._counters, self._policies.new_order("device"))
         self._leases = LeaseBook()
@@ -215,7 +217,7 @@ class KVCache:
             CacheConfigError: there is no such layer.
         """
         self._check_open()
-        with translated_errors():
+        with translated_errors("device"):
             return self._device.layer(index)
 
     def observe_compute(self, num_tokens: int, context_tokens: float, seconds: float) -> None:
@@ -343,8 +345,16 @@ class KVCache:
         _check_tier(tier)
         if self._store is None or all(stats.name != tier for stats in self._store.tier_stats()):
             raise UnsupportedError(f"the cache was made without a {tier} tier, so there is none to resize")
-        with translated_errors():
+        with translated_errors(tier):
             return self._store.resize(tier, num_bytes)
+
+    def describe_shortage(self) -> str | None:
+        """Where a disk is too small for the disk tier's size, and the way out; None if none is. Blocks are dropped there then.
+
+        Space may be freed later, so a size beyond it is no error: ask after `resize`. The log has the same.
+        """
+        self._check_open()
+        return self._store.describe_shortage() if self._store else None
 
     def verify(self, timeout_s: float = 60.0) -> Verification:
         """Reads what lies on disk and compares it with its digests; forgets and counts the blocks that are not right.
@@ -362,7 +372,7 @@ class KVCache:
             raise ValueError(f"timeout_s must be seconds from 0 on, not {timeout_s}")
         if self._store is None:
             raise UnsupportedError("there is no disk tier to verify; give the cache one")
-        with translated_errors():
+        with translated_errors("disk"):
             return self._store.verify(timeout_s)
 
     def clear(self, tier: TierName | None = None) -> None:

@@ -276,7 +276,7 @@ class Sequence:
         if isinstance(load, OverlappedLoad):
             raise SequenceStateError("begin_layerwise() of a sequence that was opened with overlap; open it without")
         if load is not None and self._store is not None:
-            with translated_errors():  # the cache may just be being closed
+            with translated_errors("device"):  # the cache may just be being closed
                 self._layers = self._store.begin_layerwise(load.load)
             self._load = None
             num_promised = self._layers.num_blocks

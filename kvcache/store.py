@@ -39,6 +39,7 @@ from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.errors import TierBusyError, TierUnavailableError
 from dynamo.tiers.host import HostTier
+from dynamo.tiers.memory import available_memory_bytes
 from dynamo.tiers.numa import pci_address
 from dynamo.tiers.scrub import ScrubStats
 from dynamo.tiers.stats import MovedBlocks, TierStats
@@ -172,6 +173,7 @@ class BlockStore:
             disk_tier, disk_fault = _open_disk(spec, disk, io_threads, disk_write_budget) if disk else (None, None)
             if disk_tier is not None:
                 undo.callback(disk_tier.close)
+            _warn_of_tight_memory(device, host_bytes)
             num_host_slots = host_bytes // slot_bytes
             num_staging = _part_blocks(slot_bytes) * (1 if num_host_slots else _STAGING_PARTS)
             max_slots = max_host_bytes // slot_bytes if max_host_bytes > host_bytes > 0 else None
@@ -323,6 +325,10 @@ class BlockStore:
         """Gives "host" or "disk" another size while the store is in use; see `TierResizer.resize`."""
         return self._resizer.resize(tier, num_bytes, timeout_s)
 
+    def describe_shortage(self) -> str | None:
+        """What the disk lacks for as many blocks as its tier may hold, and the way out; None for nothing."""
+        return self._disk.describe_shortage() if self._disk else None
+
     def usage(self) -> Iterator[TierUsage]:
         """Occupancy and counters of each tier. A disk tier that could not be opened is told with its fault."""
         hits = self._shelf.counters.hits
@@ -395,6 +401,21 @@ def _open_disk(
         logger.warning("going on without a disk tier: %s", error)
         return None, "unavailable"
     return tier, None
+
+
+def _warn_of_tight_memory(device: DeviceTier, host_bytes: int) -> None:
+    """Without a GPU both tiers lie in the same memory, which the device tier takes only as it fills."""
+    device_bytes, available_bytes = device.num_slots * device.layout.slot_bytes, available_memory_bytes()
+    if device.device.type != "cpu" or available_bytes is None or host_bytes > available_bytes:  # refused in a moment
+        return
+    if device_bytes + host_bytes > available_bytes:
+        logger.warning(
+            "a device tier of %s and a host tier of %s are more together than the %s of memory that are available: the system "
+            "may end this process when both have filled; make one smaller, or free memory",
+            format_size(device_bytes),
+            format_size(host_bytes),
+            format_size(available_bytes),
+        )
 
 
 def _part_blocks(slot_bytes: int) -> int:

@@ -10,13 +10,13 @@ __all__ = ["translated_errors"]
 
 
 @contextmanager
-def translated_errors() -> Iterator[None]:
-    """Within it, errors of tiers become the cache's own."""
+def translated_errors(tier: str) -> Iterator[None]:
+    """Within it, errors of tiers become the cache's own; memory that is lacking is lacking for `tier`."""
     try:
         yield
     except TierMemoryError as error:
         raise CacheMemoryError(
-            str(error), needed_bytes=error.needed_bytes, available_bytes=error.available_bytes
+            str(error), tier=tier, needed_bytes=error.needed_bytes, available_bytes=error.available_bytes
         ) from error
     except TierConfigError as error:
         raise CacheConfigError(str(error)) from error

@@ -90,6 +90,7 @@ def check_index_fits(num_blocks: int) -> None:
         raise CacheMemoryError(
             f"the index of {num_blocks:,} blocks on disk takes {format_size(needed_bytes)} of memory when they are all there, "
             f"and {format_size(available_bytes)} are available; make the disk tier smaller, or its blocks larger",
+            tier="disk",
             needed_bytes=needed_bytes,
             available_bytes=available_bytes,
         )

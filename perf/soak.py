@@ -20,6 +20,7 @@ from rich.console import Console
 from dynamo.kvcache.hashing import HASH_VERSION, chain_root
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.machine import machine_record
+from dynamo.perf.option_checks import check_at_least_1
 from dynamo.perf.report import Report, Result
 from dynamo.perf.trace_log import TracedRequest, read_trace
 from dynamo.router.chain import PrefixChain
@@ -37,6 +38,7 @@ _ROOT = chain_root(_FINGERPRINT, _BLOCK_TOKENS).lo
 _DAY_S = 86_400.0
 _NUM_UNDER_WAY = 200  # requests at any time
 _NUM_CHECKPOINTS = 12
+_MAX_WORKERS = 4096  # as discovery has
 _LOST_ENDS = 0.05  # of other fronts' requests
 _CHANGES: Final = ("crash", "drain", "clear", "join", "join")
 
@@ -57,9 +59,10 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         BenchmarkError: an option or the trace makes no sense.
         OSError: the file cannot be read.
     """
-    for name in ("requests", "workers", "worker_blocks", "churn"):
-        if getattr(options, name) < 1:
-            raise BenchmarkError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(options, name)}")
+    names = ("requests", "workers", "worker_blocks", "churn")
+    check_at_least_1(**{name: getattr(options, name) for name in names})
+    if options.workers > _MAX_WORKERS:
+        raise BenchmarkError(f"--workers must be from 1 to {_MAX_WORKERS}, not {options.workers}")
     requests = [request for request in read_trace(options.file) if request.keys]
     if not requests:
         raise BenchmarkError("no request of the trace has a block")

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from dynamo.perf.harness import BenchmarkError, median
 from dynamo.perf.machine import MachineRecord, machine_record
+from dynamo.perf.option_checks import check_above_0, check_folder
 from dynamo.perf.report import Report, Result
 from dynamo.perf.server_process import ServerProcess
 from dynamo.perf.throttle import ThrottledTimes, measure_throttled, throttled_reads
@@ -68,6 +69,9 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     """
     if options.prompt_tokens < 2 * _BLOCK_SIZE or options.rounds < 1:
         raise BenchmarkError(f"--prompt-tokens must be at least {2 * _BLOCK_SIZE} and --rounds at least 1")
+    check_folder(Path(options.path))
+    for rate in options.throttle or ():
+        check_above_0(throttle=rate)
     machine = machine_record()
     if options.throttle:
         return _run_throttled(options, machine, console)

@@ -26,6 +26,7 @@ from typing import Final, Self
 import xxhash
 
 from dynamo.serve.errors import ConfigError
+from dynamo.serve.path_refusal import path_refusal
 from dynamo.serve.process_identity import is_running, machine_id
 from dynamo.serve.registration_files import FILE_SUFFIX, make_private, read_entry
 
@@ -80,7 +81,7 @@ class WorkerClaim:
                             os.close(lock_fd)
                             raise
         except OSError as error:
-            raise ConfigError(f"--discovery {directory}: {error.strerror or error}") from error
+            raise ConfigError(f"--discovery {directory}: {path_refusal(directory, error, 'folder')}") from error
         raise ConfigError(f"--worker-id {worker_id}: a worker of that name runs already; choose another, or auto")
 
     def __enter__(self) -> Self:

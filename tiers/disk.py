@@ -15,7 +15,7 @@ import numpy as np
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
 from dynamo.tiers.disk_faults import fault_reporter
-from dynamo.tiers.disk_space import warn_of_shortage
+from dynamo.tiers.disk_space import describe_shortage, why_unusable
 from dynamo.tiers.errors import TierConfigError, TierUnavailableError
 from dynamo.tiers.interruptible_io import InterruptibleIO
 from dynamo.tiers.journal import Journal
@@ -143,13 +143,12 @@ class DiskTier:
         try:
             stripes = StripeSet.open(plan)
         except OSError as error:
-            where = error.filename or ", ".join(str(directory) for directory in directories)
             raise TierUnavailableError(
-                f"the disk tier cannot use {where}: {error.strerror or error}; check that this user may write there, and that "
-                "nobody else changed its files",
+                why_unusable(directories, error),
                 path=Path(str(error.filename or directories[0])),
             ) from error
-        warn_of_shortage(directories, capacity_bytes)
+        if (shortage := describe_shortage(directories, capacity_bytes)) is not None:
+            logger.warning("%s", shortage)
         budget = None
         if write_bytes_per_day is not None:
             budget = WriteBudget(write_bytes_per_day, stripes.stripes[0].namespace.budget_path)
@@ -347,9 +346,13 @@ class DiskTier:
                 self._num_slots = num_slots
             self._stripes.resize(num_slots)
             grows, self._num_slots = num_slots > self._num_slots, num_slots
-        if grows:
-            directories = [stripe.namespace.directory for stripe in self._stripes.stripes]
-            warn_of_shortage(directories, num_slots * self.layout.slot_bytes)
+        if grows and (shortage := self.describe_shortage()) is not None:
+            logger.warning("%s", shortage)
+
+    def describe_shortage(self) -> str | None:
+        """What the file systems lack for as many blocks as the tier may hold, and the way out; None for nothing."""
+        directories = [stripe.namespace.directory for stripe in self._stripes.stripes]
+        return describe_shortage(directories, self._num_slots * self.layout.slot_bytes)
 
     def stats(self) -> TierStats:
         """Counters; `path` is "O_DIRECT", "buffered" or "unavailable", the worst of all directories."""

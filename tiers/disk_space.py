@@ -1,6 +1,5 @@
 """Whether the file systems below a disk tier have room for what the tier may take."""
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +7,7 @@ from pathlib import Path
 
 from dynamo.tiers.namespace import held_bytes
 
-__all__ = ["DiskSpace", "disk_space", "warn_of_shortage"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["DiskSpace", "describe_shortage", "disk_space", "find_obstacle", "why_unusable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +55,46 @@ def disk_space(directories: Sequence[Path], capacity_bytes: int) -> list[DiskSpa
     return spaces
 
 
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+def describe_shortage(directories: Sequence[Path], capacity_bytes: int) -> str | None:
+    """What file systems lack for `capacity_bytes`, and the way out; None for nothing.
 
-
-def warn_of_shortage(directories: Sequence[Path], capacity_bytes: int) -> None:
-    """No error: space may be freed, and until then the tier makes do with what there is."""
+    No error: space may be freed, and until then the tier makes do with what there is.
+    """
     try:
         spaces = disk_space(directories, capacity_bytes)
     except OSError as error:
-        logger.warning("disk tier %s: free space is not known: %s", ", ".join(map(str, directories)), error)
-        return
-    for space in spaces:
-        if space.missing_bytes:
-            logger.warning(
-                "disk tier %s: may take %s bytes, but the file system has %s bytes free, beside %s that KV blocks hold "
-                "already: %s too few. Once it is full, blocks are not kept: free space there, or make the disk tier smaller",
-                ", ".join(str(directory) for directory in space.directories),
-                *(f"{n:,}" for n in (space.wanted_bytes, space.free_bytes, space.held_bytes, space.missing_bytes)),
-            )
+        return f"disk tier {', '.join(map(str, directories))}: free space is not known: {error}"
+    missing = [
+        f"disk tier {', '.join(map(str, space.directories))}: may take {space.wanted_bytes:,} bytes, but the file system has "
+        f"{space.free_bytes:,} bytes free, beside {space.held_bytes:,} that KV blocks hold already: "
+        f"{space.missing_bytes:,} too few. Once it is full, blocks are not kept: free space there, or make the disk tier "
+        "smaller"
+        for space in spaces
+        if space.missing_bytes
+    ]
+    return "; ".join(missing) or None
+
+
+def why_unusable(directories: Sequence[Path], error: OSError) -> str:
+    """Why a disk tier cannot be in some folders, and the way out."""
+    where = error.filename or ", ".join(map(str, directories))
+    for directory in directories:
+        if (obstacle := find_obstacle(directory)) is not None:
+            which = "this" if obstacle == directory.absolute() else obstacle
+            return f"the disk tier cannot be in {directory}: {which} is no folder; move it away, or give another path"
+    return (
+        f"the disk tier cannot use {where}: {error.strerror or error}; check that this user may write there, and that nobody "
+        "else changed its files"
+    )
+
+
+def find_obstacle(directory: Path) -> Path | None:
+    """What lies in the way of a folder, such as a file of its name; None for nothing."""
+    directory = directory.absolute()
+    found = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    return None if os.path.isdir(found) else found
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from dynamo.kvcache import KVCache, OutOfBlocksError
+from dynamo.kvcache import KVCache, OutOfBlocksError, store
 from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError
 from dynamo.kvcache.events import Cleared, Removed, Stored
 
@@ -196,9 +196,22 @@ def test_what_is_no_prompt_is_refused(make_cache, tokens, message):
     assert cache.stats().num_open_sequences == 0
 
 
-def test_more_host_memory_than_there_is_is_refused_with_both_sizes(spec):
-    with pytest.raises(CacheMemoryError, match=r"needs .* available"):
-        KVCache(spec, device="cpu", device_blocks=4, host="900TiB")
+@pytest.mark.parametrize(
+    ("tier", "sizes"), [("host", {"device_blocks": 4, "host": "900TiB"}), ("device", {"device_blocks": 1 << 40})]
+)
+def test_more_memory_than_there_is_is_refused_with_the_tier_and_both_sizes(spec, tier, sizes):
+    with pytest.raises(CacheMemoryError, match=rf"the {tier} tier needs .* available") as caught:
+        KVCache(spec, device="cpu", **sizes)
+    assert caught.value.tier == tier
+
+
+def test_tiers_that_fit_one_by_one_but_not_together_are_warned_of(spec, monkeypatch, caplog):
+    monkeypatch.setattr(store, "available_memory_bytes", lambda: 10 << 20)
+    num_blocks = (8 << 20) // spec.layout.slot_bytes
+    with KVCache(spec, device="cpu", device_blocks=num_blocks, host="2MiB"):
+        assert caplog.messages == []
+    with KVCache(spec, device="cpu", device_blocks=num_blocks, host="4MiB"):
+        assert "a device tier of 8 MiB and a host tier of 4 MiB are more together than the 10 MiB" in caplog.text
 
 
 def test_clearing_what_is_no_tier_is_refused_and_an_absent_tier_tells_nobody(make_cache):

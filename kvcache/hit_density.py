@@ -32,6 +32,7 @@ class HitDensity:
 
     def __init__(self, tracker: ReuseTracker) -> None:
         self._price = 0.0
+        self._evicted_s = float("-inf")
         self._reached = 0.0  # by the last eviction
         self._tracker = tracker
         self._tables: ReuseTables | None = None  # those that `_sorted` was ranked with
@@ -79,10 +80,10 @@ class HitDensity:
     def price(self, now_s: float) -> float:
         """Index up to which entries had to go, mean of late: the hits per second for which a block stays. 0: there is room.
 
-        Where a price keeps new blocks out, nothing is evicted, and what lies there is worth less and less: with each sort the
-        price goes towards what the first entry to go is worth now, if that is lower. Else it would keep them out for ever.
+        Where a price keeps new blocks out, nothing is evicted, and what lies there is worth less and less. So every two seconds
+        without an eviction the price falls towards what the first entry to go is worth now: it would keep them out for ever.
         """
-        if self._price > 0 and self._sort_if_stale(now_s):
+        if self._price > 0 and now_s - self._evicted_s >= _RESORT_S and self._sort_if_stale(now_s):
             lowest = self._sorted[0][2] if self._sorted else 0.0
             self._price += min(0.0, lowest - self._price) / _PRICE_EVICTIONS
         return self._price
@@ -90,6 +91,7 @@ class HitDensity:
     def candidates(self, now_s: float) -> Iterator[int]:
         """Least hit density first."""
         self._price += (self._reached - self._price) / _PRICE_EVICTIONS
+        self._evicted_s = now_s
         self._sort_if_stale(now_s)
         assert self._tables is not None
         yield from self._known_from(self._first)

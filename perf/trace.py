@@ -72,7 +72,7 @@ def _second(tracker: ReuseTracker, order: EvictionOrder) -> AdmissionPolicy:
 def _adaptive(unproven_cost: float) -> MakeAdmission:
     def make(tracker: ReuseTracker, order: EvictionOrder) -> AdmissionPolicy:
         assert isinstance(order, HitDensity), "the price of a slot is known to hit density alone"
-        return Adaptive(tracker, lambda tier: order.price, unproven_cost=unproven_cost)
+        return Adaptive(tracker, lambda tier, now_s: order.price(now_s), unproven_cost=unproven_cost)
 
     return make
 

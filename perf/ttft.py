@@ -30,6 +30,7 @@ __all__ = ["SUMMARY", "add_arguments", "run"]
 SUMMARY = "time to first token of a long prompt: computed, and from device, host and disk"
 
 _BLOCK_SIZE = 16
+_ANSWER_TOKENS = 16
 _TIMEOUT_S = 300.0
 _WARM_UP = 9_999  # number of a prompt that is not measured
 
@@ -200,12 +201,24 @@ class _Client:
         self._connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=_TIMEOUT_S)
         self._prompt_tokens = prompt_tokens
         self._others = iter(range(10_000, 20_000))
-        self._model = json.loads(self._send("GET", "/v1/models"))["data"][0]["id"]
+        model = json.loads(self._send("GET", "/v1/models"))["data"][0]
+        self._model, limit = model["id"], model["max_model_len"] - _ANSWER_TOKENS
+        if prompt_tokens > limit:
+            raise BenchmarkError(
+                f"--prompt-tokens {prompt_tokens} does not fit into the {model['max_model_len']} tokens that the model and "
+                f"--device-cache allow, with {_ANSWER_TOKENS} for the answer; give at most {limit}"
+            )
 
     def ask(self, seed: int) -> _Answer:
         """Streams 16 tokens after the prompt that `seed` names."""
         prompt = random.Random(seed).choices(range(300, 2000), k=self._prompt_tokens)
-        body = {"model": self._model, "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+        body = {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": _ANSWER_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         data = json.dumps(body)
         started_s = time.perf_counter()

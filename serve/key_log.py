@@ -52,6 +52,7 @@ _MAX_QUEUED_REQUESTS = 4096
 _MAX_QUEUED_BLOCKS = 1 << 20  # some 50 MB of keys
 _REQUESTS_PER_WRITE = 64
 _CLOSE_TIMEOUT_S = 10.0
+_FIRST_BYTES = b'{"time_s":'
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +239,9 @@ def _open_private(path: str, flags: int) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(errno.EBUSY, "another process writes it, and each needs a file of its own") from None
+        # The first line may have been cut short, too.
+        if not _FIRST_BYTES.startswith(os.pread(fd, len(_FIRST_BYTES), 0).partition(b"\n")[0]):
+            raise OSError(errno.EINVAL, "this file has other content than a key log")
         os.fchmod(fd, 0o600)
         if status.st_size and os.pread(fd, 1, status.st_size - 1) != b"\n":  # whoever wrote it last was interrupted
             os.write(fd, b"\n")

@@ -58,6 +58,8 @@ class Interrupts:
         self._raised: weakref.ref[_Interrupt] | None = None
         self._raised_s = 0.0
         self._number = signal.SIGINT
+        self._timers: list[threading.Timer] = []
+        self._is_over = False
 
     def __enter__(self) -> Self:
         for number in _heeded():
@@ -65,7 +67,11 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._raised = None  # it may end now: it was not lost
+        self._is_over, self._raised = True, None  # it may end now: it was not lost
+        for timer in self._timers:  # what comes after this would meet other handlers, or none
+            timer.cancel()
+            if timer.ident is not None:  # a further signal may have kept it from being started
+                timer.join()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -76,7 +82,7 @@ class Interrupts:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if self._raised is None or now >= self._raised_s + _CLEARING_S:
+        if not self._is_over and (self._raised is None or now >= self._raised_s + _CLEARING_S):
             self._number, self._raised_s = signal.Signals(number), now
             raise self._watched()
 
@@ -89,8 +95,11 @@ class Interrupts:
     def _send_again(self, _: object) -> None:
         # Later and from a thread, for what is raised here itself would be lost as well.
         self._raised = None
+        if self._is_over:
+            return
         main = threading.main_thread().ident
         assert main is not None, "the main thread runs"
         timer = threading.Timer(_PAUSE_S, signal.pthread_kill, (main, self._number))
         timer.daemon = True
+        self._timers.append(timer)
         timer.start()

@@ -13,7 +13,7 @@ __all__ = ["Interrupts", "put_off"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CLEARING_S = 30.0  # longer than servers and caches take to end
-_PAUSE_S = 0.01  # until one that was lost comes again: whatever lost it has gone on by then
+_PAUSE_S = 0.01  # until one that was lost comes again, and again until it is heard
 
 
 @contextlib.contextmanager
@@ -58,6 +58,9 @@ class Interrupts:
         self._raised: weakref.ref[_Interrupt] | None = None
         self._raised_s = 0.0
         self._number = signal.SIGINT
+        self._threads: list[threading.Thread] = []
+        self._is_losing = False
+        self._has_ended = threading.Event()
 
     def __enter__(self) -> Self:
         for number in _heeded():
@@ -65,7 +68,10 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._has_ended.set()
         self._raised = None  # it may end now: it was not lost
+        for thread in self._threads:  # what comes after this would meet other handlers, or none
+            thread.join()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -76,6 +82,8 @@ class Interrupts:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
+        if self._is_losing or self._has_ended.is_set():
+            return
         if self._raised is None or now >= self._raised_s + _CLEARING_S:
             self._number, self._raised_s = signal.Signals(number), now
             raise self._watched()
@@ -87,10 +95,16 @@ class Interrupts:
         return interrupt
 
     def _send_again(self, _: object) -> None:
-        # Later and from a thread, for what is raised here itself would be lost as well.
+        self._is_losing = True  # so it comes later and from a thread: what is raised here would be lost as well
         self._raised = None
+        if not self._has_ended.is_set():
+            thread = threading.Thread(target=self._send, name="perf-interrupt", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._is_losing = False
+
+    def _send(self) -> None:
         main = threading.main_thread().ident
         assert main is not None, "the main thread runs"
-        timer = threading.Timer(_PAUSE_S, signal.pthread_kill, (main, self._number))
-        timer.daemon = True
-        timer.start()
+        while not self._has_ended.wait(_PAUSE_S) and self._raised is None:
+            signal.pthread_kill(main, self._number)

@@ -41,6 +41,20 @@ def test_an_interrupt_that_was_dropped_comes_again() -> None:
     assert time.monotonic() - began < TIMEOUT_S
 
 
+def test_nothing_comes_after_the_end() -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        for _ in range(20):
+            with Interrupts(), contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+                wait_for_ever()
+        time.sleep(0.05)  # longer than until a lost one comes again
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == []
+
+
 def test_an_interrupt_that_a_destructor_dropped_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's keeps it
 

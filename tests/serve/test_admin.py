@@ -21,7 +21,7 @@ from dynamo.kvcache import KVCache, KVSpec
 from dynamo.kvcache.errors import CacheClosedError
 from dynamo.serve.admin import MAX_ADMIN_BODY_BYTES, OPERATIONS
 from dynamo.serve.openapi import openapi_document
-from dynamo.tiers import disk
+from dynamo.tiers import disk_space
 from dynamo.tiers.disk_space import DiskSpace
 
 SPEC = KVSpec(model="admin", num_layers=1, num_kv_heads=1, head_dim=8, dtype=torch.float32, block_size=4)
@@ -182,7 +182,7 @@ def test_resize_gives_a_tier_another_size(serve: Any, cache: KVCache) -> None:
 def test_resize_beyond_what_the_disk_has_free_says_so(
     serve: Any, cache: KVCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk, "disk_space", lambda where, size: [DiskSpace(tuple(where), size, 0, 50 * SLOT)])
+    monkeypatch.setattr(disk_space, "disk_space", lambda where, size: [DiskSpace(tuple(where), size, 0, 50 * SLOT)])
     server = serve(cache=cache)
     for num_slots, is_too_large in ((128, True), (40, False)):
         answer = call(server, "POST", "/resize", {"tier": "disk", "size": num_slots * SLOT}).json()

@@ -84,8 +84,10 @@ class HitDensity:
         without an eviction the price falls towards what the first entry to go is worth now: it would keep them out for ever.
         """
         if self._price > 0 and now_s - self._evicted_s >= _RESORT_S and self._sort_if_stale(now_s):
-            lowest = self._sorted[0][2] if self._sorted else 0.0
+            is_worth_something = bool(self._sorted) and self._sorted[0][0]  # not where there is none, or it has expired
+            lowest = self._sorted[0][2] if is_worth_something else 0.0
             self._price += min(0.0, lowest - self._price) / _PRICE_EVICTIONS
+            self._reached = min(self._reached, self._price)  # what was evicted long ago says nothing any more
         return self._price
 
     def candidates(self, now_s: float) -> Iterator[int]:
@@ -104,7 +106,7 @@ class HitDensity:
         """Sorts anew if the ranks are two seconds old, or those of older tables; returns whether it did."""
         if now_s - self._sorted_s < _RESORT_S and self._tables is self._tracker.tables:
             return False
-        self._tables, self._sorted_s = self._tracker.tables, now_s
+        self._tables, self._sorted_s = self._tracker.tables, max(now_s, self._sorted_s)  # offers may come late
         self._sort(self._tables, self._front)
         return True
 

@@ -113,8 +113,13 @@ class LaneMeter:
         """A measurement begins for which nobody waits."""
         self._is_on_trial = True
 
+    def observe_trial(self, now: float, num_blocks: int, seconds: float, latency_s: float) -> None:
+        """The measurement found that `num_blocks` blocks take `seconds`, behind `latency_s` until the first bytes."""
+        self._latencies.append(latency_s)
+        self._add(_Sample(num_blocks, seconds, num_blocks, now, is_whole=True))
+
     def end_trial(self) -> None:
-        """The measurement has ended."""
+        """The measurement has ended, whether it found something or not."""
         self._is_on_trial = False
 
     def begin_part(self, now: float) -> None:

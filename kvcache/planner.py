@@ -120,8 +120,13 @@ class LoadPlanner:
         with self._lock:
             self._lane(tier).begin_trial()
 
+    def observe_trial(self, tier: str, num_blocks: int, seconds: float, latency_s: float) -> None:
+        """Says what the measurement found: so many blocks take `seconds`, behind `latency_s` until the first bytes."""
+        with self._lock:
+            self._lane(tier).observe_trial(self._clock(), num_blocks, seconds, latency_s)
+
     def end_trial(self, tier: str) -> None:
-        """Says that the measurement is over, and what it found was told by `end_part`."""
+        """Says that the measurement is over, whether it found something or not."""
         with self._lock:
             self._lane(tier).end_trial()
 

@@ -14,7 +14,7 @@ from typing import Self
 
 from dynamo.kvcache.config import DiskPlace, check_write_budget, format_size
 from dynamo.kvcache.device_path import DevicePaths, PathChoice, find_device_path
-from dynamo.kvcache.disk_trial import start_trial
+from dynamo.kvcache.disk_trial import DiskTrial
 from dynamo.kvcache.errors import CacheConfigError, UnsupportedError
 from dynamo.kvcache.events import EventLog, RunStarts
 from dynamo.kvcache.eviction import OpenUse
@@ -43,7 +43,6 @@ from dynamo.tiers.memory import available_memory_bytes
 from dynamo.tiers.numa import pci_address
 from dynamo.tiers.scrub import ScrubStats
 from dynamo.tiers.stats import MovedBlocks, TierStats
-from dynamo.tiers.transfer import Transfer
 from dynamo.tiers.write_budget import WriteBudgetStats
 
 __all__ = ["BlockStore"]
@@ -111,9 +110,9 @@ class BlockStore:
         )
         self._onboarder = Onboarder(self._shelf, device, paths, self._mover, planner, part_blocks=part_blocks)
         self._verifier: DiskVerifier | None = None
-        self._trial: Transfer | None = None
+        self._trial: DiskTrial | None = None
         if disk:
-            self._trial = start_trial(self._shelf, disk, self._mover, planner)
+            self._trial = DiskTrial(self._shelf, disk, planner)
             self._verifier = DiskVerifier(
                 self._shelf, disk, device.layout, part_blocks=part_blocks, scrub_bytes_per_s=scrub_bytes_per_s
             )
@@ -369,7 +368,7 @@ class BlockStore:
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
         if self._trial:
-            self._trial.cancel()
+            self._trial.close(timeout_s)
         if self._verifier:
             self._verifier.close()
         self._offloader.close(timeout_s)

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,24 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return opened
 
 
+@pytest.fixture
+def throttled(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Has each byte of a file come at so many bytes a second the first time that it is read."""
+    preadv, seen = os.preadv, set[tuple[int, int]]()
+
+    def read_slowly(fd: int, vectors: list[memoryview], offset: int, *, bytes_per_s: float) -> int:
+        size = sum(map(len, vectors))
+        if (fd, offset) not in seen:
+            time.sleep(size / bytes_per_s)
+        seen.add((fd, offset))
+        return preadv(fd, vectors, offset)
+
+    def start(bytes_per_s: float) -> None:
+        monkeypatch.setattr(os, "preadv", partial(read_slowly, bytes_per_s=bytes_per_s))
+
+    return start
+
+
 def known(cache: KVCache) -> bool:
     return "disk" in cache.stats().planner.lane_bytes_per_s
 
@@ -60,6 +79,22 @@ def test_how_fast_the_disk_is_is_known_before_the_first_prompt(opened: Callable[
     assert cache.stats().planner.decisions == {}
     assert cache.stats().tier("disk").read.blocks == 0
     assert cache.stats().tier("disk").read.failed_blocks == 0
+
+
+def test_what_was_found_is_not_faster_than_the_disk(
+    make_cache: Callable[..., KVCache], content: Any, tmp_path: Path, throttled: Callable[[float], None]
+) -> None:
+    """Even one with a cache in front of it, which answers at once for what was read before."""
+    disk = f"{tmp_path}:4MiB"
+    with make_cache(device_blocks=128, disk=disk) as cache:
+        content.run(cache, TOKENS)
+        assert cache.flush()
+    speed = 1e6
+    throttled(speed * cache.spec.layout.slot_bytes / cache.spec.layout.block_bytes)
+    cache = make_cache(device_blocks=128, host="1MiB", disk=disk)
+    wait_until(lambda: known(cache))
+    assert 0.5 * speed < cache.stats().planner.lane_bytes_per_s["disk"] <= speed
+    assert cache.stats().num_loads == 0
 
 
 def test_an_empty_disk_is_not_tried(make_cache: Callable[..., KVCache], content: Any, tmp_path: Path) -> None:
@@ -105,6 +140,6 @@ def test_a_disk_that_cannot_be_read_stays_unknown(
     monkeypatch.setattr(os, "preadv", fail)
     cache = opened()
     assert tried.wait(20)
-    wait_until(lambda: cache.stats().tier("disk").faults.get("io_error", 0) > 64)
+    wait_until(lambda: cache.stats().tier("disk").faults.get("io_error", 0) > 0)
     assert not known(cache)
     assert cache.stats().tier("disk").num_cached_blocks == 64

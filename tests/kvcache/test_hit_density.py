@@ -125,6 +125,25 @@ def test_a_price_at_which_nothing_is_evicted_falls_with_what_lies_there():
     assert [order.price(2000.0 + 10 * n) for n in range(1, 100)][-1] < 1e-9
 
 
+def test_a_price_that_has_fallen_is_not_raised_by_what_was_evicted_long_ago():
+    order = HitDensity(learned_tracker())
+    order.add(0, Use(1, 0.0, turn=1, num_new_tokens=160, num_output_tokens=20), 4)
+    for _ in range(20):
+        ranked(order, 1.0)
+    fallen = [order.price(1.0 + 10 * n) for n in range(1, 200)][-1]
+    ranked(order, 2000.0)
+    ranked(order, 2000.0)
+    assert order.price(2000.0) <= fallen
+
+
+def test_slots_whose_content_has_expired_are_worth_nothing():
+    order = HitDensity(learned_tracker())
+    order.add(0, Use(1, 0.0, turn=1, num_new_tokens=160, num_output_tokens=20, expires_s=5.0), 4)
+    for _ in range(20):
+        ranked(order, 1.0)
+    assert [order.price(10.0 + 2 * n) for n in range(60)][-1] < 1e-6
+
+
 def test_an_entry_filed_between_two_sorts_takes_its_place():
     order = HitDensity(learned_tracker())
     order.add(0, Use(1, 0.0, turn=1, num_new_tokens=160, num_output_tokens=20), 4)

@@ -254,7 +254,7 @@ class KVCache:
 
         Returns:
             A future of the number of leading tokens that are in device memory when the loads have ended, which is at the
-            latest after `load_timeout_s`. Closing the cache makes it CacheClosedError.
+            latest after `load_timeout_s`. Closing the cache makes it CacheClosedError, a fault of the device that fault.
 
         Raises:
             OutOfBlocksError: the device pool cannot hold the prefix now, or would have no block left for each sequence.

@@ -76,7 +76,7 @@ class DevicePool:
             self._pool.acquire(matched)
             try:
                 fresh = self._allocate(num_blocks - len(matched), spare_blocks)
-            except OutOfBlocksError:
+            except (OutOfBlocksError, CacheClosedError):
                 self._pool.release(matched)
                 raise
             self._num_sequences += 1
@@ -209,8 +209,10 @@ class DevicePool:
         """The caller holds the lock, which is let go while offloads finish."""
         if count + spare > self._pool.num_available and self._num_pins:
             self._changed.wait_for(
-                lambda: count + spare <= self._pool.num_available or not self._num_pins, timeout=_PIN_WAIT_S
+                lambda: self._is_closed or count + spare <= self._pool.num_available or not self._num_pins,
+                timeout=_PIN_WAIT_S,
             )
+            self.check_open()
         room = self._pool.allocate(count) if count + spare <= self._pool.num_available else None
         if room is None:
             raise OutOfBlocksError(count + spare, self._pool.num_available)

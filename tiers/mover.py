@@ -144,17 +144,21 @@ class Mover:
         """A queue for parts that belong to no transfer and run one after the other."""
         work = _Work(priority, 1, None, lambda: None, 0)
 
-        def put(part: Part) -> None:
+        def put(part: Part) -> bool:
             with self._lock:
+                if self._is_over:
+                    return False
                 work.num_remaining += 1
                 self._lanes[lane].add(work, (part,))
+                return True
 
         return Line(put)
 
     def close(self, timeout_s: float) -> None:
         """Waits for all parts, also queued ones, for at most `timeout_s`. A thread that hangs in a read is left behind.
 
-        Transfers that hang with it still end at their deadlines.
+        Transfers that hang with it still end at their deadlines. What parts put into lines until the last of them has ended
+        is run too.
         """
         deadline = time.monotonic() + timeout_s
         with self._lock:
@@ -175,6 +179,17 @@ class Mover:
                 "moves of KV blocks still run %g s after they were told to end; going on without them", timeout_s
             )
 
+    @property
+    def _is_over(self) -> bool:
+        """Whether the threads leave: after `close`, once no lane has a part left, which might hand others on."""
+        return self._is_closing and not any(lane.is_busy for lane in self._lanes.values())
+
+    def _wake_if_over(self) -> None:
+        """Lets the threads leave that wait for parts of other lanes to end. The caller holds the lock."""
+        if self._is_over:
+            for lane in self._lanes.values():
+                lane.changed.notify_all()
+
     def _run_parts(self, lane: "_LaneState") -> None:
         while True:
             with self._lock:
@@ -188,6 +203,7 @@ class Mover:
                 logger.exception("a part of a KV transfer failed; its blocks are computed again")
             with self._lock:
                 lane.end(work, part)
+                self._wake_if_over()
                 work.num_remaining -= 1
                 is_last = work.num_remaining == 0
             if is_last:
@@ -201,7 +217,7 @@ class Mover:
             begun = lane.begin(now_s, self._max_link_bytes)
             if begun is not None:
                 return begun
-            if self._is_closing and not lane.has_waiting:
+            if self._is_over:
                 return None
             lane.changed.wait(lane.next_turn_s(now_s))
 
@@ -209,6 +225,7 @@ class Mover:
         """Takes back the parts of an ended transfer that have not begun."""
         with self._lock:
             num_dropped = sum(lane.drop(work) for lane in self._lanes.values())
+            self._wake_if_over()
             work.num_remaining -= num_dropped
             is_last = num_dropped > 0 and work.num_remaining == 0
         if is_last:
@@ -244,10 +261,10 @@ class Line:
     """Parts that run one after the other, in the order in which they were put. Made by `Mover.line`.
 
     Attributes:
-        put: queues a part; never waits.
+        put: queues a part; never waits. False where the part will never run: the mover is closed, and all parts have ended.
     """
 
-    put: Callable[[Part], None]
+    put: Callable[[Part], bool]
 
 
 @dataclass(slots=True, eq=False)
@@ -293,6 +310,10 @@ class _LaneState:
     @property
     def has_waiting(self) -> bool:
         return any(self._works)
+
+    @property
+    def is_busy(self) -> bool:
+        return self._num_running > 0 or self.has_waiting
 
     def add(self, work: _Work, parts: Sequence[Part]) -> None:
         if not parts:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from dynamo.kvcache import KVCache, OutOfBlocksError, store
+from dynamo.kvcache import KVCache, OutOfBlocksError, Sequence, store
 from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError
 from dynamo.kvcache.events import Cleared, Removed, Stored
 
@@ -164,6 +164,22 @@ def test_a_prefetch_that_its_cache_does_not_outlive_is_told_so(spec, content, tm
     closer.join(20)
     assert isinstance(prefetch.exception(timeout=20), CacheClosedError)
     cache.check_invariants()
+
+
+def test_a_prefetch_that_fails_at_its_end_tells_who_waits_for_it(make_cache, content, monkeypatch, caplog):
+    cache = make_cache(host="1MiB")
+    content.run(cache, list(range(16)))
+    assert cache.flush()
+    cache.clear("device")
+    close, fault = Sequence.close, RuntimeError("the device failed")
+
+    def fail(sequence):
+        close(sequence)
+        raise fault
+
+    monkeypatch.setattr(Sequence, "close", fail)
+    assert cache.prefetch(list(range(16))).exception(timeout=10) is fault
+    assert "a prefetch of KV blocks failed" in caplog.text
 
 
 @pytest.mark.parametrize(

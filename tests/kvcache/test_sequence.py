@@ -163,6 +163,7 @@ def test_a_sequence_that_outlives_its_cache_says_so_and_can_be_closed(spec, cont
         pass
     sequence.close()
     assert cache.stats().num_open_sequences == 0
+    assert not any(tier.num_pinned_blocks for tier in cache.stats().tiers)
     cache.check_invariants()
 
 

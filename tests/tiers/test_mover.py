@@ -306,3 +306,30 @@ def test_a_closed_mover_ends_what_it_is_given_at_once() -> None:
     assert transfer.is_ended
     assert done == ["done"]
     assert mover.num_unfinished == 0
+
+
+def test_a_line_of_a_closed_mover_refuses_what_would_never_run() -> None:
+    ran: list[int] = []
+    mover = Mover({"lane": Lane("link", 1)}, 1)
+    line = mover.line("lane", Priority.OFFLOAD)
+    assert line.put(Part(lambda: ran.append(0), 1))
+    mover.close(TIMEOUT_S)
+    assert not line.put(Part(lambda: ran.append(1), 1))
+    assert ran == [0]
+
+
+def test_what_a_part_hands_on_to_another_lane_is_run_although_the_mover_closes(eventually: Eventually) -> None:
+    mover = Mover({"first": Lane("link", 1), "second": Lane("other link", 1)}, 1)
+    gate, arrived = Gate(), threading.Event()
+    line = mover.line("second", Priority.OFFLOAD)
+
+    def hand_on() -> None:
+        gate()
+        line.put(Part(arrived.set, 1))
+
+    mover.line("first", Priority.OFFLOAD).put(Part(hand_on, 1))
+    assert gate.begun.wait(TIMEOUT_S)
+    mover.close(0.2)
+    gate.opened.set()
+    assert arrived.wait(TIMEOUT_S)
+    eventually(lambda: not any(t.name.startswith(("kv-first", "kv-second")) for t in threading.enumerate()))

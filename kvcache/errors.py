@@ -39,7 +39,8 @@ class CacheMemoryError(KVCacheError, MemoryError):
     """Device or host memory does not suffice; ask for less.
 
     Attributes:
-        tier: which does not fit: "device", "host", or "disk" for the memory that its index takes.
+        tier: which does not fit: "device"; "host", which without a host tier is the buffer for transfers; or "disk" for
+            the memory that its index takes.
         needed_bytes: what the tier needs.
         available_bytes: what the machine can still give; None where unknown.
     """

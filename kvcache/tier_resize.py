@@ -45,7 +45,7 @@ class TierResizer:
         if storage is None or not pool.num_slots:
             raise CacheConfigError(f"the cache has no {tier} tier to resize")
         num_slots = num_bytes // self._slot_bytes
-        self._check_size(tier, storage, num_bytes)
+        self._check_size(tier, storage, num_slots, num_bytes)
         deadline = time.monotonic() + timeout_s
         if not self._resizing.acquire(timeout=timeout_s):
             raise TimeoutError("another resize still waits for blocks in use")
@@ -62,9 +62,8 @@ class TierResizer:
             self._resizing.release()
         return num_slots
 
-    def _check_size(self, tier: str, storage: HostTier | DiskTier, num_bytes: int) -> None:
+    def _check_size(self, tier: str, storage: HostTier | DiskTier, num_slots: int, num_bytes: int) -> None:
         """Refuses what the tier would refuse, before anything is evicted for it."""
-        num_slots = num_bytes // self._slot_bytes
         num_folders = len(storage.folders) if isinstance(storage, DiskTier) else 1
         if num_slots < num_folders:
             where = f" in each of its {num_folders} directories" if num_folders > 1 else ""

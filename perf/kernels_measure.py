@@ -4,13 +4,14 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from dynamo.perf.harness import BenchmarkError, median, timed
+from dynamo.perf.interrupts import put_off
 from dynamo.perf.report import Result
 
 __all__ = [
@@ -176,13 +177,12 @@ def busy_core() -> Iterator[None]:
         "import os\nparent = os.getppid()\nprint('on', flush=True)\n"
         "while os.getppid() == parent:\n for _ in range(1 << 20): pass"  # ends with a parent that is killed
     )
-    process = subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
+    with ExitStack() as undo:
+        with put_off():  # until there is what ends it
+            process = subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True)
+            undo.enter_context(process)  # closes the pipe and waits
+            undo.callback(process.kill)
+        assert process.stdout is not None
         if process.stdout.readline().strip() != "on":
             raise BenchmarkError("the process that keeps a second core busy did not start")
         yield
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()

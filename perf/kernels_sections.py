@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from dynamo.perf.interrupts import put_off
 from dynamo.perf.kernels_workload import Findings, Workload
 from dynamo.perf.report import Result
 
@@ -70,8 +71,10 @@ def run_section(section: Section, workload: Workload, console: Console) -> Findi
     """
     command = [sys.executable, "-P", "-m", "dynamo.perf.kernels_sections", section.place, workload.to_json()]
     with tempfile.TemporaryFile("w+", errors="replace") as said:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said)
+        process: subprocess.Popen[bytes] | None = None
         try:
+            with put_off():  # until there is what is ended below
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said)
             case, deadline = "", time.monotonic() + section.limit_s
             for finding in _parse(_lines(process, deadline)):
                 if isinstance(finding, Result) and finding.case != case:
@@ -80,7 +83,7 @@ def run_section(section: Section, workload: Workload, console: Console) -> Findi
                 yield finding
             status = _status(process, deadline)
         finally:
-            is_gone = _end(process)
+            is_gone = process is None or _end(process)
         said.seek(0)
         details = said.read().strip()
     if status == 0:

@@ -27,6 +27,7 @@ from dynamo.router.chain import PrefixChain
 from dynamo.router.config import RouterConfig
 from dynamo.router.router import Booking, RouteQuery, Router
 from dynamo.router.workers import LoadEvent, WorkerCard
+from dynamo.serve.registration_files import MAX_WORKERS
 
 __all__ = ["SUMMARY", "Checkpoint", "Soak", "add_arguments", "run"]
 
@@ -38,7 +39,6 @@ _ROOT = chain_root(_FINGERPRINT, _BLOCK_TOKENS).lo
 _DAY_S = 86_400.0
 _NUM_UNDER_WAY = 200  # requests at any time
 _NUM_CHECKPOINTS = 12
-_MAX_WORKERS = 4096  # as discovery has
 _LOST_ENDS = 0.05  # of other fronts' requests
 _CHANGES: Final = ("crash", "drain", "clear", "join", "join")
 
@@ -61,8 +61,8 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     """
     names = ("requests", "workers", "worker_blocks", "churn")
     check_at_least_1(**{name: getattr(options, name) for name in names})
-    if options.workers > _MAX_WORKERS:
-        raise BenchmarkError(f"--workers must be from 1 to {_MAX_WORKERS}, not {options.workers}")
+    if options.workers > MAX_WORKERS:
+        raise BenchmarkError(f"--workers must be from 1 to {MAX_WORKERS}, not {options.workers}")
     requests = [request for request in read_trace(options.file) if request.keys]
     if not requests:
         raise BenchmarkError("no request of the trace has a block")

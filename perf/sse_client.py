@@ -168,9 +168,8 @@ async def run_load(load: Load) -> list[StreamRecord]:
 
 
 def _report_unless_interrupted(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    if not isinstance(
-        context.get("exception"), KeyboardInterrupt
-    ):  # which ends the run, and is no fault of the transport
+    # An interrupt ends the run, and is no fault of the transport.
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
         loop.default_exception_handler(context)
 
 

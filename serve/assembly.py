@@ -197,6 +197,8 @@ def _what_does_not_fit(settings: CacheSettings, device_bytes: int, error: CacheM
     """Which size that is, what there is, and one that would fit."""
     disk_bytes = settings.disk_cache.capacity_bytes if settings.disk_cache else 0
     asked_bytes = {"device": device_bytes, "host": settings.host_cache, "disk": disk_bytes}[error.tier]
+    if not asked_bytes:  # the buffer for transfers, which has no option
+        return f"the cache does not fit: {error}"
     wrong = f"--{error.tier}-cache {format_size(asked_bytes)} does not fit: {error}"
     if error.available_bytes is None:
         return wrong

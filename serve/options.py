@@ -312,9 +312,8 @@ def default_disk_place() -> DiskPlace | None:
             root = Path.home() / ".cache"
         except RuntimeError:  # a user without a home, as in some containers
             return None
-    existing = next(
-        (folder for folder in (root, *root.parents) if os.path.isdir(folder)), None
-    )  # False where it may not look
+    # `isdir` is False where it may not look.
+    existing = next((folder for folder in (root, *root.parents) if os.path.isdir(folder)), None)
     if existing is None:
         return None
     capacity = min(4 << 30, shutil.disk_usage(existing).free // 10 >> 20 << 20)

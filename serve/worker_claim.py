@@ -18,6 +18,7 @@ import fcntl
 import glob
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -221,7 +222,10 @@ def _remove_files(directory: Path, worker_id: str) -> None:
         return
     registration = directory / f"{worker_id}{FILE_SUFFIX}"
     entry = read_entry(registration)
-    if entry is not None and (entry.machine != machine_id() or is_running(entry.registration.pid, entry.started)):
+    if entry is None:
+        if _size(registration) != 0:  # of another version, it may run elsewhere
+            return
+    elif entry.machine != machine_id() or is_running(entry.registration.pid, entry.started):
         return
     shutil.rmtree(_folder_of(directory, worker_id), ignore_errors=True)
     for path in (
@@ -240,12 +244,17 @@ def _strange_file(directory: Path, worker_id: str) -> Path | None:
     """
     # Of a worker that is just ending, each may go while it is looked at.
     lock, folder = _lock_path(directory, worker_id), _folder_of(directory, worker_id)
+    words = b""
     with contextlib.suppress(FileNotFoundError):
-        if _content(lock) not in (b"", _LOCK_WORDS):
-            return lock
+        words = _content(lock)
+    if words not in (b"", _LOCK_WORDS):
+        return lock
     registration = directory / f"{worker_id}{FILE_SUFFIX}"
-    if read_entry(registration) is None and os.path.lexists(registration):
-        return registration
+    # Power that fails may leave it empty; what lies beside a worker's lock is a worker's, if only of another version.
+    if read_entry(registration) is None:
+        size = _size(registration)
+        if size is None or (size and not words):
+            return registration
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -253,6 +262,15 @@ def _strange_file(directory: Path, worker_id: str) -> Path | None:
     except NotADirectoryError:
         return folder
     return None if all(name.endswith(_SOCKET_SUFFIX) for name in names) else folder
+
+
+def _size(path: Path) -> int | None:
+    """Of a file, in bytes: 0 where there is none, None for what is no file."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _content(path: Path) -> bytes:

@@ -91,10 +91,10 @@ class HostTier:
         self._recorder = TierRecorder(layout.block_bytes)
         self._lock = Lock()  # of `resize` and `close`
         self._pages: ResidentPages | None = None
-        check_available((num_slots + num_staging) * layout.slot_bytes, "the host tier")
-        self._reservation: Reservation = (budget or HostBudget()).reserve(
-            (num_slots + num_staging) * layout.slot_bytes, "the host tier"
-        )
+        num_bytes = (num_slots + num_staging) * layout.slot_bytes
+        purpose = "the host tier" if num_slots else "the buffer for transfers"  # nobody asked for a host tier
+        check_available(num_bytes, purpose)
+        self._reservation: Reservation = (budget or HostBudget()).reserve(num_bytes, purpose)
         try:
             self._arena, self.max_slots = _map(layout, num_slots, max_slots, num_staging)
             self._rows: Rows | None = self._arena.rows

@@ -145,10 +145,8 @@ def test_an_engine_that_has_not_measured_itself_waits_for_a_tier_as_it_is_known(
 
     def patience_s(block_s: float) -> float:
         planner = LoadPlanner(block_size=SIZE, block_bytes=1 << 20, clock=clock)
-        for num_blocks, seconds in (
-            (8, 0.005 + 8 * block_s),
-            (1, block_s),
-        ):  # the first 5 ms are those of threads that wake
+        # The first 5 ms are those of threads that wake.
+        for num_blocks, seconds in ((8, 0.005 + 8 * block_s), (1, block_s)):
             planner.begin_part("disk")
             clock.now_s += seconds
             planner.end_part("disk", 7, num_blocks, num_blocks)

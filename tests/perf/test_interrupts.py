@@ -3,12 +3,22 @@
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from dynamo.perf.interrupts import Interrupts, put_off
+from dynamo.perf.kernels_measure import busy_core
+from dynamo.perf.kernels_sections import Section, run_section
+from dynamo.perf.kernels_workload import Workload
+from dynamo.perf.nvidia_peer import NvidiaServing
+from dynamo.perf.peer_process import PeerProcess
 
 TIMEOUT_S = 30.0
 
@@ -103,3 +113,48 @@ def test_a_signal_that_is_put_off_comes_at_the_end_of_the_block() -> None:
             is_whole = True
         wait_for_ever()
     assert is_whole
+
+
+def start_section() -> None:
+    list(run_section(Section("s", "", "no:where"), Workload(1, 1, "cpu"), Console(quiet=True)))
+
+
+def start_peer() -> None:
+    PeerProcess("a project", "module", "--flag", [sys.executable, "-c", "input()"]).close()
+
+
+def start_nvidia() -> None:
+    NvidiaServing(Path(sys.executable), "1").close()
+
+
+def start_busy_core() -> None:
+    with busy_core():
+        wait_for_ever()
+
+
+@pytest.fixture
+def interrupted_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list["subprocess.Popen[Any]"]]:
+    """Processes, which take until they are ended; a signal comes as soon as there is one."""
+    started: list[subprocess.Popen[Any]] = []
+    start = subprocess.Popen
+
+    def interrupted(_: object, **options: Any) -> "subprocess.Popen[Any]":
+        started.append(start([sys.executable, "-S", "-c", f"import time; time.sleep({TIMEOUT_S})"], **options))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)  # where a signal would be seen
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    yield started
+    for process in started:
+        with process:
+            process.kill()
+
+
+@pytest.mark.parametrize("run", [start_section, start_peer, start_nvidia, start_busy_core])
+def test_a_signal_while_a_process_starts_leaves_none(
+    interrupted_starts: list["subprocess.Popen[Any]"], run: Callable[[], None]
+) -> None:
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        run()
+    assert [process.returncode is not None for process in interrupted_starts] == [True]

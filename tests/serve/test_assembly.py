@@ -106,6 +106,15 @@ def test_settings_that_do_not_fit_say_why(flags: dict[str, str], error: type[Exc
         build_engine(config_of(**flags), lambda share: None)
 
 
+def test_a_host_tier_that_nobody_asked_for_is_not_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamo.tiers.memory.available_memory_bytes", lambda: 16 << 20)
+    config = config_of(engine__engine="mocker", cache__disk_cache=f"{tmp_path}/kv:64MiB")
+    with pytest.raises(ConfigError, match=r"^the cache does not fit: the buffer for transfers needs .* available"):
+        build_engine(config, lambda share: None)
+
+
 def test_more_threads_than_cores_are_warned_of(run: Any, caplog: pytest.LogCaptureFixture) -> None:
     num_cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
     try:

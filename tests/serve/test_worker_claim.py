@@ -118,6 +118,35 @@ def test_a_folder_that_is_used_for_other_things_keeps_them(tmp_path: Path) -> No
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("has_words", [False, True])
+def test_a_registration_that_lost_power_left_empty_is_in_no_workers_way(tmp_path: Path, has_words: bool) -> None:
+    (tmp_path / "w.json").touch()
+    (tmp_path / "w.lock").write_bytes(lock_words(tmp_path) if has_words else b"")
+    with WorkerClaim.take(tmp_path, "another"):
+        assert (tmp_path / "w.json").exists() is not has_words
+    with WorkerClaim.take(tmp_path, "w") as claim:
+        assert claim.worker_id == "w"
+
+
+def test_a_registration_of_another_version_is_replaced_by_its_own_name_alone(tmp_path: Path) -> None:
+    (tmp_path / "w.lock").write_bytes(lock_words(tmp_path))
+    (tmp_path / "w.json").write_text('{"written": "by another version"}')
+    WorkerClaim.take(tmp_path, "another").close()
+    assert (tmp_path / "w.json").exists() and (tmp_path / "w.lock").exists()
+    WorkerClaim.take(tmp_path, "w").close()
+    (tmp_path / "w.lock").write_bytes(lock_words(tmp_path))
+    (tmp_path / "w.json").unlink()
+    (tmp_path / "w.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'w.json'} is no worker's"):
+        WorkerClaim.take(tmp_path, "w")
+
+
+def lock_words(directory: Path) -> bytes:
+    """What a worker writes into its lock."""
+    with WorkerClaim.take(directory, "writer"):
+        return (directory / "writer.lock").read_bytes()
+
+
 def test_a_worker_whose_lock_was_removed_is_not_tidied_up_after(tmp_path: Path) -> None:
     with worker_in(tmp_path, "alive") as (_, folder):
         (tmp_path / "alive.lock").unlink()

@@ -117,6 +117,12 @@ def test_addresses_that_cannot_be_had_cost_the_growth_only(
     arena.close()
 
 
+def test_an_arena_of_staging_rows_alone_is_not_called_the_host_tier(layout: BlockLayout, tmp_path: Path) -> None:
+    budget = HostBudget(tmp_path / "b", 10 * layout.slot_bytes)
+    with pytest.raises(TierMemoryError, match="the buffer for transfers needs"):
+        HostTier(layout, 0, num_staging=11, budget=budget)
+
+
 def test_the_budget_holds_what_is_resident(layout: BlockLayout, tmp_path: Path) -> None:
     budget = HostBudget(tmp_path / "b", 10 * layout.slot_bytes)
     arena = HostTier(layout, 4, num_staging=2, max_slots=100, budget=budget)

@@ -26,7 +26,8 @@ def tokens_of(number: int) -> list[int]:
 @pytest.fixture
 def cache(make_cache: Callable[..., KVCache], content: Any, tmp_path: Path) -> KVCache:
     """Has 48 blocks on disk and nowhere else."""
-    cache = make_cache(device_blocks=64, disk=f"{tmp_path}:{64 * SLOT}")  # room beside blocks that a busy disk still takes
+    # Device blocks for more than the sequences: a busy disk is behind with some.
+    cache = make_cache(device_blocks=64, disk=f"{tmp_path}:{64 * SLOT}")
     for number in range(NUM_SEQUENCES):
         content.run(cache, tokens_of(number))
     assert cache.flush()

@@ -3,7 +3,16 @@
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["KernelArgumentError", "Rows", "SlotIds", "check_distinct", "check_ids", "check_rows"]
+__all__ = [
+    "KernelArgumentError",
+    "Rows",
+    "SlotIds",
+    "check_array",
+    "check_distinct",
+    "check_ids",
+    "check_rows",
+    "describe",
+]
 
 SlotIds = npt.NDArray[np.int64]
 """1-D array of row or slot numbers; the numbers need not be consecutive."""
@@ -57,14 +66,28 @@ def check_ids(ids: SlotIds, name: str, num_rows: int, length: int | None = None)
         KernelArgumentError: dtype, shape, length or a number is wrong.
     """
     if not isinstance(ids, np.ndarray) or ids.dtype != np.int64 or ids.ndim != 1:
-        found = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
-        raise KernelArgumentError(f"{name} must be a 1-D numpy int64 array, got {found}")
+        raise KernelArgumentError(f"{name} must be a 1-D numpy int64 array, got {describe(ids)}")
     if length is not None and ids.size != length:
         raise KernelArgumentError(f"{name} has {ids.size} ids, {length} are needed: the two sides must pair up")
     if ids.size:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= num_rows:
             raise KernelArgumentError(f"{name} holds {low if low < 0 else high}, outside [0, {num_rows})")
+
+
+def check_array(array: object, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
+    """Checks that `array` is a numpy array of this type and shape.
+
+    Raises:
+        KernelArgumentError: it is not.
+    """
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+        raise KernelArgumentError(f"{name} must be {np.dtype(dtype)} {shape}, got {describe(array)}")
+
+
+def describe(found: object) -> str:
+    """What was given where an array was to be, for messages."""
+    return f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
 
 
 def check_distinct(ids: SlotIds, name: str, num_rows: int) -> None:

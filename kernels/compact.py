@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dynamo.kernels.checks import KernelArgumentError, check_distinct, check_ids
+from dynamo.kernels.checks import KernelArgumentError, check_distinct, check_ids, describe
 from dynamo.kernels.copy_blocks import copy_blocks
 from dynamo.kernels.view import View
 
@@ -34,8 +34,8 @@ def plan_compaction(used_mask: npt.NDArray[np.bool_]) -> Moves:
     >>> plan_compaction(np.array([True, False, True, False, False, True, True])).tolist()
     [[5, 1], [6, 3]]
     """
-    if used_mask.dtype != np.bool_ or used_mask.ndim != 1:
-        raise KernelArgumentError(f"used_mask must be bool [num_blocks], got {used_mask.dtype} {used_mask.shape}")
+    if not isinstance(used_mask, np.ndarray) or used_mask.dtype != np.bool_ or used_mask.ndim != 1:
+        raise KernelArgumentError(f"used_mask must be bool [num_blocks], got {describe(used_mask)}")
     num_used = int(np.count_nonzero(used_mask))
     moved = np.flatnonzero(used_mask[num_used:]) + num_used
     holes = np.flatnonzero(~used_mask[:num_used])
@@ -65,8 +65,7 @@ def compact(pool: View, moves: Moves, *, sm_budget: int | None = None, stream: t
     [0, 5, 2, 6]
     """
     if not isinstance(moves, np.ndarray) or moves.dtype != np.int64 or moves.ndim != 2 or moves.shape[1] != 2:
-        found = f"{moves.dtype} {moves.shape}" if isinstance(moves, np.ndarray) else type(moves).__name__
-        raise KernelArgumentError(f"moves must be int64 [num_moves, 2], got {found}")
+        raise KernelArgumentError(f"moves must be int64 [num_moves, 2], got {describe(moves)}")
     sources, destinations = moves[:, 0], moves[:, 1]
     for ids, name in ((sources, "sources of moves"), (destinations, "destinations of moves")):
         check_ids(ids, name, pool.num_blocks)

@@ -186,10 +186,14 @@ def _expand(table: Int64s, count: int, stride: int) -> Int64s:
 
 
 def _check_places_distinct(dst: View) -> None:
-    """No two blocks of a view that is written may lie at the same place. Layouts make no such views; callers can."""
+    """No two blocks, layers or planes of a view that is written may lie at the same place. Callers can make such views."""
+    if not dst.num_blocks:  # torch gives every tensor without elements the address 0
+        return
     offsets = dst.block_offsets
     if not (offsets[1:] > offsets[:-1]).all() and np.unique(offsets).size != offsets.size:
         raise KernelArgumentError("blocks of the destination lie at the same place; give each an offset of its own")
+    if dst.base.size > 1 and np.unique(dst.base).size != dst.base.size:
+        raise KernelArgumentError("layers or planes of the destination lie at the same place; give each its own memory")
 
 
 def _check_blocks_apart(

@@ -35,6 +35,7 @@ EVENT_WITHOUT_TIMING = 2
 NON_BLOCKING = 1
 PROBES = 8
 ATTRIBUTE_BYTES = 128  # larger than any version of the structs written to or read from it
+DEVICE_POINTER_OFFSET = 8  # in cudaPointerAttributes, behind the type and the device
 
 
 @functools.cache
@@ -93,7 +94,6 @@ class CudaRuntime:
         self._event_destroy = self._resolve("cudaEventDestroy", pointer)
         self._register = self._resolve("cudaHostRegister", pointer, size, ctypes.c_uint)
         self._unregister = self._resolve("cudaHostUnregister", pointer)
-        self._device_pointer = self._resolve("cudaHostGetDevicePointer", pointer, pointer, ctypes.c_uint)
         self._attributes = self._resolve("cudaPointerGetAttributes", pointer, pointer)
         self._last_error = self._resolve("cudaGetLastError")
         self._error_string = self._resolve("cudaGetErrorString", integer, result=ctypes.c_char_p)
@@ -157,15 +157,22 @@ class CudaRuntime:
         return Memory.PINNED if all(self._memory_at(a) is Memory.PINNED for a in between) else Memory.PAGEABLE
 
     def _memory_at(self, address: int) -> Memory:
-        found = (ctypes.c_int * (ATTRIBUTE_BYTES // 4))()
-        self._check(self._attributes(ctypes.addressof(found), address), "cudaPointerGetAttributes")
-        return {1: Memory.PINNED, 2: Memory.DEVICE, 3: Memory.DEVICE}.get(found[0], Memory.PAGEABLE)
+        kind = self._attributes_at(address)[0]
+        return {1: Memory.PINNED, 2: Memory.DEVICE, 3: Memory.DEVICE}.get(kind, Memory.PAGEABLE)
 
     def host_device_pointer(self, address: int) -> int:
-        """See CudaDriver."""
-        found = ctypes.c_void_p()
-        self._check(self._device_pointer(ctypes.addressof(found), address, 0), "cudaHostGetDevicePointer")
-        return found.value or 0
+        """See CudaDriver. Not cudaHostGetDevicePointer, which promises an answer only for where an allocation begins."""
+        found = ctypes.c_void_p.from_buffer(self._attributes_at(address), DEVICE_POINTER_OFFSET).value
+        if not found:
+            raise CudaError(
+                1, "cudaPointerGetAttributes", f"no GPU reaches the host memory at {address:#x}; register it"
+            )
+        return found
+
+    def _attributes_at(self, address: int) -> "ctypes.Array[ctypes.c_int]":
+        found = (ctypes.c_int * (ATTRIBUTE_BYTES // 4))()
+        self._check(self._attributes(ctypes.addressof(found), address), "cudaPointerGetAttributes")
+        return found
 
     def host_register(self, address: int, num_bytes: int) -> None:
         """See CudaDriver."""

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
+from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_array, check_ids, check_rows
 
 __all__ = ["digest_rows"]
 
@@ -35,8 +35,7 @@ def digest_rows(rows: Rows, row_ids: SlotIds, seeds: npt.NDArray[np.uint64], num
     """
     check_rows(rows, "rows")
     check_ids(row_ids, "row_ids", rows.shape[0])
-    if seeds.dtype != np.uint64 or seeds.shape != row_ids.shape:
-        raise KernelArgumentError(f"seeds must be uint64 {row_ids.shape}, got {seeds.dtype} {seeds.shape}")
+    check_array(seeds, "seeds", np.uint64, row_ids.shape)
     if not 0 <= num_bytes <= rows.shape[1]:
         raise KernelArgumentError(f"num_bytes is {num_bytes}, outside [0, {rows.shape[1]}]")
     digests = np.empty(row_ids.size, dtype=np.uint64)

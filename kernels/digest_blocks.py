@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_ids
+from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_array, check_ids
 from dynamo.kernels.copy_plan import plan_copy
 from dynamo.kernels.digest_host import Digests, add_row_sums, block_starts, mix
 from dynamo.kernels.kernel_call import Target
@@ -79,6 +79,7 @@ def digest_blocks_new(view: View, ids: SlotIds, seeds: Digests | None = None) ->
     >>> (digest_blocks_new(view, np.array([0, 1])) == before).tolist()
     [True, False]
     """
+    check_ids(ids, "ids", view.num_blocks)
     out = torch.empty(ids.size, dtype=torch.uint64, device=view.device)
     digest_blocks(view, ids, out, seeds=seeds)
     return out
@@ -158,5 +159,5 @@ def _check_numbers(out: Tensor, seeds: Digests | None, ids: SlotIds, device: tor
         raise KernelArgumentError(f"out must be contiguous uint64 {list(ids.shape)}, got {out.dtype} {list(out.shape)}")
     if out.device != device:
         raise KernelArgumentError(f"out is on {out.device}, the digests are made on {device}")
-    if seeds is not None and (seeds.dtype != np.uint64 or seeds.shape != ids.shape):
-        raise KernelArgumentError(f"seeds must be uint64 {ids.shape}, got {seeds.dtype} {seeds.shape}")
+    if seeds is not None:
+        check_array(seeds, "seeds", np.uint64, ids.shape)

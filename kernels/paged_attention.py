@@ -10,6 +10,8 @@ what the host cannot check, the kernels do: a block number outside the cache, or
 nothing and gives NaN.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -151,7 +153,7 @@ def paged_prefill(
 
     Raises:
         KernelArgumentError: shapes, dtypes, strides or devices do not fit. On the CPU also a block number out of range,
-            and query_starts that do not rise from 0 in steps of up to max_query_len.
+            and query_starts that do not rise from 0 to num_tokens in steps of up to max_query_len.
 
     >>> import torch
     >>> k_cache, v_cache = torch.randn(2, 4, 16, 1, 64)
@@ -181,7 +183,7 @@ def paged_prefill(
                 k_scale, v_scale,
             )  # fmt: skip
         return out
-    _check_chunks(query_starts, max_query_len)
+    _check_chunks(query_starts, q.shape[0], max_query_len)
     return paged_reference.attend(
         q, k_cache, v_cache, block_tables, context_lens, query_starts, scale, window, out, k_scale, v_scale
     )
@@ -211,15 +213,17 @@ def paged_write(
     >>> k_cache[2, 14:].sum().item(), k_cache.sum().item()
     (16.0, 16.0)
     """
-    num_tokens = k.shape[0]
+    num_tokens = k.shape[0] if k.ndim else 0
     for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if cache.ndim != 4 or tuple(new.shape) != (num_tokens, *cache.shape[2:]) or new.dtype != cache.dtype:
             raise KernelArgumentError(
                 f"{name} is {_describe(new)} and {name}_cache {_describe(cache)}; they must agree in dtype, heads and "
                 "head_dim, over [num_tokens] and [num_blocks, block_size]"
             )
-        if new.stride(2) != 1 or cache.stride(3) != 1:
-            raise KernelArgumentError(f"the last stride of {name} and {name}_cache must be 1")
+        if new.stride(2) != 1 or cache.stride(3) != 1 or _repeats(cache):
+            raise KernelArgumentError(
+                f"the last stride of {name} and {name}_cache must be 1, and no other of the cache 0"
+            )
         if cache.device != k.device or new.device != k.device:
             raise KernelArgumentError(f"{name} and {name}_cache must be on {k.device}")
     if k_cache.shape[:3] != v_cache.shape[:3]:
@@ -306,17 +310,17 @@ def _check_sequences(q: Tensor, block_tables: Tensor, context_lens: Tensor, scal
     num_seqs = context_lens.shape[0] if context_lens.ndim == 1 else -1
     _check_index(context_lens, "context_lens", (num_seqs,), q.device)
     _check_index(block_tables, "block_tables", (num_seqs, block_tables.shape[-1]), q.device)
-    if not scale > 0:
-        raise KernelArgumentError(f"scale must be positive, not {scale}")
+    if not 0 < scale < math.inf:
+        raise KernelArgumentError(f"scale must be positive and finite, not {scale}")
     if window is not None and window < 1:
         raise KernelArgumentError(f"window must be at least 1 token, not {window}; None means no window")
 
 
-def _check_chunks(query_starts: Tensor, max_query_len: int) -> None:
+def _check_chunks(query_starts: Tensor, num_tokens: int, max_query_len: int) -> None:
     """What takes the values of `query_starts`, so on the CPU only."""
     lengths = query_starts.diff()
-    if int(query_starts[0]) != 0 or (lengths < 0).any():
-        raise KernelArgumentError(f"query_starts must rise from 0, got {query_starts.tolist()}")
+    if int(query_starts[0]) != 0 or (lengths < 0).any() or int(query_starts[-1]) != num_tokens:
+        raise KernelArgumentError(f"query_starts must rise from 0 to {num_tokens}, got {query_starts.tolist()}")
     if (lengths > max_query_len).any():
         raise KernelArgumentError(f"a chunk has {int(lengths.max())} queries, max_query_len is {max_query_len}")
 
@@ -341,8 +345,13 @@ def _check_out(q: Tensor, v_cache: Tensor, out: Tensor) -> None:
         raise KernelArgumentError(
             f"out must be {q.dtype} {[*q.shape[:2], v_cache.shape[3]]} on {q.device}, got {_describe(out)} on {out.device}"
         )
-    if out.stride(2) != 1:
-        raise KernelArgumentError("the last stride of out must be 1")
+    if out.stride(2) != 1 or _repeats(out):
+        raise KernelArgumentError(f"the last stride of out must be 1 and no other 0, got {list(out.stride())}")
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether some of its elements are the same memory, as in expanded tensors."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _describe(tensor: Tensor) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_distinct, check_ids
+from dynamo.kernels.checks import KernelArgumentError, SlotIds, check_array, check_distinct, check_ids
 from dynamo.kernels.copy_blocks import copy_blocks
 from dynamo.kernels.copy_plan import plan_copy
 from dynamo.kernels.host_tiles import HostWindow
@@ -30,6 +30,8 @@ from dynamo.kernels.view import View
 __all__ = ["Rope", "rope_shift"]
 
 ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
+MAX_DELTA = 1 << 31
+"""Positions; so far an angle in fp64 is right to 2**-22 radians."""
 
 
 def rope_shift(
@@ -55,7 +57,7 @@ def rope_shift(
         src_ids: int64 [n].
         dst: blocks of the same shape, in any layout.
         dst_ids: int64 [n], distinct.
-        deltas: int64 [n], new position minus old, of either sign.
+        deltas: int64 [n], new position minus old, of either sign, up to 2**31: angles are made in fp64.
         rope: the model's rotary embedding.
         elements: dtype of the rows: fp32, fp16 or bf16.
         values: copy plane 1 as it is; False leaves it alone.
@@ -135,8 +137,9 @@ def _check(
     check_ids(src_ids, "src_ids", src.num_blocks)
     check_ids(dst_ids, "dst_ids", dst.num_blocks, src_ids.size)
     check_distinct(dst_ids, "dst_ids", dst.num_blocks)
-    if deltas.dtype != np.int64 or deltas.shape != src_ids.shape:
-        raise KernelArgumentError(f"deltas must be int64 {src_ids.shape}, got {deltas.dtype} {deltas.shape}")
+    check_array(deltas, "deltas", np.int64, src_ids.shape)
+    if deltas.size and not -MAX_DELTA <= deltas.min() <= deltas.max() <= MAX_DELTA:
+        raise KernelArgumentError(f"deltas reach from {deltas.min()} to {deltas.max()}, past {MAX_DELTA} positions")
     if elements not in ELEMENTS:
         raise KernelArgumentError(f"elements are {elements}; only fp32, fp16 and bf16 can be rotated")
     head_dim, rest = divmod(src.row_bytes, elements.itemsize)

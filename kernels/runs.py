@@ -161,7 +161,8 @@ def in_host_order(
         src, src_ids, dst, dst_ids = match_views(src, src_ids, dst, dst_ids)
     host, host_ids = (src, src_ids) if order_by == "src" else (dst, dst_ids)
     check_ids(host_ids, f"{order_by}_ids", host.num_blocks)
-    if src_ids.shape == dst_ids.shape and src_ids.dtype == dst_ids.dtype:
+    are_arrays = isinstance(src_ids, np.ndarray) and isinstance(dst_ids, np.ndarray)  # else `plan_copy` says so
+    if are_arrays and src_ids.shape == dst_ids.shape and src_ids.dtype == dst_ids.dtype:
         src_ids, dst_ids = ascending_pairs(src_ids, dst_ids, order_by, host.num_blocks)
     return src, src_ids, dst, dst_ids
 

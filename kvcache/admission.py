@@ -105,7 +105,7 @@ class Adaptive:
     def __init__(
         self,
         tracker: ReuseTracker,
-        price: Callable[[str], float],
+        price: Callable[[str, float], float],
         *,
         write_cost: float = 0.02,
         unproven_cost: float = 0.02,
@@ -114,7 +114,7 @@ class Adaptive:
     ) -> None:
         """
         Args:
-            price: of a tier, hits per second and slot.
+            price: of a tier at a time in seconds, hits per second and slot.
             write_cost: of a block that an earlier use offered, in hits.
             unproven_cost: of any other block, in hits.
             budget: how tight the write budget is: 0 for not at all, 1 when nothing may be written.
@@ -141,23 +141,24 @@ class Adaptive:
         proven_end = max(use.num_known_blocks, first + ghosts.count_leading(lacking, use))
         prompt_end = max(len(keys) if use.num_prompt_blocks is None else use.num_prompt_blocks, proven_end)
         use_now = replace(use, num_known_blocks=proven_end, num_prompt_blocks=prompt_end)
+        price = _nearest_step(self._price(tier, use.time_s))
         room = 1.0 if self._budget is None else 1.0 - self._budget()
         gain, best_gain, admitted = 0.0, 0.0, 0
         for start, end, part in reversed(list(parts(use_now, len(keys)))):
             if end > first and room > 0:
                 is_proven = part.part in (Part.KNOWN, Part.SHARED)
-                gain += (end - max(start, first)) * self._gain_of(tier, is_proven, room)[group_of(part)]
+                gain += (end - max(start, first)) * self._gain_of(price, is_proven, room)[group_of(part)]
                 if gain > best_gain:
                     best_gain, admitted = gain, end - first
         ghosts.settle(lacking, use, admitted)
         return admitted
 
-    def _gain_of(self, tier: str, is_proven: bool, room: float) -> Sequence[float]:
+    def _gain_of(self, price: float, is_proven: bool, room: float) -> Sequence[float]:
         """By group; computed once for what the tracker has learned and each step of price and cost."""
         if self._tables is not self._tracker.tables:
             self._tables = self._tracker.tables
             self._gains.clear()
-        price, cost = _nearest_step(self._price(tier)), _nearest_step(self._costs[0 if is_proven else 1] / room)
+        cost = _nearest_step(self._costs[0 if is_proven else 1] / room)
         gains = self._gains.get((price, cost))
         if gains is None:
             gains = self._gains[price, cost] = self._tables.write_gain(price, cost).tolist()

@@ -3,23 +3,24 @@
 import math
 import threading
 from array import array
-from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Literal, Self, get_args
 
 import torch
 
-from dynamo.kvcache.config import DiskPlace, format_size, parse_disk_place, parse_size
+from dynamo.kvcache.chain_roots import ChainRoots
+from dynamo.kvcache.config import DiskPlace, parse_disk_place, parse_host_sizes, parse_size
 from dynamo.kvcache.device_pool import DevicePool
-from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError, UnsupportedError
+from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, UnsupportedError
 from dynamo.kvcache.events import Event, EventLog, Snapshot
-from dynamo.kvcache.hashing import BlockKey, ChainRoot, KeyChain, Tokens, block_keys, chain_root, pack_tokens
+from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, block_keys, pack_tokens
 from dynamo.kvcache.leases import HeldSlots, Lease, LeaseBook, PinInfo
 from dynamo.kvcache.planner import LoadPlanner
 from dynamo.kvcache.policies import AdmissionName, BeginUse, EvictionName, Policies
 from dynamo.kvcache.pool import BlockPlace
+from dynamo.kvcache.prefetch import close_when_loaded
 from dynamo.kvcache.prefix_load import PrefixLoader
 from dynamo.kvcache.removals import Removal
 from dynamo.kvcache.sequence import Sequence
@@ -27,9 +28,9 @@ from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, CacheStats
 from dynamo.kvcache.status import CacheStatus, Residency, Verification, cache_status
 from dynamo.kvcache.store import BlockStore
+from dynamo.kvcache.tier_errors import translated_errors
 from dynamo.kvcache.window import RequestWindow
 from dynamo.tiers.device import DeviceTier
-from dynamo.tiers.errors import TierClosedError, TierConfigError, TierMemoryError
 from dynamo.tiers.mover import Priority
 from dynamo.tiers.stats import TierStats
 
@@ -38,7 +39,6 @@ __all__ = ["KVCache", "TierName"]
 TierName = Literal["device", "host", "disk"]
 
 _CLOSE_TIMEOUT_S = 30.0
-_MAX_ROOTS = 1024
 _SCRUB_RATE = "8MiB"  # 200 GiB in seven hours, with 0.3 % of what an NVMe disk gives; a shared network disk gives 10 %
 _MAX_TTL_S = 30 * 86400.0
 
@@ -77,10 +77,10 @@ class KVCache:
             disk: "PATH:SIZE" of the disk tier, or "PATH,PATH:SIZE" for several devices, always in the same order; None: no
                 disk tier. The folder holds one sub-folder for each spec.
             load_timeout_s: a block that takes longer to load is computed instead; see also `observe_compute`.
-            load_patience: share of the time to compute a prompt that waiting for its loads may cost beyond what they save, and
-                at least some milliseconds of a tier whose last load came in time; None: all that is cached is loaded and
-                waited for, as it is before `observe_compute` has told that time; with `overlap`, then, for 25 ms and while it
-                comes fast.
+            load_patience: share of the time to compute a prompt that waiting for its loads may cost beyond what they save. For
+                short prompts up to 2 ms, where their tiers' last loads came in time, and a fifth at most of what loading saves.
+                None: all that is cached is loaded and waited for, as it is before `observe_compute` has told that time; with
+                `overlap`, then, for 25 ms at most and while it comes fast, and not from a disk that was slow at the start.
             io_threads: threads that read and write the disk file.
             eviction: which blocks of a full tier go first.
             admission: which blocks the host and disk tiers take.
@@ -101,13 +101,7 @@ class KVCache:
             raise CacheConfigError(f"load_patience must be a share from 0 on, or None, not {load_patience}")
         if not 0 <= load_timeout_s < math.inf:
             raise CacheConfigError(f"load_timeout_s must be seconds from 0 on, not {load_timeout_s}")
-        host_bytes = parse_size(host) if host is not None else 0
-        max_host_bytes = host_bytes if host_max is None else parse_size(host_max)
-        if max_host_bytes < host_bytes or max_host_bytes > host_bytes == 0:
-            raise CacheConfigError(
-                f"a host tier of {format_size(host_bytes)} cannot be resized up to host_max={format_size(max_host_bytes)}; "
-                "give a host tier, and at least its size"
-            )
+        host_bytes, max_host_bytes = parse_host_sizes(host, host_max)
         place = parse_disk_place(disk) if isinstance(disk, str) else disk
         self.spec = spec
         self.block_size = spec.block_size
@@ -118,29 +112,31 @@ class KVCache:
         self._planner = LoadPlanner(
             block_size=spec.block_size, block_bytes=spec.layout.block_bytes, patience=load_patience
         )
-        self._roots: OrderedDict[tuple[str, str], ChainRoot] = OrderedDict()
-        self._roots_lock = threading.Lock()
+        self._roots = ChainRoots(spec.fingerprint, spec.block_size)
+        self._closing = threading.Lock()
         self._is_closed = False
         self._store: BlockStore | None = None
         self._policies = Policies(eviction, admission, write_budget=self._write_tightness)
-        with _translated_errors(), ExitStack() as undo:
-            self._device = DeviceTier(spec.layout, spec.dtype, device_blocks, device)
+        with ExitStack() as undo:
+            with translated_errors("device"):
+                self._device = DeviceTier(spec.layout, spec.dtype, device_blocks, device)
             undo.callback(self._device.close)
             if host_bytes or place is not None:
-                self._store = BlockStore.open(
-                    spec,
-                    self._device,
-                    self._events,
-                    self._counters,
-                    self._planner,
-                    host_bytes=host_bytes,
-                    disk=place,
-                    io_threads=io_threads,
-                    max_host_bytes=max_host_bytes,
-                    policies=self._policies,
-                    disk_write_budget=None if disk_write_budget is None else parse_size(disk_write_budget),
-                    scrub_bytes_per_s=parse_size(scrub_bytes_per_s),
-                )
+                with translated_errors("host"):
+                    self._store = BlockStore.open(
+                        spec,
+                        self._device,
+                        self._events,
+                        self._counters,
+                        self._planner,
+                        host_bytes=host_bytes,
+                        disk=place,
+                        io_threads=io_threads,
+                        max_host_bytes=max_host_bytes,
+                        policies=self._policies,
+                        disk_write_budget=None if disk_write_budget is None else parse_size(disk_write_budget),
+                        scrub_bytes_per_s=parse_size(scrub_bytes_per_s),
+                    )
             undo.pop_all()
         self._pool = DevicePool(self._device, self._events, self._counters, self._policies.new_order("device"))
         self._leases = LeaseBook()
@@ -221,7 +217,7 @@ class KVCache:
             CacheConfigError: there is no such layer.
         """
         self._check_open()
-        with _translated_errors():
+        with translated_errors("device"):
             return self._device.layer(index)
 
     def observe_compute(self, num_tokens: int, context_tokens: float, seconds: float) -> None:
@@ -251,39 +247,30 @@ class KVCache:
 
     def block_keys(self, tokens: Tokens, *, salt: str = "", lora: str = "") -> list[BlockKey]:
         """Keys of the full blocks of `tokens`: what `explain` takes, and what events and other caches name them by."""
-        return block_keys(tokens, self.block_size, self._root(salt, lora))
+        return block_keys(tokens, self.block_size, self._roots.get(salt, lora))
 
     def prefetch(self, tokens: Tokens, *, salt: str = "", lora: str = "") -> Future[int]:
         """Starts bringing the cached prefix of `tokens` into device memory, where it stays until evicted.
 
         Returns:
             A future of the number of leading tokens that are in device memory when the loads have ended, which is at the
-            latest after `load_timeout_s`.
+            latest after `load_timeout_s`. Closing the cache makes it CacheClosedError, a fault of the device that fault.
 
         Raises:
             OutOfBlocksError: the device pool cannot hold the prefix now, or would have no block left for each sequence.
         """
-        done: Future[int] = Future()
         held = self.lookup(tokens, salt=salt, lora=lora).cached_tokens
         if not held:
-            done.set_result(0)
-            return done
+            nothing: Future[int] = Future()
+            nothing.set_result(0)
+            return nothing
         packed = array("I")
         packed.frombytes(pack_tokens(tokens)[: 4 * held])
         # Each open sequence will want a block before long.
         spare_blocks = self._pool.num_sequences
         num_blocks = held // self.block_size
         sequence = self._open(packed, salt, lora, num_blocks, spare_blocks, None, priority=Priority.PREFETCH)
-
-        def finish() -> None:
-            with sequence:
-                sequence.wait(0.0)
-                num_tokens = sequence.num_cached_tokens
-            if done.set_running_or_notify_cancel():
-                done.set_result(num_tokens)
-
-        sequence.when_ready(finish)
-        return done
+        return close_when_loaded(sequence)
 
     def pin(
         self,
@@ -358,8 +345,16 @@ class KVCache:
         _check_tier(tier)
         if self._store is None or all(stats.name != tier for stats in self._store.tier_stats()):
             raise UnsupportedError(f"the cache was made without a {tier} tier, so there is none to resize")
-        with _translated_errors():
+        with translated_errors(tier):
             return self._store.resize(tier, num_bytes)
+
+    def describe_shortage(self) -> str | None:
+        """Where a disk is too small for the disk tier's size, and the way out; None if none is. Blocks are dropped there then.
+
+        Space may be freed later, so a size beyond it is no error: ask after `resize`. The log has the same.
+        """
+        self._check_open()
+        return self._store.describe_shortage() if self._store else None
 
     def verify(self, timeout_s: float = 60.0) -> Verification:
         """Reads what lies on disk and compares it with its digests; forgets and counts the blocks that are not right.
@@ -377,7 +372,7 @@ class KVCache:
             raise ValueError(f"timeout_s must be seconds from 0 on, not {timeout_s}")
         if self._store is None:
             raise UnsupportedError("there is no disk tier to verify; give the cache one")
-        with _translated_errors():
+        with translated_errors("disk"):
             return self._store.verify(timeout_s)
 
     def clear(self, tier: TierName | None = None) -> None:
@@ -459,11 +454,16 @@ class KVCache:
             self._store.check_invariants()
 
     def close(self) -> None:
-        """Writes what is pending, ends all threads and frees all tiers. Sequences must no longer be used. Idempotent."""
-        with self._roots_lock:
+        """Writes what is pending, ends all threads and frees all tiers. Idempotent.
+
+        Pins end. Of sequences that are still open, nothing but their `close` is of use: what else is asked of them raises
+        CacheClosedError, also of a thread that waits for their loads meanwhile.
+        """
+        with self._closing:
             if self._is_closed:
                 return
             self._is_closed = True
+        self._pool.close()
         self._leases.close(_CLOSE_TIMEOUT_S)
         if self._store:
             self._store.close(_CLOSE_TIMEOUT_S)
@@ -483,7 +483,7 @@ class KVCache:
         overlap: bool = False,
     ) -> Sequence:
         self._check_open()
-        chain = KeyChain(self._root(salt, lora), self.block_size)
+        chain = KeyChain(self._roots.get(salt, lora), self.block_size)
         chain.extend(memoryview(packed).cast("B"))
         loader = None
         if self._store:
@@ -519,18 +519,6 @@ class KVCache:
         if self._store:
             yield from self._store.tier_stats()
 
-    def _root(self, salt: str, lora: str) -> ChainRoot:
-        with self._roots_lock:
-            root = self._roots.get((salt, lora))
-            if root is None:
-                root = chain_root(self.spec.fingerprint, self.block_size, salt=salt, lora=lora)
-                self._roots[salt, lora] = root
-                if len(self._roots) > _MAX_ROOTS:
-                    self._roots.popitem(last=False)
-            else:
-                self._roots.move_to_end((salt, lora))
-            return root
-
     def _check_open(self) -> None:
         if self._is_closed:
             raise CacheClosedError("the cache is closed")
@@ -545,18 +533,3 @@ def _check_tier(name: str) -> None:
 def _check_ttl(ttl_s: float) -> None:
     if not 0 < ttl_s <= _MAX_TTL_S:
         raise ValueError(f"ttl_s must be above 0 and at most {_MAX_TTL_S:g} seconds, not {ttl_s}")
-
-
-@contextmanager
-def _translated_errors() -> Iterator[None]:
-    """What tiers raise, in the words of this package."""
-    try:
-        yield
-    except TierMemoryError as error:
-        raise CacheMemoryError(
-            str(error), needed_bytes=error.needed_bytes, available_bytes=error.available_bytes
-        ) from error
-    except TierConfigError as error:
-        raise CacheConfigError(str(error)) from error
-    except TierClosedError as error:
-        raise CacheClosedError(str(error)) from error

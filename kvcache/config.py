@@ -8,7 +8,7 @@ from pathlib import Path
 from dynamo.kvcache.errors import CacheConfigError
 from dynamo.tiers.write_budget import least_bytes_per_day
 
-__all__ = ["DiskPlace", "check_write_budget", "format_size", "parse_disk_place", "parse_size"]
+__all__ = ["DiskPlace", "check_write_budget", "format_size", "parse_disk_place", "parse_host_sizes", "parse_size"]
 
 _UNITS: dict[str, int] = {
     "": 1,
@@ -119,3 +119,19 @@ def parse_disk_place(text: str) -> DiskPlace:
     if not capacity_bytes:
         raise CacheConfigError(f"{text!r} is a disk tier that holds nothing; give it a size, or leave it out")
     return DiskPlace(directories, capacity_bytes)
+
+
+def parse_host_sizes(host: str | int | None, host_max: str | int | None) -> tuple[int, int]:
+    """Bytes of the host tier, 0 for none, and to how many it may be resized: without `host_max` no more than now.
+
+    Raises:
+        CacheConfigError: a size is wrong, or the tier is larger than `host_max`, or there is none to be resized.
+    """
+    host_bytes = parse_size(host) if host is not None else 0
+    max_host_bytes = host_bytes if host_max is None else parse_size(host_max)
+    if max_host_bytes < host_bytes or max_host_bytes > host_bytes == 0:
+        raise CacheConfigError(
+            f"a host tier of {format_size(host_bytes)} cannot be resized up to host_max={format_size(max_host_bytes)}; "
+            "give a host tier, and at least its size"
+        )
+    return host_bytes, max_host_bytes

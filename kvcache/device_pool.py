@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynamo.kvcache.clearing import clear_pool
-from dynamo.kvcache.errors import OutOfBlocksError
+from dynamo.kvcache.errors import CacheClosedError, OutOfBlocksError
 from dynamo.kvcache.events import EventLog, RunStarts
 from dynamo.kvcache.eviction import EvictionOrder, Use
 from dynamo.kvcache.hashing import BlockKey
@@ -46,6 +46,7 @@ class DevicePool:
         self._num_sequences = 0
         self._num_pins = 0
         self._num_held = 0
+        self._is_closed = False
 
     @property
     def num_available(self) -> int:
@@ -67,13 +68,15 @@ class DevicePool:
 
         Raises:
             OutOfBlocksError: fewer than `spare_blocks` would be available afterwards; nothing was reserved.
+            CacheClosedError: after `close`.
         """
         with self._changed:
+            self.check_open()
             matched = self._pool.find_prefix(keys)
             self._pool.acquire(matched)
             try:
                 fresh = self._allocate(num_blocks - len(matched), spare_blocks)
-            except OutOfBlocksError:
+            except (OutOfBlocksError, CacheClosedError):
                 self._pool.release(matched)
                 raise
             self._num_sequences += 1
@@ -87,8 +90,10 @@ class DevicePool:
 
         Raises:
             OutOfBlocksError: that many are not available; nothing was reserved.
+            CacheClosedError: after `close`.
         """
         with self._changed:
+            self.check_open()
             return self._allocate(num_blocks, 0)
 
     def share(self, keys: Sequence[BlockKey], slots: SlotIds, parent: BlockKey | None) -> SlotIds:
@@ -99,8 +104,12 @@ class DevicePool:
 
         Returns:
             Where the sequence holds its blocks now: a block known before is shared, and the sequence's own slot freed.
+
+        Raises:
+            CacheClosedError: after `close`.
         """
         with self._changed:
+            self.check_open()
             registered = self._pool.register(keys, slots, parent)
             if len(registered.new) == len(keys):
                 self._events.stored("device", list(keys), parent)
@@ -117,8 +126,12 @@ class DevicePool:
 
         All of them and not the new ones alone: whichever of sequence and offload ends last then files the chain as one,
         leaves first.
+
+        Raises:
+            CacheClosedError: after `close`.
         """
         with self._changed:
+            self.check_open()
             self._pool.acquire(slots)
             self._num_pins += 1
 
@@ -172,6 +185,19 @@ class DevicePool:
         with self._changed:
             return tier_usage(self.tier.stats(), self._pool, self.tier.layout.slot_bytes, self._counters.hits("device"))
 
+    def check_open(self) -> None:
+        """Raises CacheClosedError after `close`."""
+        if self._is_closed:
+            raise CacheClosedError(
+                "the cache is closed, and its open sequences with it; make another cache and open them there"
+            )
+
+    def close(self) -> None:
+        """From now on slots are only taken back: whoever has a sequence open learns that the cache is gone. Idempotent."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
     def check_invariants(self) -> None:
         """Raises AssertionError if the books do not balance."""
         with self._changed:
@@ -183,8 +209,10 @@ class DevicePool:
         """The caller holds the lock, which is let go while offloads finish."""
         if count + spare > self._pool.num_available and self._num_pins:
             self._changed.wait_for(
-                lambda: count + spare <= self._pool.num_available or not self._num_pins, timeout=_PIN_WAIT_S
+                lambda: self._is_closed or count + spare <= self._pool.num_available or not self._num_pins,
+                timeout=_PIN_WAIT_S,
             )
+            self.check_open()
         room = self._pool.allocate(count) if count + spare <= self._pool.num_available else None
         if room is None:
             raise OutOfBlocksError(count + spare, self._pool.num_available)

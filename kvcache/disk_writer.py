@@ -122,6 +122,7 @@ class DiskWriter:
             self._being_written.update(keys)
             shelf.share(hold)
         write = _Write(path, keys, parents, rows, digests, hold)
+        # Never refused: the mover waits for the part that is calling.
         self._line.put(Part(partial(self._run, write), len(keys) * self._block_bytes))
         return True
 

@@ -26,7 +26,7 @@ class Entries:
 
     Attributes:
         num_slots: slots in entries.
-        barred: entries that the pool found to have nothing to give up now.
+        barred: entries that were found to have nothing to give up now: all their blocks have descendants elsewhere.
 
     Filing n slots is a few array operations, whatever n is. A slot that leaves, for it is used or filed anew, leaves its
     place in the old entry stale: stale places are recognised by the slot's stamp, which names the only entry in which the
@@ -128,6 +128,12 @@ class Entries:
         self.num_slots -= count
         self._num_places -= count
         return not entry.num_live
+
+    def unbar(self, slot: int) -> int:
+        """Takes note that an idle slot's entry has something to give up again; returns the entry's number."""
+        number = self.entry_of(slot)
+        self.barred.discard(number)
+        return number
 
     def remove_empty(self, number: int) -> None:
         """Removes an entry of which all places are stale."""

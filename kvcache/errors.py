@@ -39,12 +39,15 @@ class CacheMemoryError(KVCacheError, MemoryError):
     """Device or host memory does not suffice; ask for less.
 
     Attributes:
+        tier: which does not fit: "device"; "host", which without a host tier is the buffer for transfers; or "disk" for
+            the memory that its index takes.
         needed_bytes: what the tier needs.
         available_bytes: what the machine can still give; None where unknown.
     """
 
-    def __init__(self, message: str, *, needed_bytes: int, available_bytes: int | None) -> None:
+    def __init__(self, message: str, *, tier: str, needed_bytes: int, available_bytes: int | None) -> None:
         super().__init__(message)
+        self.tier = tier
         self.needed_bytes = needed_bytes
         self.available_bytes = available_bytes
 

@@ -5,18 +5,24 @@ the hazard of reuse (events per second) is estimated in bins of age, from all us
 still cached or not: a use that ended in reuse is an event, a use that waits is exposure (the actuarial estimate of survival
 analysis). Groups with little evidence are shrunk in three steps, each towards the one before:
 
-    1. the shape over age, pooled over all groups of a part; where nothing was seen it falls like 1 / age, for which the best
-       order is least recently used: what is not understood is treated as LRU treats it;
+    1. the shape over age, pooled over all groups of a part. Before anything was seen it falls like 1 / age, for which the best
+       order is least recently used: what is not understood is treated as LRU treats it. Evidence bends it from coarse to
+       fine: its height first, then over ages within about a factor of six, then within half as much again, then bin by bin;
     2. that shape times a factor for the turn and new tokens and one for the length of the answer (iterative proportional
        fitting), times what the group itself shows;
-    3. the group's own shape, smoothed over neighbouring bins.
+    3. the group's own shape, from coarse to fine too.
+
+Coarse before fine matters most in the first few hundred uses. The index is a maximum over horizons and eviction looks for
+its minimum over entries: both find the noise, if there is any, which a shape that is fitted bin by bin then is full of.
 
 The value of keeping a block of a group at an age is its Gittins index: over all horizons, the best ratio of the chance of a
 hit to the expected time until that hit or the horizon. That is least hit density (Beckmann, Chen, Cidon: LHD, NSDI 2018,
 https://www.usenix.org/conference/nsdi18/presentation/beckmann), with the horizon chosen best.
 """
 
+import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -46,16 +52,23 @@ NUM_GROUPS = 2 * _PROMPT_GROUPS + _ANSWER_GROUPS + _SHARERS
 _PART_GROUPS = tuple(slice(*ends) for ends in pairwise((*_FIRST_GROUP, NUM_GROUPS)))
 _PROMPT_FACTORS = (np.arange(_PROMPT_GROUPS) // _OUTPUTS, np.arange(_PROMPT_GROUPS) % _OUTPUTS)
 
-_FIRST_HAZARD = 1 / 600  # per second, before anything was seen; one observation outweighs it
-_SHAPE_EVENTS = 4.0  # evidence, in events, that outweighs the prior of each step
-_FACTOR_EVENTS = 4.0
+_FIRST_HAZARDS: Floats = 1 / (60 * (_MIDDLES_S + 10))  # per second, before anything was seen
+_FACTOR_EVENTS = 4.0  # evidence, in events, that outweighs the prior of each step
 _RATIO_EVENTS = 4.0
-_GROUP_EVENTS = 3.0
 _TURNS_AHEAD = 8
 _FIT_SWEEPS = 2
-_KERNEL: Floats = np.exp(-np.abs(np.arange(_NUM_BINS)[:, None] - np.arange(_NUM_BINS)) / 3.0)
 _HALF_LIFE = 65536  # uses after which evidence counts half, so that new habits are learned
 _LEAST_SECONDS = 1e-6
+
+
+def _kernel(num_bins: float) -> Floats:
+    """Weights [bins, bins] that fall with the distance, to 1 / e after `num_bins`."""
+    return np.asarray(np.exp(-np.abs(np.arange(_NUM_BINS)[:, None] - np.arange(_NUM_BINS)) / num_bins))
+
+
+# Coarse to fine, and the evidence, in events, that outweighs the step before. Sixteen bins are a factor of six in age.
+_POOLED_STEPS = ((_kernel(math.inf), 2.0), (_kernel(16), 6.0), (_kernel(4), 6.0), (np.eye(_NUM_BINS), 4.0))
+_GROUP_STEPS = ((_kernel(6), 2.0), (_kernel(2), 2.0))
 
 
 def group_of(use: Use) -> int:
@@ -195,7 +208,7 @@ class HazardEstimator:
 
 def _hazards(events: Floats, exposure_s: Floats, factors: tuple[npt.NDArray[np.int64], ...]) -> Floats:
     """Hazards [groups, bins] of one part, per second, by the three steps of the module's docstring."""
-    shape = _pooled_shape(events.sum(axis=0), exposure_s.sum(axis=0))
+    shape = _refined(_FIRST_HAZARDS, events.sum(axis=0), exposure_s.sum(axis=0), _POOLED_STEPS)
     expected = exposure_s * shape
     seen, foreseen = events.sum(axis=1), expected.sum(axis=1)
     ratio = np.ones(len(seen))
@@ -204,19 +217,14 @@ def _hazards(events: Floats, exposure_s: Floats, factors: tuple[npt.NDArray[np.i
             seen_of = np.bincount(level, seen) + _FACTOR_EVENTS
             ratio *= (seen_of / (np.bincount(level, foreseen * ratio) + _FACTOR_EVENTS))[level]
     ratio *= (seen + _RATIO_EVENTS) / (foreseen * ratio + _RATIO_EVENTS)
-    base = ratio[:, None]
-    own = (events @ _KERNEL + _GROUP_EVENTS) / ((expected * base) @ _KERNEL + _GROUP_EVENTS)
-    return np.asarray(own * base * shape)
+    return _refined(ratio[:, None] * shape, events, exposure_s, _GROUP_STEPS)
 
 
-def _pooled_shape(events: Floats, exposure_s: Floats) -> Floats:
-    shape = np.empty(_NUM_BINS)
-    hazard = _FIRST_HAZARD
-    for k, (count, seconds) in enumerate(zip(events.tolist(), exposure_s.tolist(), strict=True)):
-        prior = hazard * (_MIDDLES_S[k - 1] + 10) / (_MIDDLES_S[k] + 10) if k else hazard
-        hazard = (count + _SHAPE_EVENTS) / (seconds + _SHAPE_EVENTS / prior)
-        shape[k] = hazard
-    return shape
+def _refined(hazards: Floats, events: Floats, exposure_s: Floats, steps: Sequence[tuple[Floats, float]]) -> Floats:
+    """Bends hazards [..., bins] to what was seen: gamma-Poisson shrinkage, once for each (kernel, events of the prior)."""
+    for kernel, prior_events in steps:
+        hazards = hazards * (events @ kernel + prior_events) / ((exposure_s * hazards) @ kernel + prior_events)
+    return hazards
 
 
 def _tables(hazards: Floats, follows: Floats) -> ReuseTables:

@@ -31,8 +31,8 @@ class HitDensity:
     """
 
     def __init__(self, tracker: ReuseTracker) -> None:
-        self.price = 0.0
-        """Index up to which entries had to go, mean of late: the hits per second for which a block stays. 0: there is room."""
+        self._price = 0.0
+        self._evicted_s = float("-inf")
         self._reached = 0.0  # by the last eviction
         self._tracker = tracker
         self._tables: ReuseTables | None = None  # those that `_sorted` was ranked with
@@ -77,17 +77,38 @@ class HitDensity:
             self._entry[row] = -1
             self._free.append(row)
 
+    def price(self, now_s: float) -> float:
+        """Index up to which entries had to go, mean of late: the hits per second for which a block stays. 0: there is room.
+
+        Where a price keeps new blocks out, nothing is evicted, and what lies there is worth less and less. So every two seconds
+        without an eviction the price falls towards what the first entry to go is worth now: it would keep them out for ever.
+        """
+        if self._price > 0 and now_s - self._evicted_s >= _RESORT_S and self._sort_if_stale(now_s):
+            is_worth_something = bool(self._sorted) and self._sorted[0][0]  # not where there is none, or it has expired
+            lowest = self._sorted[0][2] if is_worth_something else 0.0
+            self._price += min(0.0, lowest - self._price) / _PRICE_EVICTIONS
+            self._reached = min(self._reached, self._price)  # what was evicted long ago says nothing any more
+        return self._price
+
     def candidates(self, now_s: float) -> Iterator[int]:
         """Least hit density first."""
-        self.price += (self._reached - self.price) / _PRICE_EVICTIONS
-        if now_s - self._sorted_s >= _RESORT_S or self._tables is not self._tracker.tables:
-            self._tables, self._sorted_s = self._tracker.tables, now_s
-            self._sort(self._tables, self._front)
+        self._price += (self._reached - self._price) / _PRICE_EVICTIONS
+        self._evicted_s = now_s
+        self._sort_if_stale(now_s)
+        assert self._tables is not None
         yield from self._known_from(self._first)
         if self._limit is not None:
             limit, self._front = self._limit, 2 * self._front
             self._sort(self._tables, None)
             yield from self._known_from(bisect_left(self._sorted, limit))
+
+    def _sort_if_stale(self, now_s: float) -> bool:
+        """Sorts anew if the ranks are two seconds old, or those of older tables; returns whether it did."""
+        if now_s - self._sorted_s < _RESORT_S and self._tables is self._tracker.tables:
+            return False
+        self._tables, self._sorted_s = self._tracker.tables, max(now_s, self._sorted_s)  # offers may come late
+        self._sort(self._tables, self._front)
+        return True
 
     def _known_from(self, first: int) -> Iterator[int]:
         known = self._rows

@@ -66,6 +66,12 @@ class LaneMeter:
         self._pause_s = _FIRST_PROBE_S
         self._probed_s: float | None = None
         self._num_give_ups = 0  # in a row
+        self._is_on_trial = False
+
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether a first measurement has begun and not ended: had the lane been fast, it would have."""
+        return self._is_on_trial
 
     @property
     def is_trusted(self) -> bool:
@@ -102,6 +108,19 @@ class LaneMeter:
     def forget(self, load: int) -> None:
         """Nothing more is to come of a load."""
         self._loads.pop(load, None)
+
+    def begin_trial(self) -> None:
+        """A measurement begins for which nobody waits."""
+        self._is_on_trial = True
+
+    def observe_trial(self, now: float, num_blocks: int, seconds: float, latency_s: float) -> None:
+        """The measurement found that `num_blocks` blocks take `seconds`, behind `latency_s` until the first bytes."""
+        self._latencies.append(latency_s)
+        self._add(_Sample(num_blocks, seconds, num_blocks, now, is_whole=True))
+
+    def end_trial(self) -> None:
+        """The measurement has ended, whether it found something or not."""
+        self._is_on_trial = False
 
     def begin_part(self, now: float) -> None:
         """A part of a load starts."""

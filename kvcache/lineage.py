@@ -1,14 +1,16 @@
 """Which block of a pool continues which, so that none is given up before those behind it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from dynamo.kvcache.events import RunStarts
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.tiers.tier import SlotIds
 
-__all__ = ["NO_PARENT", "Lineage", "runs_of_slots", "slots_behind"]
+__all__ = ["NO_PARENT", "Lineage", "named_runs", "runs_of_slots", "slots_behind"]
 
 NO_PARENT = -1
 
@@ -237,3 +239,22 @@ def runs_of_slots(slots: SlotIds, parents: npt.NDArray[np.int32]) -> list[list[i
             slot = next_of[slot]
         runs.append(run)
     return runs
+
+
+def named_runs(
+    slots: SlotIds, names: Sequence[BlockKey | None], parents: npt.NDArray[np.int32], lacking: Mapping[int, BlockKey]
+) -> tuple[list[BlockKey], RunStarts]:
+    """Keys of registered slots in runs, and where these start, as in a `Snapshot`.
+
+    Args:
+        names: key by slot.
+        parents: as for `runs_of_slots`.
+        lacking: of orphans, by slot, the parents' keys.
+    """
+    keys: list[BlockKey | None] = []
+    starts: list[tuple[int, BlockKey | None]] = []
+    for run in runs_of_slots(slots, parents):
+        parent = int(parents[run[0]])
+        starts.append((len(keys), lacking.get(run[0]) if parent == NO_PARENT else names[parent]))
+        keys += [names[slot] for slot in run]
+    return cast("list[BlockKey]", keys), starts

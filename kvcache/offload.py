@@ -197,12 +197,13 @@ class Offloader:
         return LayerSave(self._shelf, self._device, request.chain, request.first, request.device_slots, release)
 
     def save_layer(self, layers: LayerSave, layer: int, fences: list[Fence]) -> None:
-        """Copies a layer that is computed, behind all that was offered before. Does not wait."""
+        """Copies a layer that is computed, behind all that was offered before; not after `close`. Does not wait."""
         self._line.put(Part(partial(layers.copy, layer, fences), self._device.layout.block_bytes))
 
     def abandon(self, layers: LayerSave) -> None:
         """Ends what `begin_layers` began, when it does not come to a commit."""
-        self._line.put(Part(layers.end, 0))
+        if not self._line.put(Part(layers.end, 0)):  # the mover is closed, and nothing copies layers any more
+            layers.end()
 
     def touch(self, chain: list[BlockKey], use: OpenUse | None = None) -> None:
         """`Shelf.touch`, later and on the mover's thread, to keep it off the caller's path."""
@@ -234,8 +235,8 @@ class Offloader:
     def _schedule(self) -> None:
         """Makes sure that `_run` will run. The caller holds the lock."""
         if not self._is_scheduled:
-            self._is_scheduled = True
-            self._line.put(Part(self._run, self._part_blocks * self._device.layout.block_bytes))
+            part = Part(self._run, self._part_blocks * self._device.layout.block_bytes)
+            self._is_scheduled = self._line.put(part)
 
     def _run(self) -> None:
         with self._settled:

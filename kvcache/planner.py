@@ -17,6 +17,7 @@ be a waste of the device; see `overlap`. The idea is Cake's (https://arxiv.org/a
 """
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -41,8 +42,10 @@ FAST_SHARE = 0.25
 """Of the time that computing takes: loads in less are waited for where computing meanwhile would be possible."""
 
 _GUESSED_COST = PrefillCost(step_s=0.0, token_s=2e-4, pair_s=0.0, step_tokens=512, sure=1.0)
-_GUESSED_PATIENCE_S = 0.025  # for the first loads of an engine, which pay for cold threads as well
+_GUESSED_PATIENCE_S = 0.025  # for the first loads of an engine, from a tier of which nothing is known either
+_COLD_START_S = 0.005  # for those from one that is known: they pay for cold threads
 _MIN_PATIENCE_S = 0.002  # what a wait for a thread costs anyway
+_SHORT_SHARE = 0.2  # of what a short prompt saves, it may lose when a disk gets slow all of a sudden
 _TRUSTING_PATIENCE_S = 0.010  # likewise on a busy machine; only where the tier's last load came in time,
 _TRUSTING_PATIENCE = 0.04  # and no more than this share of the time to compute
 _FIRST_PART = 0.01  # of a load: two parts run at once, so the first has come when the patience ends
@@ -112,6 +115,21 @@ class LoadPlanner:
         with self._lock:
             self._lane(tier).expect(load, num_blocks)
 
+    def begin_trial(self, tier: str) -> None:
+        """Says that a first measurement of a tier begins; until `end_trial`, nobody waits for the tier's blocks."""
+        with self._lock:
+            self._lane(tier).begin_trial()
+
+    def observe_trial(self, tier: str, num_blocks: int, seconds: float, latency_s: float) -> None:
+        """Says what the measurement found: so many blocks take `seconds`, behind `latency_s` until the first bytes."""
+        with self._lock:
+            self._lane(tier).observe_trial(self._clock(), num_blocks, seconds, latency_s)
+
+    def end_trial(self, tier: str) -> None:
+        """Says that the measurement is over, whether it found something or not."""
+        with self._lock:
+            self._lane(tier).end_trial()
+
     def begin_part(self, tier: str) -> None:
         """Says that a part of a load starts; `end_part` follows."""
         with self._lock:
@@ -154,17 +172,19 @@ class LoadPlanner:
             speeds = {run.tier: self._lane(run.tier).last_speed() for run in question.runs}
             known = {tier: speed for tier, speed in speeds.items() if speed is not None}
             load_s = float(self._expected(question, cost, known)[1][-1])
-            least_s = 0.0
-            if cost is _GUESSED_COST:
-                least_s = min(_GUESSED_PATIENCE_S, 2 * load_s) if len(known) == len(speeds) else _GUESSED_PATIENCE_S
-            if all(self._lane(run.tier).is_trusted for run in question.runs):
-                least_s = max(least_s, _MIN_PATIENCE_S)
+            lanes = [self._lane(run.tier) for run in question.runs]
+            is_trusted, is_on_trial = all(lane.is_trusted for lane in lanes), any(lane.is_on_trial for lane in lanes)
         saved_s = compute_s - left_s
-        patience_s = max(least_s, self._patience * compute_s)
+        patience_s = self._patience * compute_s
+        if cost is _GUESSED_COST:
+            in_time_s = 2 * load_s + _COLD_START_S if len(known) == len(speeds) else math.inf
+            patience_s = max(patience_s, min(_GUESSED_PATIENCE_S, in_time_s))
+        elif is_trusted:
+            patience_s = max(patience_s, min(_MIN_PATIENCE_S, _SHORT_SHARE * saved_s))
         reason = (
             f"loading takes {1e3 * load_s:.1f} ms, as far as is known, and computing the same {1e3 * saved_s:.1f} ms"
         )
-        if load_s > patience_s + FAST_SHARE * saved_s:
+        if is_on_trial or load_s > patience_s + FAST_SHARE * saved_s:
             patience_s = 0.0
         logger.debug("%d blocks are loaded, and waited for %.1f ms first: %s", num_blocks, 1e3 * patience_s, reason)
         return LoadDecision(question, now, num_blocks, load_s, saved_s, patience_s, reason)
@@ -268,16 +288,14 @@ class LoadPlanner:
         starts = (question.first + np.arange(num_blocks + 1)) * self._block_size
         left_s = cost.seconds(starts, question.num_tokens)
         compute_s = float(left_s[0])
-        is_trusted = all(self._lane(run.tier).is_trusted for run in question.runs)
-        least_s = _MIN_PATIENCE_S
-        if is_trusted:
-            least_s = max(least_s, min(_TRUSTING_PATIENCE_S, _TRUSTING_PATIENCE * compute_s))
-        patience_s = max(least_s, patience * cost.sure * compute_s)
         speeds = {run.tier: self._lane(run.tier).speed(now) for run in question.runs}
         known = {tier: speed for tier, speed in speeds.items() if speed is not None}
         total_s, load_s = self._expected(question, cost, known)
         count = num_blocks - int(np.argmin(total_s[::-1]))  # of equals the most: the device has others to compute for
         saved_s = compute_s - float(left_s[count])
+        patience_s = max(patience * cost.sure * compute_s, min(_MIN_PATIENCE_S, _SHORT_SHARE * saved_s))
+        if all(self._lane(run.tier).is_trusted for run in question.runs):
+            patience_s = max(patience_s, min(_TRUSTING_PATIENCE_S, _TRUSTING_PATIENCE * compute_s))
         untried = {tier for tier in question.tiers(count) if speeds[tier] is None}
         if untried:
             for tier in untried:

@@ -67,7 +67,9 @@ class Policies:
         if admission == "second_sighting":
             self.admission = SecondSighting()
         elif admission == "adaptive":
-            self.admission = Adaptive(self._reuse, lambda tier: self._densities[tier].price, budget=write_budget)
+            self.admission = Adaptive(
+                self._reuse, lambda tier, now_s: self._densities[tier].price(now_s), budget=write_budget
+            )
 
     def new_order(self, tier: str) -> EvictionOrder:
         """The order of eviction for the pool of a tier."""

@@ -1,24 +1,24 @@
 """Slots of one tier: which are free, which hold which block, who uses them, and which is given up next."""
 
-import heapq
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, repeat, takewhile
-from operator import itemgetter
-from typing import cast
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
+from dynamo.kvcache.block_index import BlockIndex
 from dynamo.kvcache.entries import Entries
 from dynamo.kvcache.events import RunStarts
 from dynamo.kvcache.eviction import EvictionOrder, LeafFirstLRU, Use, anonymous_use
+from dynamo.kvcache.free_slots import FreeSlots
 from dynamo.kvcache.hashing import BlockKey
-from dynamo.kvcache.lineage import NO_PARENT, Lineage, runs_of_slots, slots_behind
+from dynamo.kvcache.lineage import NO_PARENT, Lineage, named_runs, slots_behind
 from dynamo.kvcache.removals import MAX_REMOVALS, Removal, RemovalLog
 from dynamo.kvcache.reuse import parts
+from dynamo.kvcache.victims import choose_victims
 from dynamo.tiers.tier import SlotIds
 
 __all__ = ["Allocation", "BlockPlace", "BlockPool", "Registration"]
@@ -89,32 +89,28 @@ class BlockPool:
         self.num_slots = num_slots
         self.num_evicted = 0
         self.removals = RemovalLog()
-        self._free = np.arange(num_slots - 1, -1, -1, dtype=np.int64)  # a stack; popping from the end gives 0, 1, 2 ...
-        self._num_free = num_slots
-        self._withheld = _NO_SLOTS
+        self._free = FreeSlots(num_slots)
         self._refs = np.zeros(num_slots, dtype=np.int32)
-        self._registered = np.zeros(num_slots, dtype=np.bool_)
-        self._keys: list[BlockKey | None] = [None] * num_slots  # of slots that are not registered: anything
-        self._index: dict[BlockKey, int] = {}
+        self._index = BlockIndex(num_slots)
         self._entries = Entries(num_slots, LeafFirstLRU() if order is None else order)
         self._lineage = Lineage(num_slots)
 
     def __len__(self) -> int:
         """Blocks that can be found by key."""
-        return len(self._index)
+        return len(self._index.slots)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._index
+        return key in self._index.slots
 
     @property
     def num_available(self) -> int:
         """Slots that `allocate` could give now: free and idle ones."""
-        return self._num_free + self._entries.num_slots
+        return self._free.count + self._entries.num_slots
 
     @property
     def num_free(self) -> int:
         """Slots that `allocate` could give without evicting anything."""
-        return self._num_free
+        return self._free.count
 
     @property
     def num_idle(self) -> int:
@@ -124,7 +120,7 @@ class BlockPool:
     @property
     def num_pinned(self) -> int:
         """Slots somebody holds."""
-        return self.num_slots - self.num_available - len(self._withheld) + self.num_leaving
+        return self.num_slots - self.num_available - len(self._free.withheld) + self.num_leaving
 
     @property
     def num_leaving(self) -> int:
@@ -143,57 +139,52 @@ class BlockPool:
 
     def find(self, key: BlockKey) -> int | None:
         """Slot of a registered block. The slot is not pinned."""
-        return self._index.get(key)
+        return self._index.slots.get(key)
 
     @property
     def has(self) -> Callable[[BlockKey], bool]:
         """`in` as a function for many keys, good until the pool changes."""
-        return self._index.__contains__
+        return self._index.has
 
     def count_prefix(self, keys: Sequence[BlockKey]) -> int:
         """How many of `keys`, from the first on, are registered; takes half as long as to find them."""
-        return len(list(takewhile(self.has, keys)))
+        return self._index.count_prefix(keys)
 
     def find_prefix(self, keys: Sequence[BlockKey]) -> SlotIds:
         """Slots of the longest run of registered blocks from the first key on. They are not pinned."""
-        if not keys or keys[0] not in self._index:
-            return _NO_SLOTS
-        slots = list(map(self._index.get, keys))
-        if None in slots:
-            del slots[slots.index(None) :]
-        return np.array(slots, dtype=np.int64)
+        return self._index.find_prefix(keys)
 
     def find_any(self, keys: Sequence[BlockKey]) -> SlotIds:
         """Slots of those of the distinct `keys` that are registered, in their order. They are not pinned."""
-        slots = self.locate(keys)
+        slots = self._index.locate(keys)
         return slots[slots >= 0]
 
     def locate(self, keys: Sequence[BlockKey]) -> SlotIds:
         """Slot of each key; -1 where it is not registered. They are not pinned."""
-        if not self._index:
-            return np.full(len(keys), -1, dtype=np.int64)
-        return np.fromiter(map(self._index.get, keys, repeat(-1)), dtype=np.int64, count=len(keys))
+        return self._index.locate(keys)
 
     def keys(self) -> list[BlockKey]:
         """All registered keys."""
-        return list(self._index)
+        return list(self._index.slots)
 
     def runs(self) -> Callable[[], tuple[list[BlockKey], RunStarts]]:
         """A function that gives all registered keys in runs, and where these start, as in a `Snapshot`.
 
         It works on a copy, and may be called when the pool has changed, without its lock: it takes some time.
         """
-        registered = np.flatnonzero(self._registered)
-        return partial(_runs, registered, self._keys.copy(), self._lineage.parents(), self._lineage.orphans())
+        registered = np.flatnonzero(self._index.is_registered)
+        return partial(
+            named_runs, registered, self._index.copy_of_keys(), self._lineage.parents(), self._lineage.orphans()
+        )
 
     def blocks_in(self, first: int, end: int, count: int) -> tuple[list[BlockKey], SlotIds]:
         """The first `count` registered blocks in slots [first, end): their keys, and the slots, ascending. Not pinned."""
-        slots = np.flatnonzero(self._registered[first:end])[:count] + first
-        return self._names(slots), slots
+        slots = np.flatnonzero(self._index.is_registered[first:end])[:count] + first
+        return self._index.keys_of(slots), slots
 
     def explain(self, key: BlockKey) -> BlockPlace | Removal | None:
         """Where a block lies, or why it does not any more; None: not seen as far back as the memory of removals reaches."""
-        slot = self._index.get(key)
+        slot = self._index.slots.get(key)
         if slot is None:
             return self.removals.find(key)
         number = self._entries.entry_of(slot)
@@ -221,13 +212,13 @@ class BlockPool:
         """
         refs = self._refs[slots] - 1
         self._refs[slots] = refs
-        registered = self._registered[slots]
+        registered = self._index.is_registered[slots]
         if not np.count_nonzero(refs) and np.count_nonzero(registered) == len(slots):
             for start, end, part in _parts(use, len(slots)):
                 self._entries.file(slots[start:end], part)
             return
         is_unused = refs == 0
-        self._push_free(slots[is_unused & ~registered])
+        self._free.push(slots[is_unused & ~registered])
         is_idle = is_unused & registered
         if is_idle.any():
             for start, end, part in _parts(use, len(slots)):
@@ -253,10 +244,8 @@ class BlockPool:
         if count > self.num_available:
             return None
         candidates = self._entries.candidates(time.monotonic())
-        evicted_keys, evicted_slots = self._evict(max(0, count - self._num_free), candidates, "evicted")
-        top = self._num_free
-        slots = self._free[top - count : top][::-1].copy()
-        self._num_free = top - count
+        evicted_keys, evicted_slots = self._evict(max(0, count - self._free.count), candidates, "evicted")
+        slots = self._free.take(count)
         self._refs[slots] = 1
         return Allocation(slots, evicted_keys, evicted_slots)
 
@@ -269,17 +258,11 @@ class BlockPool:
 
     def withhold(self, first: int) -> None:
         """Takes the free ones of the slots from `first` on out of use, until `put_back`."""
-        free = self._free[: self._num_free]
-        beyond = free >= first
-        self._withheld = np.concatenate((self._withheld, free[beyond]))
-        kept = free[~beyond].copy()
-        self._free[: len(kept)] = kept
-        self._num_free = len(kept)
+        self._free.withhold(first)
 
     def put_back(self) -> None:
         """Makes withheld slots free again."""
-        withheld, self._withheld = self._withheld, _NO_SLOTS
-        self._push_free(withheld)
+        self._free.put_back()
 
     def resize(self, num_slots: int) -> tuple[list[BlockKey], SlotIds]:
         """Makes slots `[0, num_slots)` the pool's, while it is in use. Withheld slots are put back.
@@ -290,27 +273,22 @@ class BlockPool:
         Returns:
             Keys of the blocks that became unfindable, and their slots.
         """
-        self.put_back()
+        self._free.put_back()
+        self._free.limit(num_slots)
         old, self.num_slots = self.num_slots, num_slots
         added = num_slots - len(self._refs)
         if added > 0:
             self._refs = np.concatenate((self._refs, np.zeros(added, dtype=np.int32)))
-            self._registered = np.concatenate((self._registered, np.zeros(added, dtype=np.bool_)))
-            self._free = np.concatenate((self._free, np.zeros(added, dtype=np.int64)))
-            self._keys += [None] * added
+            self._index.grow(num_slots)
             self._entries.grow(num_slots)
             self._lineage.grow(num_slots)
         if num_slots >= old:
-            self._push_free(np.arange(old, num_slots)[self._refs[old:num_slots] == 0])
+            self._free.push(np.arange(old, num_slots)[self._refs[old:num_slots] == 0])
             return [], _NO_SLOTS
-        free = self._free[: self._num_free]
-        kept = free[free < num_slots].copy()
-        self._free[: len(kept)] = kept
-        self._num_free = len(kept)
-        going: SlotIds = np.flatnonzero(self._registered[num_slots:]) + num_slots
+        going: SlotIds = np.flatnonzero(self._index.is_registered[num_slots:]) + num_slots
         while len(children := self._lineage.children(going)):
             going = np.concatenate((going, children))
-        keys = self._names(going)
+        keys = self._index.keys_of(going)
         self._remove(keys, going, "resized")
         return keys, going
 
@@ -331,21 +309,10 @@ class BlockPool:
             ends: positions in `names` up to which blocks are filed as one entry each; the last is n.
             lacking: for slots of blocks whose parents are not among `names`, the parents' keys.
         """
-        assert self._num_free == self.num_slots, "only an unused pool can be restored"
-        self._registered[slots] = True
-        self._num_free = 0
-        self._push_free(np.flatnonzero(~self._registered))
-        taken = np.flatnonzero(self._registered)
-        by_slot = np.empty(self.num_slots, dtype=np.int64)
-        by_slot[slots] = np.arange(len(slots))
-        keys: list[BlockKey] = names[by_slot[taken]].tolist()
-        numbers: list[int] = taken.tolist()
-        self._index = dict(zip(keys, numbers, strict=True))
-        if numbers and numbers[-1] == len(numbers) - 1:
-            self._keys[: len(numbers)] = keys
-        else:
-            for slot, key in zip(numbers, keys, strict=True):
-                self._keys[slot] = key
+        assert self._free.count == self.num_slots, "only an unused pool can be restored"
+        self._index.restore(names, slots)
+        self._free.clear()
+        self._free.push(np.flatnonzero(~self._index.is_registered))
         self._lineage.restore(slots, parents)
         for slot, parent in (lacking or {}).items():
             self._lineage.add_orphan(slot, parent)
@@ -371,27 +338,18 @@ class BlockPool:
             parent: key of the block before the first, for keys that follow one another in a chain.
             parents: for keys that do not, the block before each.
         """
-        index, names = self._index, self._keys
+        index = self._index.slots
         if not len(slots):
             return Registration(slots, ())
         if self.num_slots < len(self._refs) and (slots >= self.num_slots).any():
             return self._register_within(keys, slots, [parent, *keys[:-1]] if parents is None else parents)
         if index.keys().isdisjoint(keys):
-            numbers: list[int] = slots.tolist()
-            index.update(zip(keys, numbers, strict=True))
-            if len(numbers) == 1:
-                names[numbers[0]] = keys[0]
-            elif numbers[-1] - numbers[0] == len(numbers) - 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
-                names[numbers[0] : numbers[-1] + 1] = keys
-            else:
-                for key, slot in zip(keys, numbers, strict=True):
-                    names[slot] = key
-            self._registered[slots] = True
-            registered = Registration(slots, range(len(numbers)))
+            self._index.add(keys, slots)
+            registered = Registration(slots, range(len(slots)))
             if parents is None:
                 self._lineage.append(slots, NO_PARENT if parent is None else index.get(parent, NO_PARENT))
                 if parent is not None and parent not in index:
-                    self._lineage.add_orphan(numbers[0], parent)
+                    self._lineage.add_orphan(int(slots[0]), parent)
                 self._lineage.adopt(keys, slots)
                 return registered
         else:
@@ -408,15 +366,16 @@ class BlockPool:
         Returns:
             Those of `keys` that were registered, and their slots.
         """
-        known = [key for key in keys if key in self._index]
-        slots = np.array([self._index[key] for key in known], dtype=np.int64)
+        index = self._index.slots
+        known = [key for key in keys if key in index]
+        slots = np.array([index[key] for key in known], dtype=np.int64)
         self._remove(known, slots, "lost")
         return known, slots
 
     def forget_slots(self, slots: SlotIds, reason: str) -> tuple[list[BlockKey], SlotIds]:
         """Makes the blocks unfindable that lie in some of the distinct `slots`; as `forget`."""
-        slots = slots[self._registered[slots]]
-        keys = self._names(slots)
+        slots = slots[self._index.is_registered[slots]]
+        keys = self._index.keys_of(slots)
         self._remove(keys, slots, reason)
         return keys, slots
 
@@ -426,12 +385,11 @@ class BlockPool:
         Returns:
             Which blocks there were, and in which slots. Let go of it without the lock: that takes longer than all else.
         """
-        index, self._index = self._index, {}
+        index = self._index.clear()
         idle = self._entries.all_idle()
-        self._registered[:] = False
         self._entries.clear()
         self._lineage.clear()
-        self._push_free(idle)
+        self._free.push(idle)
         self.removals.add(list(islice(reversed(index), MAX_REMOVALS))[::-1], "lost")
         return index
 
@@ -444,22 +402,22 @@ class BlockPool:
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the books do not balance. Cost: proportional to the number of slots."""
-        free = self._free[: self._num_free]
+        free, withheld = self._free.slots, self._free.withheld
         idle = self._entries.all_idle()
         used = np.flatnonzero(self._refs)
-        assert len(np.unique(free)) == self._num_free, "a slot is free twice"
-        states = np.concatenate((free, idle, used[used < self.num_slots], self._withheld))
+        registered = self._index.is_registered
+        assert len(np.unique(free)) == len(free), "a slot is free twice"
+        states = np.concatenate((free, idle, used[used < self.num_slots], withheld))
         assert len(states) == self.num_slots, f"{len(states)} slots accounted for, {self.num_slots} exist"
         assert len(np.unique(states)) == self.num_slots, "a slot is in two states"
         assert not len(states) or states.max() < self.num_slots, "a slot beyond the pool is in use"
         assert (self._refs >= 0).all(), "a reference count is negative"
-        assert self._registered[idle].all(), "an idle slot is not registered"
-        assert not self._registered[free].any(), "a free slot is registered"
-        assert not self._registered[self.num_slots :].any(), "a slot beyond the pool is registered"
-        assert len(self._index) == np.count_nonzero(self._registered), "index and registered slots differ in number"
-        assert all(self._keys[slot] == key for key, slot in self._index.items()), "index and slot disagree on a key"
+        assert registered[idle].all(), "an idle slot is not registered"
+        assert not registered[free].any(), "a free slot is registered"
+        assert not registered[self.num_slots :].any(), "a slot beyond the pool is registered"
+        self._index.check_invariants()
         self._entries.check_invariants()
-        self._lineage.check_invariants(self._registered)
+        self._lineage.check_invariants(registered)
         for number in self._entries.barred:
             assert self._lineage.first_leaf(self._entries.slots(number)) is None, f"entry {number} has a leaf"
 
@@ -473,28 +431,16 @@ class BlockPool:
         canonical = slots.copy()
         canonical[places] = within.slots
         beyond = np.array(
-            [i for i in np.flatnonzero(slots >= self.num_slots).tolist() if keys[i] in self._index], np.int64
+            [i for i in np.flatnonzero(slots >= self.num_slots).tolist() if keys[i] in self._index.slots], np.int64
         )
-        canonical[beyond] = [self._index[keys[i]] for i in beyond.tolist()]
+        canonical[beyond] = [self._index.slots[keys[i]] for i in beyond.tolist()]
         self.acquire(canonical[beyond])
         self.release(slots[beyond])
         return Registration(canonical, [numbers[i] for i in within.new])
 
     def _register_unknown(self, keys: Sequence[BlockKey], slots: SlotIds) -> Registration:
         """`register` where some keys are known; leaves the lineage to the caller."""
-        index, names = self._index, self._keys
-        canonical = slots.copy()
-        new: list[int] = []
-        for i, key in enumerate(keys):
-            own = int(slots[i])
-            known = index.get(key)
-            if known is None:
-                index[key] = own
-                names[own] = key
-                self._registered[own] = True
-                new.append(i)
-            else:
-                canonical[i] = known
+        canonical, new = self._index.add_unknown(keys, slots)
         moved = canonical != slots
         self.acquire(canonical[moved])
         self.release(slots[moved])
@@ -505,7 +451,7 @@ class BlockPool:
     ) -> None:
         slots = registered.slots[list(registered.new)]
         wanted = [parents[i] for i in registered.new]
-        index = self._index
+        index = self._index.slots
         found = [NO_PARENT if parent is None else index.get(parent, NO_PARENT) for parent in wanted]
         self._lineage.add(slots, np.array(found, dtype=np.int64))
         for slot, parent, place in zip(slots.tolist(), wanted, found, strict=True):
@@ -513,100 +459,31 @@ class BlockPool:
                 self._lineage.add_orphan(slot, parent)
         self._lineage.adopt([keys[i] for i in registered.new], slots)
 
-    def _push_free(self, slots: SlotIds) -> None:
-        if self.num_slots < len(self._refs):
-            slots = slots[slots < self.num_slots]
-        top = self._num_free
-        self._free[top : top + len(slots)] = slots[::-1]
-        self._num_free = top + len(slots)
-
     def _evict(self, count: int, candidates: Iterable[int], reason: str) -> tuple[list[BlockKey], SlotIds]:
         if not count:
             return [], _NO_SLOTS
-        chosen, passed = self._choose(count, candidates)
+        chosen, passed = choose_victims(self._entries, self._lineage, count, candidates)
         slots = chosen[0] if len(chosen) == 1 else np.concatenate([_NO_SLOTS, *chosen])
-        keys = self._drop(slots)
-        self._push_free(slots[::-1])  # a chain that lay in ascending slots leaves them for another in this order
+        keys = self._index.drop(slots)
+        self._free.push(slots[::-1])  # a chain that lay in ascending slots leaves them for another in this order
         self.removals.add(keys, reason)
         if len(keys) < count:  # all that is left is held by those that hold what continues it, and not it
             left = np.concatenate([self._entries.slots(number) for number in passed])[: count - len(keys)]
-            names = self._names(left)
+            names = self._index.keys_of(left)
             self._remove(names, left, reason)
             keys, slots = keys + names, np.concatenate((slots, left))
         self.num_evicted += len(keys)
         return keys, slots
 
-    def _choose(self, count: int, candidates: Iterable[int]) -> tuple[list[SlotIds], list[int]]:
-        """Takes up to `count` blocks out of entries and lineage, leaves first.
-
-        Always the first leaf of the first entry that has one, and what it alone continues; so when the last descendant of
-        an entry passed over is gone, it is that entry's turn again.
-
-        Returns:
-            The slots, and the entries passed over that still have blocks.
-        """
-        chosen: list[SlotIds] = []
-        emptied: list[int] = []
-        passed: dict[int, int] = {}  # rank by entry
-        for rank, candidate in enumerate(candidates):
-            if candidate in self._entries.barred:
-                passed[candidate] = rank
-                continue
-            turns = [(rank, candidate)]
-            while turns and count:
-                rank, number = turns[0]
-                slots = self._entries.slots(number)
-                start = self._lineage.first_leaf(slots)
-                if start is None:
-                    self._entries.barred.add(number)
-                    passed[number] = rank
-                    heapq.heappop(turns)
-                    continue
-                num_cut, opened = self._lineage.cut(slots[start : start + count])
-                chosen.append(slots[start : start + num_cut])
-                count -= num_cut
-                if self._entries.give_up(number, start, start + num_cut):
-                    emptied.append(number)
-                    heapq.heappop(turns)
-                if opened != NO_PARENT and (above := self._open(opened)) in passed:
-                    heapq.heappush(turns, (passed.pop(above), above))
-            if not count:
-                break
-        for number in emptied:
-            self._entries.remove_empty(number)
-        return chosen, list(passed)
-
-    def _open(self, slot: int) -> int:
-        """Notes that an entry has a leaf now; returns the entry."""
-        number = self._entries.entry_of(slot)
-        self._entries.barred.discard(number)
-        return number
-
     def _remove(self, keys: list[BlockKey], slots: SlotIds, reason: str) -> None:
         """Makes blocks unfindable, wherever they stand, and those of their slots free that nobody uses."""
         for parent in self._lineage.remove(slots, keys).tolist():
-            self._open(parent)
-        self._drop(slots)
+            self._entries.unbar(parent)
+        self._index.drop(slots)
         idle = self._entries.idle(slots)
         self._entries.leave(idle)
-        self._push_free(idle)
+        self._free.push(idle)
         self.removals.add(keys, reason)
-
-    def _drop(self, slots: SlotIds) -> list[BlockKey]:
-        """Takes registered slots out of the index; returns their keys."""
-        self._registered[slots] = False
-        keys = self._names(slots)
-        index = self._index
-        for key in keys:
-            del index[key]
-        return keys
-
-    def _names(self, slots: SlotIds) -> list[BlockKey]:
-        """Keys of registered slots."""
-        names = self._keys
-        if len(slots) < 2:
-            return cast("list[BlockKey]", [names[slot] for slot in slots.tolist()])
-        return cast("list[BlockKey]", list(itemgetter(*slots.tolist())(names)))
 
 
 def _parts(use: Use | None, num_blocks: int) -> list[tuple[int, int, Use]]:
@@ -614,16 +491,3 @@ def _parts(use: Use | None, num_blocks: int) -> list[tuple[int, int, Use]]:
     if use is None:
         return [(0, num_blocks, anonymous_use())] if num_blocks else []
     return list(parts(use, num_blocks))[::-1]
-
-
-def _runs(
-    slots: SlotIds, names: Sequence[BlockKey | None], parents: npt.NDArray[np.int32], lacking: Mapping[int, BlockKey]
-) -> tuple[list[BlockKey], RunStarts]:
-    """Keys of registered slots in runs, and where these start."""
-    keys: list[BlockKey | None] = []
-    starts: list[tuple[int, BlockKey | None]] = []
-    for run in runs_of_slots(slots, parents):
-        parent = int(parents[run[0]])
-        starts.append((len(keys), lacking.get(run[0]) if parent == NO_PARENT else names[parent]))
-        keys += [names[slot] for slot in run]
-    return cast("list[BlockKey]", keys), starts

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 from array import array
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -14,22 +13,20 @@ from dynamo.kvcache.device_pool import DevicePool
 from dynamo.kvcache.errors import CacheClosedError, SequenceStateError
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey, KeyChain, Tokens, pack_tokens
-from dynamo.kvcache.layerwise import LayerLoad, LayerSave
+from dynamo.kvcache.layerwise import LayerLoad
 from dynamo.kvcache.load_decision import LoadQuestion
-from dynamo.kvcache.offload import SaveRequest
 from dynamo.kvcache.onboard import SOURCES, LoadRequest
 from dynamo.kvcache.overlap import OverlappedLoad
 from dynamo.kvcache.prefix_load import PrefixLoader, WaitedLoad
+from dynamo.kvcache.prefix_save import PrefixSaver
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.kvcache.store import BlockStore
+from dynamo.kvcache.tier_errors import translated_errors
 from dynamo.kvcache.window import RequestHits, RequestWindow
-from dynamo.tiers.device import Fence
 from dynamo.tiers.mover import Priority
 from dynamo.tiers.tier import SlotIds
 
 __all__ = ["Sequence"]
-
-_OFFER_WAIT_S = 1.0  # how long a commit waits for a full offload queue before its blocks are not offered
 
 
 class Sequence:
@@ -85,10 +82,10 @@ class Sequence:
         self._num_blocks = 0
         self._load: WaitedLoad | OverlappedLoad | None = None
         self._layers: LayerLoad | None = None
-        self._saving: LayerSave | None = None
         self._num_cached_tokens: int | None = None
         self._is_closed = False
         self._use: OpenUse | None = None
+        self._saver: PrefixSaver | None = None
         self._window = window
         self._num_prompt_tokens = len(tokens)
         self._num_cacheable_blocks = num_cacheable_blocks
@@ -102,6 +99,8 @@ class Sequence:
         try:
             if begin_use is not None:
                 self._use = begin_use(chain.keys)
+            if store is not None:
+                self._saver = PrefixSaver(store, pool, self._use)
             self._num_matched_blocks = self._num_shared_blocks
             # Tokens that may be committed; None: all. Those from there on may still be written by a load.
             self._num_handed_tokens = self._num_matched_blocks * block_size if overlap else None
@@ -174,10 +173,10 @@ class Sequence:
             timeout_s: what has not arrived by then is computed instead; at most, and by default, the cache's
                 `load_timeout_s` since `open`, or until waiting on would cost more than computing.
         """
+        self._check_open()
         load = self._load
         if load is None:
             return
-        self._check_open()
         if isinstance(load, OverlappedLoad):
             load.wait(timeout_s)
             return
@@ -272,12 +271,13 @@ class Sequence:
         Raises:
             SequenceStateError: the sequence was opened with `overlap`.
         """
+        self._check_open()
         load = self._load
         if isinstance(load, OverlappedLoad):
             raise SequenceStateError("begin_layerwise() of a sequence that was opened with overlap; open it without")
         if load is not None and self._store is not None:
-            self._check_open()
-            self._layers = self._store.begin_layerwise(load.load)
+            with translated_errors("device"):  # the cache may just be being closed
+                self._layers = self._store.begin_layerwise(load.load)
             self._load = None
             num_promised = self._layers.num_blocks
             self._counters.count_fault("late", load.load.num_blocks - num_promised)
@@ -333,17 +333,15 @@ class Sequence:
         """
         self._check_open()
         first, end = self._num_cached_blocks("commit_layer"), self._num_full_blocks(num_tokens)
-        store = self._store
-        if store is None:
+        saver = self._saver
+        if saver is None:
             return
         if layer == 0:
-            self._abandon_saving(store)
+            saver.abandon()
             if end > first:
                 self._extend_chain(end)
-                request = self._save_request(first, end, self._pool.tier.fences())
-                self._saving = store.begin_layers(request)
-        if self._saving is not None:
-            store.save_layer(self._saving, layer, self._pool.tier.fences())
+                saver.begin_layers(self._chain.keys[:end], first, self.block_table[:end])
+        saver.save_layer(layer)
 
     def commit(self, num_tokens: int | None = None) -> None:
         """Says that the KV of the first `num_tokens` tokens is written and will not change.
@@ -369,12 +367,8 @@ class Sequence:
         self._extend_chain(end)
         fences = self._pool.tier.fences()
         self._share(end)
-        if self._store is not None:
-            if self._saving is not None and len(self._saving.chain) > end:
-                self._abandon_saving(self._store)
-            request = replace(self._save_request(first, end, fences), layers=self._saving)
-            self._saving = None
-            self._store.save(request, _OFFER_WAIT_S)
+        if self._saver is not None:
+            self._saver.save(self._chain.keys[:end], first, self.block_table[:end], fences)
 
     def close(self) -> None:
         """Gives all blocks back: committed ones stay cached until evicted, the others are free. Idempotent."""
@@ -387,8 +381,8 @@ class Sequence:
                 self._counters.count_fault("late", self._load.num_late)
             if self._layers is not None:
                 self._layers.cancel()
-            if self._store is not None:
-                self._abandon_saving(self._store)
+            if self._saver is not None:
+                self._saver.abandon()
             if self._use is not None:
                 self._use.finish(self._chain.keys, len(self._tokens) - self._num_prompt_tokens)
                 if self._store is not None and self._num_shared_blocks:
@@ -454,24 +448,6 @@ class Sequence:
             raise SequenceStateError(f"cannot commit {count} tokens of a sequence of {len(self._tokens)}")
         return count // self._block_size
 
-    def _save_request(self, first: int, end: int, fences: list[Fence]) -> SaveRequest:
-        """Offers the blocks `[first, end)`; pins them and those before."""
-        held = self.block_table[:end].astype(np.int64)
-        self._pool.pin(held)
-        return SaveRequest(
-            self._chain.keys[:end],
-            first,
-            held[first:],
-            fences,
-            release=lambda: self._pool.unpin(held, self._use.latest if self._use else None),
-            use=self._use,
-        )
-
-    def _abandon_saving(self, store: BlockStore) -> None:
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            store.abandon(saving)
-
     def _share(self, end: int) -> None:
         """Shares the blocks from the last shared one up to `end`."""
         first = self._num_shared_blocks
@@ -497,3 +473,4 @@ class Sequence:
     def _check_open(self) -> None:
         if self._is_closed:
             raise CacheClosedError("the sequence is closed; open it again with its tokens")
+        self._pool.check_open()

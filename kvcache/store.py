@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from threading import Lock
 from typing import Self
 
 from dynamo.kvcache.config import DiskPlace, check_write_budget, format_size
 from dynamo.kvcache.device_path import DevicePaths, PathChoice, find_device_path
-from dynamo.kvcache.errors import CacheConfigError, CacheMemoryError, UnsupportedError
+from dynamo.kvcache.disk_trial import DiskTrial
+from dynamo.kvcache.errors import CacheConfigError, UnsupportedError
 from dynamo.kvcache.events import EventLog, RunStarts
 from dynamo.kvcache.eviction import OpenUse
 from dynamo.kvcache.hashing import BlockKey
@@ -33,6 +33,7 @@ from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.spec import KVSpec
 from dynamo.kvcache.stats import CacheCounters, TierUsage, tier_usage
 from dynamo.kvcache.status import Verification
+from dynamo.kvcache.tier_resize import TierResizer, check_index_fits
 from dynamo.kvcache.verification import DiskVerifier
 from dynamo.tiers.device import DeviceTier, Fence
 from dynamo.tiers.disk import DiskTier
@@ -52,7 +53,6 @@ _PART_BYTES = (
     8 << 20
 )  # one part of a transfer: large enough for the disk's full speed, small enough to overlap two hops
 _RESIZE_TIMEOUT_S = 30.0  # longer than any load
-_INDEX_BYTES = 377  # of memory for a block on disk, all books together; `perf index` measures it
 _STAGING_PARTS = 4  # without a host tier; with one, staging is for when all its slots are pinned, and one part will do
 
 
@@ -110,12 +110,14 @@ class BlockStore:
         )
         self._onboarder = Onboarder(self._shelf, device, paths, self._mover, planner, part_blocks=part_blocks)
         self._verifier: DiskVerifier | None = None
+        self._trial: DiskTrial | None = None
         if disk:
+            self._trial = DiskTrial(self._shelf, disk, planner)
             self._verifier = DiskVerifier(
                 self._shelf, disk, device.layout, part_blocks=part_blocks, scrub_bytes_per_s=scrub_bytes_per_s
             )
         self._num_pinned = 0  # references held by `pin`; guarded by the shelf's lock
-        self._resizing = Lock()
+        self._resizer = TierResizer(self._shelf, arena, disk)
         self._is_closed = False
 
     @classmethod
@@ -165,11 +167,12 @@ class BlockStore:
         if disk is not None and disk_write_budget is not None:
             check_write_budget(disk_write_budget, slot_bytes)
         if disk is not None:
-            _check_index_fits(disk.capacity_bytes // slot_bytes)
+            check_index_fits(disk.capacity_bytes // slot_bytes)
         with ExitStack() as undo:
             disk_tier, disk_fault = _open_disk(spec, disk, io_threads, disk_write_budget) if disk else (None, None)
             if disk_tier is not None:
                 undo.callback(disk_tier.close)
+            _warn_of_tight_memory(device, host_bytes)
             num_host_slots = host_bytes // slot_bytes
             num_staging = _part_blocks(slot_bytes) * (1 if num_host_slots else _STAGING_PARTS)
             max_slots = max_host_bytes // slot_bytes if max_host_bytes > host_bytes > 0 else None
@@ -318,50 +321,12 @@ class BlockStore:
         return self._shelf.runs()
 
     def resize(self, tier: str, num_bytes: int, timeout_s: float = _RESIZE_TIMEOUT_S) -> int:
-        """Gives "host" or "disk" another size while the store is in use; what has no room is evicted.
+        """Gives "host" or "disk" another size while the store is in use; see `TierResizer.resize`."""
+        return self._resizer.resize(tier, num_bytes, timeout_s)
 
-        Returns:
-            The tier's number of slots from now on.
-
-        Raises:
-            CacheConfigError: there is no such tier, or the size holds no block, or none in each directory.
-            CacheMemoryError: the index of so large a disk tier does not fit into memory.
-            TimeoutError: slots beyond are still in use after `timeout_s`. They are given to nobody any more, and their
-                memory or disk space is given back with the next call. Or another resize still waits for such slots.
-            dynamo.tiers.errors.TierError: the tier cannot have that size.
-        """
-        storages: dict[str, HostTier | DiskTier | None] = {"host": self._arena, "disk": self._disk}
-        storage, pool = storages[tier], self._shelf.pool(tier)
-        num_slots = num_bytes // self._slot_bytes
-        if storage is None or not pool.num_slots:
-            raise CacheConfigError(f"the cache has no {tier} tier to resize")
-        num_folders = len(storage.folders) if isinstance(storage, DiskTier) else 1
-        if num_slots < num_folders:  # before anything is evicted for it
-            where = f" in each of its {num_folders} directories" if num_folders > 1 else ""
-            raise CacheConfigError(
-                f"a {tier} tier of {format_size(num_bytes)} is less than one block of {format_size(self._slot_bytes)}"
-                f"{where}; give more"
-            )
-        if tier == "host" and num_slots > self._arena.max_slots:
-            raise CacheConfigError(
-                f"the host tier can have up to {format_size(self._arena.max_slots * self._slot_bytes)}, not "
-                f"{format_size(num_bytes)}; start with a larger maximum (host_max, --host-cache-max) to go beyond"
-            )
-        deadline = time.monotonic() + timeout_s
-        if not self._resizing.acquire(timeout=timeout_s):
-            raise TimeoutError("another resize still waits for blocks in use")
-        try:
-            if tier == "disk":
-                _check_index_fits(num_slots - storage.num_slots)
-            if num_slots > storage.num_slots:
-                storage.resize(num_slots)
-            if not self._shelf.resize(tier, num_slots, max(0.0, deadline - time.monotonic())):
-                raise TimeoutError(f"{pool.num_leaving} blocks of the {tier} tier are in use beyond its new size")
-            if num_slots < storage.num_slots:
-                storage.resize(num_slots)
-        finally:
-            self._resizing.release()
-        return num_slots
+    def describe_shortage(self) -> str | None:
+        """What the disk lacks for as many blocks as its tier may hold, and the way out; None for nothing."""
+        return self._disk.describe_shortage() if self._disk else None
 
     def usage(self) -> Iterator[TierUsage]:
         """Occupancy and counters of each tier. A disk tier that could not be opened is told with its fault."""
@@ -402,6 +367,8 @@ class BlockStore:
             return
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
+        if self._trial:
+            self._trial.close(timeout_s)
         if self._verifier:
             self._verifier.close()
         self._offloader.close(timeout_s)
@@ -435,19 +402,18 @@ def _open_disk(
     return tier, None
 
 
-def _check_index_fits(num_blocks: int) -> None:
-    """Refuses more blocks on disk than memory can keep books of, which would otherwise fail when the tier has filled up.
-
-    Raises:
-        CacheMemoryError: they need more memory than there is.
-    """
-    needed_bytes, available_bytes = num_blocks * _INDEX_BYTES, available_memory_bytes()
-    if available_bytes is not None and needed_bytes > available_bytes:
-        raise CacheMemoryError(
-            f"the index of {num_blocks:,} blocks on disk takes {format_size(needed_bytes)} of memory when they are all there, "
-            f"and {format_size(available_bytes)} are available; make the disk tier smaller, or its blocks larger",
-            needed_bytes=needed_bytes,
-            available_bytes=available_bytes,
+def _warn_of_tight_memory(device: DeviceTier, host_bytes: int) -> None:
+    """Without a GPU both tiers lie in the same memory, which the device tier takes only as it fills."""
+    device_bytes, available_bytes = device.num_slots * device.layout.slot_bytes, available_memory_bytes()
+    if device.device.type != "cpu" or available_bytes is None or host_bytes > available_bytes:  # refused in a moment
+        return
+    if device_bytes + host_bytes > available_bytes:
+        logger.warning(
+            "a device tier of %s and a host tier of %s are more together than the %s of memory that are available: the system "
+            "may end this process when both have filled; make one smaller, or free memory",
+            format_size(device_bytes),
+            format_size(host_bytes),
+            format_size(available_bytes),
         )
 
 

@@ -12,6 +12,7 @@ import logging
 import mmap
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,14 @@ class _Look:
         return int(np.count_nonzero(~self.there))
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Memory to read into, and what is asked before each small read; None: all is read at once."""
+
+    rows: Rows
+    check: Callable[[], None] | None
+
+
 class DiskVerifier:
     """Checks the blocks on disk, when told to on the caller's thread, else in the background. One check at a time.
 
@@ -75,7 +84,8 @@ class DiskVerifier:
         self._is_warned = False
         self._scrubber: Scrubber | None = None
         if scrub_bytes_per_s:
-            self._scrub_rows = self._new_rows(max(_MIN_SCRUB_BLOCKS, _SCRUB_BYTES // layout.slot_bytes))
+            rows = self._new_rows(max(_MIN_SCRUB_BLOCKS, _SCRUB_BYTES // layout.slot_bytes))
+            self._scrub_reading = _Reading(rows, self._check_open)
             self._scrubber = Scrubber(disk, self._scrub, bytes_per_s=scrub_bytes_per_s)
 
     @property
@@ -103,7 +113,7 @@ class DiskVerifier:
             self._running.release()
 
     def close(self) -> None:
-        """Ends all checks, and waits for them."""
+        """Ends all checks, and waits for what they are reading: 256 KiB in the background, else `part_blocks` blocks."""
         self._is_closing = True
         if self._scrubber:
             self._scrubber.close(_CLOSE_TIMEOUT_S)
@@ -112,16 +122,15 @@ class DiskVerifier:
 
     def _run(self, started_s: float, deadline: float) -> Verification:
         num_blocks = len(self._shelf.disk)
-        rows = self._new_rows(self._part_blocks)
+        reading = _Reading(self._new_rows(self._part_blocks), None)
         found: list[tuple[int, int, int, int]] = []
         slot: int | None = 0
         while slot is not None and time.monotonic() < deadline:
-            if self._is_closing:
-                raise TierClosedError("the cache was closed while its blocks on disk were checked")
-            keys, slots, slot = self._blocks_from(slot, len(rows))
+            self._check_open()
+            keys, slots, slot = self._blocks_from(slot, len(reading.rows))
             if keys:
-                look = self._look(keys, slots, rows)
-                found.append((len(keys), look.num_gone, *self._look_again(look, keys, slots, rows)))
+                look = self._look(keys, slots, reading)
+                found.append((len(keys), look.num_gone, *self._look_again(look, keys, slots, reading)))
         return _verification(num_blocks, found, started_s, is_complete=slot is None)
 
     def _scrub(self, first: int) -> ScrubStep | None:
@@ -132,13 +141,13 @@ class DiskVerifier:
         if not self._running.acquire(blocking=False):
             return None
         try:
-            rows = self._scrub_rows
-            keys, slots, next_slot = self._blocks_from(first, len(rows))
+            reading = self._scrub_reading
+            keys, slots, next_slot = self._blocks_from(first, len(reading.rows))
             if not keys:
                 return ScrubStep(0, 0, next_slot)
-            look = self._look(keys, slots, rows)
+            look = self._look(keys, slots, reading)
             if look.readable.any():
-                num_corrupt, num_unreadable = self._look_again(look, keys, slots, rows)
+                num_corrupt, num_unreadable = self._look_again(look, keys, slots, reading)
                 if num_corrupt + num_unreadable and not self._is_warned:
                     self._is_warned = True
                     logger.warning(
@@ -168,7 +177,7 @@ class DiskVerifier:
                 end = int(slots[-1]) + 1
             return keys, slots, end if end < disk.num_slots else None
 
-    def _look(self, keys: list[BlockKey], slots: SlotIds, rows: Rows) -> _Look:
+    def _look(self, keys: list[BlockKey], slots: SlotIds, reading: _Reading) -> _Look:
         row_ids = np.arange(len(keys), dtype=np.int64)
         with self._shelf.changed:
             there = self._are_there(keys, slots)
@@ -176,15 +185,15 @@ class DiskVerifier:
             digests, kinds = self._shelf.disk_digests[known], self._shelf.disk_digest_kinds[known]
         readable = np.zeros(len(keys), dtype=np.bool_)
         try:
-            readable[there] = self._disk.inspect(slots[there], rows, row_ids[there])
+            readable[there] = self._disk.inspect(slots[there], reading.rows, row_ids[there], reading.check)
         except KernelArgumentError:  # the tier was made smaller meanwhile, and these blocks are gone
             there[:] = False
-        matching = match_digests(rows, row_ids, digest_seeds(keys), self._layout.block_bytes, digests, kinds)
+        matching = match_digests(reading.rows, row_ids, digest_seeds(keys), self._layout.block_bytes, digests, kinds)
         with self._shelf.changed:
             there &= self._are_there(keys, slots)
         return _Look(there, readable, readable & matching)
 
-    def _look_again(self, look: _Look, keys: list[BlockKey], slots: SlotIds, rows: Rows) -> tuple[int, int]:
+    def _look_again(self, look: _Look, keys: list[BlockKey], slots: SlotIds, reading: _Reading) -> tuple[int, int]:
         """How many of the blocks are really corrupt, and unreadable. Forgets and counts those."""
         suspects = np.flatnonzero(look.there & ~look.good)
         if not len(suspects):
@@ -197,7 +206,7 @@ class DiskVerifier:
             self._num_suspects = len(slots)
             shelf.disk.acquire(slots)
         try:
-            look = self._look(keys, slots, rows)
+            look = self._look(keys, slots, reading)
             if look.good.all() or shelf.notice_lost_disk() or self._is_closing:
                 return 0, 0
             bad = [key for key, is_good in zip(keys, look.good.tolist(), strict=True) if not is_good]
@@ -211,6 +220,10 @@ class DiskVerifier:
         num_unreadable = int(np.count_nonzero(~look.readable))
         shelf.counters.count_verified_bad(num_corrupt, num_unreadable)
         return num_corrupt, num_unreadable
+
+    def _check_open(self) -> None:
+        if self._is_closing:
+            raise TierClosedError("the cache was closed while its blocks on disk were checked")
 
     def _are_there(self, keys: list[BlockKey], slots: SlotIds) -> Outcomes:
         """The caller holds the shelf's lock."""

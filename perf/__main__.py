@@ -11,7 +11,10 @@ from rich.console import Console
 from dynamo.kvcache import KVCacheError
 from dynamo.perf import blocks, crash, disk, doctor, index, kernels, router, serve, soak, store, trace, ttft
 from dynamo.perf.harness import BenchmarkError
+from dynamo.perf.interrupts import Interrupts
 from dynamo.perf.report import Report, print_report, write_report
+from dynamo.serve.path_refusal import path_refusal
+from dynamo.tiers.errors import TierError
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +74,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
     progress = Console(stderr=True)
+    interrupts = Interrupts()
     try:
-        if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on what cannot be kept
-        report: Report = options.run(options, progress)
-    except (BenchmarkError, KVCacheError, OSError) as error:
+        with interrupts:
+            return _run(options, console, progress)
+    except (BenchmarkError, KVCacheError, TierError, OSError, MemoryError) as error:
         # What a user can put right: a path, a size, a peer or a server that does not start. Bugs keep their traceback.
-        progress.print(f"error: {_sentence(error)}", markup=False, highlight=False)
+        progress.print(f"error: {_sentence(error)}", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         progress.print("interrupted; what was written for measuring is removed")
-        return 130
+        return interrupts.exit_status
+
+
+def _run(options: argparse.Namespace, console: Console, progress: Console) -> int:
+    if options.out is not None:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)  # before minutes are spent on what cannot be kept
+        except OSError as error:
+            raise BenchmarkError(f"--out {options.out}: {path_refusal(options.out, error, 'folder')}") from error
+    report: Report = options.run(options, progress)
     print_report(report, console)
     if options.out is None:
         progress.print("results not written; --out DIR keeps them as JSON lines", style="dim")
@@ -91,6 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, MemoryError) and not isinstance(error, KVCacheError | TierError):  # Python's own, or numpy's
+        return (
+            f"there is not enough memory for a run of this size{f' ({error})' if str(error) else ''}; make it smaller"
+        )
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)

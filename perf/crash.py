@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -26,7 +27,9 @@ from rich.progress import track
 from dynamo.kvcache.hashing import BlockKey
 from dynamo.perf.crash_worker import Message, Recovered, Workload, work
 from dynamo.perf.harness import BenchmarkError, median
+from dynamo.perf.interrupts import put_off
 from dynamo.perf.machine import machine_record
+from dynamo.perf.option_checks import check_folder
 from dynamo.perf.report import Report, Result
 
 __all__ = ["SUMMARY", "Tally", "add_arguments", "crash_rounds", "damage", "run"]
@@ -93,6 +96,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         raise BenchmarkError("--rounds must be at least 1, --blocks at least 32, --block-kib a multiple of 8")
     if not 0 <= options.damage <= 100:
         raise BenchmarkError(f"--damage is {options.damage:g}; it is a percentage, from 0 to 100")
+    check_folder(Path(options.path), 1024 * options.block_kib * options.blocks)
     machine = machine_record()
     with tempfile.TemporaryDirectory(prefix="dynamo-crash-", dir=options.path) as folder:
         workload = Workload(Path(folder), options.blocks, options.block_kib, options.seed)
@@ -136,6 +140,7 @@ def crash_rounds(
     chance = random.Random(workload.seed)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dynamo.perf.crash_worker"])
+    forkserver.ensure_running()
     tally = Tally()
     known: set[BlockKey] = set()
     is_clean = True
@@ -165,11 +170,12 @@ def _round(
     """One worker's life. `known`: what is on disk at its start, None if files were damaged; returns what is at its end."""
     near, far = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(workload, number, far), daemon=True)
-    process.start()
-    far.close()
     on_disk: set[BlockKey] | None = None
     is_early = chance.random() < _EARLY_SHARE
     try:
+        with put_off():  # until its id is known: it could not be killed
+            process.start()
+        far.close()
         if is_early:
             time.sleep(chance.uniform(0, _EARLY_KILL_S))
         else:
@@ -180,8 +186,9 @@ def _round(
             on_disk = set(recovered.usable)
             time.sleep(chance.uniform(0, _LATE_KILL_S))
     finally:
-        process.kill()
-        process.join(_ANSWER_TIMEOUT_S)
+        if process.pid is not None:
+            process.kill()
+            process.join(_ANSWER_TIMEOUT_S)
     for message in _rest(near):
         if isinstance(message, Recovered):  # it was faster than the kill
             _count(message, tally, known)

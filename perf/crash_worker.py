@@ -1,6 +1,7 @@
 """The process that `crash` kills: checks what survived, then loads and saves until it dies."""
 
 import random
+import signal
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -79,6 +80,7 @@ Message = Recovered | Step
 
 def work(workload: Workload, number: int, connection: Connection) -> None:
     """Runs until killed. Sends one `Recovered`, then `Step`s."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair, which then kills this process
     torch.set_num_threads(1)
     spec = workload.spec
     slot_bytes = spec.layout.slot_bytes

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dynamo.kvcache.config import format_size, parse_size
+from dynamo.kvcache.config import format_size
 from dynamo.perf.disk_gds import gds_results, why_no_gds
 from dynamo.perf.disk_plot import draw_disk
 from dynamo.perf.disk_raw import EXTRA_FILES, RawDisk
@@ -32,8 +32,8 @@ from dynamo.perf.disk_sweep import (
 )
 from dynamo.perf.disk_tier import Comparison, LMCachePeer, TierSide, Windows, compare
 from dynamo.perf.harness import BenchmarkError
-from dynamo.perf.interrupts import Interrupts
 from dynamo.perf.machine import machine_record
+from dynamo.perf.option_checks import check_folder, checked_size
 from dynamo.perf.report import Report, Result
 
 __all__ = ["BLOCK_SIZES", "SUMMARY", "add_arguments", "recommendation", "run"]
@@ -96,11 +96,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     plan, repeats = (_QUICK, _QUICK_REPEATS) if options.quick else (_FULL, _REPEATS)
     machine = machine_record()
     notes: list[str] = []
-    with (
-        Interrupts() as interrupts,
-        _scratch(options.path) as folders,
-        _progress(console, plan, repeats, interrupts) as progress,
-    ):
+    with _scratch(options.path) as folders, _progress(console, plan, repeats) as progress:
         place = _Place(folders, size)
         results, found = _measure(place, plan, repeats, options.lmcache_python, progress, notes)
     threads = recommended_threads(found, BLOCK_SIZES)
@@ -148,21 +144,15 @@ def recommendation(paths: Sequence[Path], threads: int) -> str:
 
 
 def _checked_size(options: argparse.Namespace) -> int:
-    size = parse_size(options.size) // (1 << 20) << 20
+    size = checked_size("--size", options.size) // (1 << 20) << 20
     if size < _MIN_SIZE:
         raise BenchmarkError(f"--size {options.size} is too little to measure; give at least {format_size(_MIN_SIZE)}")
-    for path in options.path:
-        if not path.is_dir():
-            raise BenchmarkError(f"--path {path} is no folder; make it, or give one that is there")
+    if len({path.resolve() for path in options.path}) < len(options.path):
+        raise BenchmarkError(f"--path names a folder twice: {', '.join(map(str, options.path))}; give each once")
     # The raw files, and then beside them a tier, and then LMCache's files.
     needed = size + EXTRA_FILES * size // 4 + size + (size if options.lmcache_python else 0) + _SPARE_BYTES
     for path in options.path:
-        free = shutil.disk_usage(path).free
-        if free < needed:
-            raise BenchmarkError(
-                f"{path} has {format_size(free)} free and this run takes up to {format_size(needed)} for a while; "
-                "give less --size, or another --path"
-            )
+        check_folder(path, needed)
     return size
 
 
@@ -228,19 +218,17 @@ def _scratch(paths: Sequence[Path]) -> Iterator[tuple[Path, ...]]:
 class _Steps:
     """Progress: one step for each thing that is measured."""
 
-    def __init__(self, progress: Progress, total: int, interrupts: Interrupts) -> None:
+    def __init__(self, progress: Progress, total: int) -> None:
         self._progress = progress
         self._task = progress.add_task("starting", total=total)
-        self._interrupts = interrupts
 
     def say(self, what: str) -> None:
-        """A new step begins, unless the run was interrupted."""
-        self._interrupts.check()
+        """A new step begins."""
         self._progress.update(self._task, advance=1, description=what)
 
 
 @contextlib.contextmanager
-def _progress(console: Console, plan: Sweep, repeats: int, interrupts: Interrupts) -> Iterator[_Steps]:
+def _progress(console: Console, plan: Sweep, repeats: int) -> Iterator[_Steps]:
     columns = (
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
@@ -248,4 +236,4 @@ def _progress(console: Console, plan: Sweep, repeats: int, interrupts: Interrupt
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        yield _Steps(progress, 1 + plan.num_runs + len(BLOCK_SIZES) * (1 + 2 * repeats), interrupts)
+        yield _Steps(progress, 1 + plan.num_runs + len(BLOCK_SIZES) * (1 + 2 * repeats))

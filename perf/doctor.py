@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dynamo.kvcache.config import format_size, parse_size
+from dynamo.kvcache.config import format_size
 from dynamo.perf.disk_gds import why_no_gds
 from dynamo.perf.doctor_disk import disk_tiers, examine_disk
 from dynamo.perf.doctor_facts import cuda_driver, importable, lock_limit_bytes, memory_pages
 from dynamo.perf.doctor_findings import Findings
 from dynamo.perf.harness import BenchmarkError, median, timed
 from dynamo.perf.machine import machine_record
+from dynamo.perf.option_checks import checked_size
 from dynamo.perf.report import Report, Result
 from dynamo.serve.config import SECTIONS, CacheSettings, Config, load_config
 from dynamo.serve.errors import ConfigError
@@ -44,7 +45,7 @@ SUMMARY = "which path each tier really takes, its GB/s beside memcpy and the raw
 _LAYOUT = BlockLayout(num_layers=32, block_size=16, num_kv_heads=8, head_dim=128, itemsize=2)  # 2 MiB
 _COPY_TURNS = 5
 _MIN_BLOCKS = 8
-_PACKAGES = ("torch", "numpy", "triton", "kvikio-cu13", "kvikio-cu12", "ucxx-cu13", "ucxx-cu12", "cuda-python")
+_PACKAGES = ("torch", "numpy", "triton", "kvikio-cu13", "kvikio-cu12", "ucxx-cu13", "ucxx-cu12")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     Raises:
         BenchmarkError: the configuration is not accepted, or --size is too little.
     """
-    num_blocks = parse_size(options.size) // _LAYOUT.slot_bytes
+    num_blocks = checked_size("--size", options.size) // _LAYOUT.slot_bytes
     if num_blocks < _MIN_BLOCKS:
         raise BenchmarkError(
             f"--size {options.size} is too little; give {format_size(_MIN_BLOCKS * _LAYOUT.slot_bytes)}"
@@ -191,7 +192,7 @@ def _examine_memory(config: Config, num_blocks: int, findings: Findings) -> Iter
         findings.problem(
             f"--device {config.model.device} was asked for, but torch sees no GPU; use cpu, or see to the driver"
         )
-    _examine_sizes(config.cache, findings)
+    _examine_sizes(config.cache, findings, is_on_cpu=device.type == "cpu")
     try:
         host = HostTier(_LAYOUT, num_blocks, num_staging=num_blocks, gpu=pci_address(device))
         try:
@@ -221,7 +222,7 @@ def _device(config: Config) -> torch.device:
     return torch.device((config.model.device or "cuda") if has_gpu else "cpu")
 
 
-def _examine_sizes(cache: CacheSettings, findings: Findings) -> None:
+def _examine_sizes(cache: CacheSettings, findings: Findings, *, is_on_cpu: bool) -> None:
     available, budget = available_memory_bytes(), HostBudget()
     if available is not None and cache.host_cache > available:
         findings.problem(
@@ -236,6 +237,12 @@ def _examine_sizes(cache: CacheSettings, findings: Findings) -> None:
             f"--host-cache {format_size(cache.host_cache)} does not fit into the budget of KV caches: "
             f"{format_size(max(0, budget.limit_bytes - held))} of {format_size(budget.limit_bytes)} are left; "
             "make it smaller, or end another process"
+        )
+    device_bytes = cache.device_cache or 0
+    if available is not None and is_on_cpu and device_bytes > available:
+        findings.problem(
+            f"--device-cache {format_size(device_bytes)} is more than the {format_size(available)} of memory that are "
+            "available; make it smaller, free memory, or raise the cgroup's limit"
         )
     if not cache.host_cache:
         findings.say("host tier", "off; staging memory only")

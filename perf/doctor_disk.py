@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from dynamo.perf.report import Result
 from dynamo.serve.assembly import mocker_place
 from dynamo.serve.config import LoadedConfig
 from dynamo.serve.worker_commands import disk_share, worker_name
-from dynamo.tiers.disk_space import disk_space
+from dynamo.tiers.disk_space import disk_space, find_obstacle
 from dynamo.tiers.errors import TierError
 from dynamo.tiers.namespace import held_bytes, is_namespace_name
 
@@ -60,7 +60,7 @@ def examine_disk(
     """
     times = f"{len(tiers)} times " if len(tiers) > 1 else ""
     findings.say("disk tier", f"{place}, {times}{format_size(tiers[0].capacity_bytes)}")
-    obstacles = [obstacle for directory in place.directories if (obstacle := _obstacle(directory)) is not None]
+    obstacles = [obstacle for directory in place.directories if (obstacle := find_obstacle(directory)) is not None]
     for obstacle in obstacles:
         findings.problem(f"{obstacle} is no folder, so no disk tier can be there: give --disk-cache another path")
     if obstacles:
@@ -78,9 +78,9 @@ def examine_disk(
         findings.problem(f"this user may not write to {where}: give it the permission, or --disk-cache another folder")
     if closed:
         return
-    _examine_space(place, tiers, findings)
     locks = [lock for directory in _tier_folders(place) for lock in sorted(directory.glob("*/LOCK"))]
     holders = {lock.parent: lock_holder(lock) for lock in locks}
+    _examine_space(place, tiers, {owned.parent: pid for owned, pid in holders.items() if pid is not None}, findings)
     for owned, pid in holders.items():
         if pid is not None:
             findings.advise(
@@ -111,13 +111,6 @@ def _tier_folders(place: DiskPlace) -> list[Path]:
     return found
 
 
-def _obstacle(directory: Path) -> Path | None:
-    """What lies in the way of a folder, such as a file of its name."""
-    directory = directory.absolute()
-    found = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
-    return None if found.is_dir() else found
-
-
 def _examine_mount(folder: Path, findings: Findings) -> None:
     mount = mount_of(folder)
     if mount is None:
@@ -137,7 +130,10 @@ def _examine_mount(folder: Path, findings: Findings) -> None:
         findings.advise(f"{mount.folder} is mounted with sync, which slows writing down; the tier does not need it")
 
 
-def _examine_space(place: DiskPlace, tiers: Sequence[DiskPlace], findings: Findings) -> None:
+def _examine_space(
+    place: DiskPlace, tiers: Sequence[DiskPlace], holders: Mapping[Path, int], findings: Findings
+) -> None:
+    """`holders`: processes that use a folder with blocks now."""
     own = [directory for tier in tiers for directory in tier.directories]
     try:
         spaces = disk_space(own, sum(tier.capacity_bytes for tier in tiers))
@@ -163,9 +159,22 @@ def _examine_space(place: DiskPlace, tiers: Sequence[DiskPlace], findings: Findi
             )
     for folder, held in others.items():
         if held:
-            findings.say(
-                "", f"{folder}: {format_size(held)} taken by KV blocks, which no tier of this configuration gives up"
-            )
+            findings.say("", f"{folder}: {format_size(held)} taken by KV blocks, {_whose(folder, place, holders)}")
+
+
+def _whose(folder: Path, place: DiskPlace, holders: Mapping[Path, int]) -> str:
+    """Who might give up the blocks of a folder that is none of this configuration."""
+    if folder in holders:
+        return f"of process {holders[folder]}, which has its disk tier there"
+    above = next(directory for directory in place.directories if directory in (folder, *folder.parents))
+    # Below a directory, workers have folders of their names, which are not all numbered.
+    name = next(iter(folder.relative_to(above).parts), "")
+    worker = (
+        f"; a worker would that is started with --worker-id {name}"
+        if name != mocker_place(place).directories[0].name
+        else ""
+    )
+    return f"which no tier of this configuration gives up{worker if name else ''}"
 
 
 def _measure(

@@ -23,6 +23,7 @@ from dynamo.kvcache.shelf import Shelf
 from dynamo.kvcache.stats import CacheCounters
 from dynamo.perf.harness import BenchmarkError, Timing, median, quiet_collector, timed
 from dynamo.perf.machine import machine_record
+from dynamo.perf.option_checks import check_folder
 from dynamo.perf.report import Report, Result
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.host import HostTier
@@ -80,6 +81,8 @@ def run(options: argparse.Namespace, console: Console) -> Report:
             f"--blocks {options.blocks} in chains of --chain {options.chain}, --repeats {options.repeats}: give at least "
             "one chain and one repeat"
         )
+    if options.path is not None:
+        check_folder(options.path)
     machine = machine_record()
     results: list[Result] = []
     for case, num_at_a_time in CASES.items():

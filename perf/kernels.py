@@ -6,6 +6,7 @@ engine, interference with a matmul, quantising and the other transforms, attenti
 """
 
 import argparse
+import time
 from collections.abc import Iterator
 from datetime import datetime
 
@@ -25,6 +26,7 @@ __all__ = ["SUMMARY", "add_arguments", "run"]
 SUMMARY = "GB/s of every copy path and layout, beside memmove, the device copy and other projects' ways"
 
 _CPU_MIB, _GPU_MIB = 256, 1024
+_KEPT_EVERY_S = 5.0
 _TITLE = "Moving KV blocks: GB/s of payload, and share of the ceiling measured in the same run"
 _AOT_TITLE = "Machine code of every kernel launch, compiled ahead of time"
 
@@ -45,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> Report:
     """Runs all sections that this machine can run, one process each.
 
-    With `--out` the results are kept after every section, so that an interrupted run leaves what it had, and drawn.
+    With `--out` the results are kept after every section and every few seconds within one, so that an interrupted run
+    leaves what it had, and drawn.
 
     Raises:
         BenchmarkError: nonsensical sizes, or nothing could be measured.
@@ -66,14 +69,21 @@ def run(options: argparse.Namespace, console: Console) -> Report:
             notes=notes,
         )
 
+    def keep() -> float:
+        if options.out is not None and results:
+            write_report(report(), options.out)
+        return time.monotonic()
+
+    kept_at = time.monotonic()
     for findings in [machine_code(console)] if options.aot else _sections(options, console):
         for finding in findings:
             if isinstance(finding, str):
                 notes.append(finding)
             else:
                 results.append(finding)
-        if options.out is not None and results:
-            write_report(report(), options.out)
+            if time.monotonic() - kept_at > _KEPT_EVERY_S:
+                kept_at = keep()
+        kept_at = keep()
     if not results:
         raise BenchmarkError(f"nothing was measured: {'; '.join(notes)}")
     if options.out is not None and not options.aot:

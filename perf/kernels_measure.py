@@ -1,15 +1,17 @@
 """How the kernel benchmark measures: times taken in turn with a ceiling's, on the CPU and on a GPU."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from dynamo.perf.harness import BenchmarkError, median, timed
+from dynamo.perf.interrupts import put_off
 from dynamo.perf.report import Result
 
 __all__ = [
@@ -27,6 +29,9 @@ __all__ = [
 ]
 
 _L2_FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
+_FLUSHES_TIMED = 16
+_COVER = 1.5  # the GPU is kept busy for so much longer than the host took to queue an action when it was prepared
+_MOST_COVER_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,40 +50,62 @@ class Paired:
 class Timer(Protocol):
     """Times actions that may go on after they return."""
 
+    def prepare(self, *actions: Callable[[], object]) -> None:
+        """Runs actions, unmeasured, that are going to be measured next."""
+
     def seconds(self, action: Callable[[], object]) -> float:
         """One run, from its start to the end of all work it queued."""
-
-    def settle(self) -> None:
-        """Waits until everything queued is done."""
 
 
 class WallTimer:
     """Actions that are done when they return. Implements Timer."""
 
+    def prepare(self, *actions: Callable[[], object]) -> None:
+        for action in actions:
+            action()
+
     def seconds(self, action: Callable[[], object]) -> float:
         return timed(action).wall_s
 
-    def settle(self) -> None:
-        return
-
 
 class CudaTimer:
-    """GPU time between two events on torch's current stream, with cold second-level cache. Implements Timer."""
+    """GPU time between two events on torch's current stream, with cold second-level cache. Implements Timer.
+
+    Work that flushes the cache keeps the GPU busy until the host has queued the action, as an engine's own work does: what
+    planning and launching cost is the host's time, and is measured as such elsewhere.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self._flush = torch.zeros(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
         self._start, self._end = new_event(), new_event()
+        self._num_flushes = _FLUSHES_TIMED
+        flushing_s = self._between_events(self._fill)
+        self._flush_s = max(flushing_s / _FLUSHES_TIMED, 1e-6)
+        self._num_flushes = 1
+
+    def prepare(self, *actions: Callable[[], object]) -> None:
+        queueing_s = 0.0
+        for action in actions:
+            action()
+            torch.cuda.synchronize()
+            queueing_s = max(queueing_s, timed(action).wall_s)
+            torch.cuda.synchronize()
+        self._num_flushes = 1 + math.ceil(min(_COVER * queueing_s, _MOST_COVER_S) / self._flush_s)
 
     def seconds(self, action: Callable[[], object]) -> float:
-        self._flush.zero_()
+        self._fill()
+        return self._between_events(action)
+
+    def _fill(self) -> None:
+        for _ in range(self._num_flushes):
+            self._flush.zero_()
+
+    def _between_events(self, action: Callable[[], object]) -> float:
         self._start.record()
         action()
         self._end.record()
         self._end.synchronize()
         return float(self._start.elapsed_time(self._end)) / 1000
-
-    def settle(self) -> None:
-        torch.cuda.synchronize()
 
 
 def new_event() -> torch.cuda.Event:
@@ -99,10 +126,8 @@ def choose_timer(device: torch.device) -> Timer:
 def paired(
     timer: Timer, action: Callable[[], object], ceiling: Callable[[], object], num_bytes: int, repeats: int
 ) -> Paired:
-    """Times `action` in turn with `ceiling`, which moves as many bytes. Both run once before, unmeasured."""
-    for warm_up in (ceiling, action):
-        warm_up()
-    timer.settle()
+    """Times `action` in turn with `ceiling`, which moves as many bytes. Both run before, unmeasured."""
+    timer.prepare(ceiling, action)
     pairs = [(timer.seconds(ceiling), timer.seconds(action)) for _ in range(repeats)]
     return Paired(
         gb_s=num_bytes / median([ours for _, ours in pairs]) / 1e9,
@@ -152,13 +177,12 @@ def busy_core() -> Iterator[None]:
         "import os\nparent = os.getppid()\nprint('on', flush=True)\n"
         "while os.getppid() == parent:\n for _ in range(1 << 20): pass"  # ends with a parent that is killed
     )
-    process = subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
+    with ExitStack() as undo:
+        with put_off():  # until there is what ends it
+            process = subprocess.Popen([sys.executable, "-P", "-c", program], stdout=subprocess.PIPE, text=True)
+            undo.enter_context(process)  # closes the pipe and waits
+            undo.callback(process.kill)
+        assert process.stdout is not None
         if process.stdout.readline().strip() != "on":
             raise BenchmarkError("the process that keeps a second core busy did not start")
         yield
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()

@@ -131,6 +131,8 @@ def pinned_copies(workload: Workload) -> Findings:
 
 def pipeline_depths(workload: Workload) -> Findings:
     """Zero-copy by tile, stages and programs: how many bytes in flight the bus wants."""
+    from triton.errors import TritonError
+
     driver, device = cuda_driver(), torch.device(workload.device)
     num_bytes = min(workload.mib, _SMALL_MIB) << 20
     with torch.cuda.stream(new_stream(device)):
@@ -141,7 +143,7 @@ def pipeline_depths(workload: Workload) -> Findings:
                 try:
                     action = zero_copy(crossing, device, tile_kib << 10, stages, programs)
                     speed = paired(timer, action, crossing.large, crossing.num_bytes, workload.repeats)
-                except RuntimeError as error:  # among them Triton's, for more shared memory than there is
+                except (RuntimeError, TritonError) as error:  # such as for more shared memory than there is
                     yield f"{crossing.name}, {name}: {str(error).splitlines()[0]}"
                     continue
                 yield from speed_results(crossing.name, name, speed, workload.repeats)
@@ -173,7 +175,7 @@ def batched_copies(workload: Workload) -> Findings:
             subject = f"copy engine, {count:,} pieces"
             speed = paired(timer, action, large, size * count, workload.repeats)
             yield from speed_results(case, subject, speed, workload.repeats)
-            yield _plain(case, subject, "submit", median(submit_us[1:]), "µs", workload.repeats)
+            yield _plain(case, subject, "submit", median(submit_us[-workload.repeats :]), "µs", workload.repeats)
 
 
 def page_sizes(workload: Workload) -> Findings:
@@ -206,7 +208,7 @@ def page_sizes(workload: Workload) -> Findings:
                     "zero-copy, 64 KiB pieces": partial(copy_blocks, src, order, dst, consecutive),
                 }
                 for way, action in ways.items():
-                    action()
+                    timer.prepare(action)
                     seconds = median([timer.seconds(action) for _ in range(workload.repeats)])
                     case = f"{way}, {'GPU to host' if to_host else 'host to GPU'}"
                     yield _plain(case, name, "payload", num_bytes / seconds / 1e9, "GB/s", workload.repeats)
@@ -256,7 +258,7 @@ def ways(
 def _planned(
     crossing: Crossing, driver: CudaDriver, staging: Staging, calibration: Calibration, device: torch.device
 ) -> tuple[str, Callable[[], object]]:
-    """What users call; planning is part of the time, as it is part of theirs."""
+    """What users call, planning included; how long that takes the host is a section of its own."""
     stream = torch.cuda.current_stream(device).cuda_stream
     sides = crossing.src, crossing.src_ids, crossing.dst, crossing.dst_ids
     planned = partial(plan, *sides, calibration=calibration, staging=staging, driver=driver)

@@ -7,17 +7,24 @@ a line of JSON as soon as it has it, so that what was measured before a failure 
 import dataclasses
 import importlib
 import json
+import os
+import selectors
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 
+from dynamo.perf.interrupts import put_off
 from dynamo.perf.kernels_workload import Findings, Workload
 from dynamo.perf.report import Result
 
 __all__ = ["SECTIONS", "Section", "main", "run_section"]
+
+_GRACE_S = 10.0  # for a killed process to be gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +65,70 @@ SECTIONS = (
 
 
 def run_section(section: Section, workload: Workload, console: Console) -> Findings:
-    """Runs one section in a process of its own and yields what it found. A failure becomes a note; details go to `console`."""
+    """Runs one section in a process of its own and yields what it finds as it finds it, naming each case on `console`.
+
+    A failure becomes a note; details go to `console`.
+    """
     command = [sys.executable, "-P", "-m", "dynamo.perf.kernels_sections", section.place, workload.to_json()]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=section.limit_s, check=False)
-    except subprocess.TimeoutExpired as late:
-        printed = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        yield from _parse(printed)
-        yield f"{section.name}: FAILED, not done after {section.limit_s:.0f} s"
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        process: subprocess.Popen[bytes] | None = None
+        try:
+            with put_off():  # until there is what is ended below
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said)
+            case, deadline = "", time.monotonic() + section.limit_s
+            for finding in _parse(_lines(process, deadline)):
+                if isinstance(finding, Result) and finding.case != case:
+                    case = finding.case
+                    console.print(f"  {case}", style="dim", markup=False, highlight=False)
+                yield finding
+            status = _status(process, deadline)
+        finally:
+            is_gone = process is None or _end(process)
+        said.seek(0)
+        details = said.read().strip()
+    if status == 0:
         return
-    yield from _parse(done.stdout)
-    if done.returncode:
-        console.print(done.stderr, markup=False, highlight=False)
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        yield f"{section.name}: FAILED with status {done.returncode}: {said[-1]}"
+    console.print(details, markup=False, highlight=False)
+    if status is None:
+        stuck = "" if is_gone else "; its process cannot be ended"
+        yield f"{section.name}: FAILED, not done after {section.limit_s:.0f} s{stuck}"
+        return
+    yield f"{section.name}: FAILED with status {status}: {(details.splitlines() or ['it said nothing'])[-1]}"
+
+
+def _lines(process: "subprocess.Popen[bytes]", deadline: float) -> Iterator[str]:
+    """Lines as the process prints them, until it prints no more or the time is over."""
+    assert process.stdout is not None
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while selector.select(max(0.0, deadline - time.monotonic())):
+            printed = os.read(process.stdout.fileno(), 1 << 16)
+            if not printed:
+                return
+            *lines, rest = (rest + printed).split(b"\n")
+            for line in lines:
+                yield line.decode(errors="replace")
+
+
+def _status(process: "subprocess.Popen[bytes]", deadline: float) -> int | None:
+    """The exit status; None for a process that still runs when the time is over."""
+    try:
+        return process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _end(process: "subprocess.Popen[bytes]") -> bool:
+    """Ends a process that still runs. False for one that does not even then, as where a driver hangs."""
+    assert process.stdout is not None
+    process.kill()
+    process.stdout.close()
+    try:
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -85,9 +142,9 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parse(printed: str) -> Iterator[Result | str]:
-    """Findings among whatever else was printed; a last line cut short is left out."""
-    for line in printed.splitlines():
+def _parse(printed: Iterator[str]) -> Findings:
+    """Findings among whatever else was printed."""
+    for line in printed:
         if line.startswith('{"finding": ') and line.endswith("}"):
             record = json.loads(line)["finding"]
             yield record if isinstance(record, str) else Result(**record)

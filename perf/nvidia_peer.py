@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from dynamo.perf.harness import BenchmarkError
+from dynamo.perf.interrupts import put_off
 from dynamo.serve import demo
 
 __all__ = ["NvidiaServing"]
@@ -88,7 +89,8 @@ class NvidiaServing:
 
     def _start(self, python: Path, part: str, *flags: str) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        with (Path(self._folder.name) / f"{part}.log").open("wb") as log:
+        # A signal waits until there is what `close` ends.
+        with (Path(self._folder.name) / f"{part}.log").open("wb") as log, put_off():
             try:
                 process = subprocess.Popen(
                     [python, "-m", f"dynamo.{part}", *flags],
@@ -100,7 +102,7 @@ class NvidiaServing:
                 )
             except OSError as error:
                 raise BenchmarkError(f"--dynamo-python {python} does not start: {error}") from error
-        self._processes.append(process)
+            self._processes.append(process)
 
     def _await_answer(self, port: int) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S

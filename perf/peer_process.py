@@ -1,5 +1,6 @@
 """Another project, measured in an interpreter of its own: a script that answers one JSON value per line."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dynamo.perf.harness import BenchmarkError
+from dynamo.perf.interrupts import put_off
 
 __all__ = ["PeerProcess"]
 
@@ -46,25 +48,25 @@ class PeerProcess:
         """
         self._project, self._module, self._timeout_s = project, module, timeout_s
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | dict(environment or {}),
-            )
-        except OSError as error:
-            raise BenchmarkError(f"{flag} {command[0]} does not start: {error}") from error
         self._errors: list[str] = []
         self._drain = threading.Thread(target=self._keep_errors, daemon=True)
-        self._drain.start()
-        try:
+        with contextlib.ExitStack() as undo:
+            with put_off():  # until there is what `close` ends
+                try:
+                    self._process = subprocess.Popen(
+                        command,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                        env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | dict(environment or {}),
+                    )
+                except OSError as error:
+                    raise BenchmarkError(f"{flag} {command[0]} does not start: {error}") from error
+                self._drain.start()
+                undo.callback(self.close)
             self.hello: Any = self._reply()
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def __enter__(self) -> Self:
         return self

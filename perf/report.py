@@ -99,7 +99,8 @@ def print_report(report: Report, console: Console) -> None:
 def write_report(report: Report, folder: Path) -> Path:
     """Writes `<benchmark>-<UTC time>.jsonl` into `folder`, which is made if need be.
 
-    The first line is the run: machine, versions, commit, parameters, notes. Each further line is one result.
+    The first line is the run: machine, versions, commit, parameters, notes. Each further line is one result. A file of this
+    run that was there before is replaced as a whole, so that being killed meanwhile loses nothing.
 
     Returns:
         The file.
@@ -120,8 +121,9 @@ def write_report(report: Report, folder: Path) -> Path:
         | dataclasses.asdict(result)
         for result in report.results
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in (run, *results)))
-    return path
+    new = path.with_suffix(".part")
+    new.write_text("".join(json.dumps(line) + "\n" for line in (run, *results)))
+    return new.replace(path)
 
 
 def _number(value: float) -> str:

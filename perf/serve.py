@@ -23,6 +23,7 @@ from rich.console import Console
 from dynamo.perf.harness import BenchmarkError, percentile, process_cpu_s, process_tree_cpu_s, timed
 from dynamo.perf.machine import machine_record
 from dynamo.perf.nvidia_peer import NvidiaServing
+from dynamo.perf.option_checks import check_above_0, check_at_least_1
 from dynamo.perf.report import Report, Result
 from dynamo.perf.server_process import ServerProcess
 from dynamo.perf.sse_client import Load, StreamRecord, run_load
@@ -98,10 +99,11 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         BenchmarkError: the server does not start or answer.
     """
     streams: Sequence[int] = options.streams or _STREAMS
-    if min(*streams, options.tokens, options.total_tokens, options.server_pid or 1) < 1:
-        raise BenchmarkError("--streams, --tokens, --total-tokens and --server-pid must be at least 1")
+    check_at_least_1(streams=min(streams), tokens=options.tokens, total_tokens=options.total_tokens)
+    check_above_0(seconds=options.seconds)
     if options.workers < 0:
         raise BenchmarkError(f"--workers must be 0 or more, not {options.workers}")
+    _check_url(options)
     machine = machine_record()
     paces = ("as served",) if options.url else options.pace or _PACES
     results: list[Result] = []
@@ -243,6 +245,27 @@ def _reference(pace: str, num_streams: int) -> Iterator[Result]:
             )
 
 
+def _check_url(options: argparse.Namespace) -> None:
+    if options.url is None:
+        for flag, value in (("--server-pid", options.server_pid), ("--api-key", options.api_key)):
+            if value is not None:
+                raise BenchmarkError(f"{flag} is of the server that --url names; give --url, or leave it out")
+        return
+    try:
+        address = urlsplit(options.url)
+        is_usable = address.scheme == "http" and bool(address.hostname) and address.port != 0
+    except ValueError:  # no port, or no address in brackets
+        is_usable = False
+    if not is_usable:
+        raise BenchmarkError(f"--url {options.url} must be of the form http://HOST:PORT")
+    if options.server_pid is not None:
+        check_at_least_1(server_pid=options.server_pid)
+        try:
+            process_cpu_s(options.server_pid)
+        except ProcessLookupError:
+            raise BenchmarkError(f"--server-pid {options.server_pid} is no process of this machine") from None
+
+
 def _case(pace: str, num_streams: int) -> str:
     return f"{pace}, {num_streams} stream{'s' if num_streams > 1 else ''}"
 
@@ -250,15 +273,14 @@ def _case(pace: str, num_streams: int) -> str:
 def _model_name(url: str, api_key: str | None) -> str:
     """The first model the server lists."""
     address = urlsplit(url)
-    if address.scheme != "http" or not address.hostname:
-        raise BenchmarkError(f"--url {url} must be of the form http://HOST:PORT")
+    assert address.hostname is not None, "checked with the options"
     connection = http.client.HTTPConnection(address.hostname, address.port or 80, timeout=10)
     headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
     try:
         connection.request("GET", "/v1/models", headers=headers)
         response = connection.getresponse()
         body = response.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:  # the latter from what is no HTTP server
         raise BenchmarkError(f"{url}/v1/models does not answer: {error}") from error
     finally:
         connection.close()

@@ -1,5 +1,6 @@
 """`python -m dynamo.serve` as a child process, for benchmarks."""
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from collections import deque
 from typing import Self
 
 from dynamo.perf.harness import BenchmarkError
+from dynamo.perf.interrupts import put_off
 
 __all__ = ["ServerProcess"]
 
@@ -25,22 +27,27 @@ class ServerProcess:
     """
 
     def __init__(self, *flags: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "dynamo.serve", "--port", "0", *flags],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
         self._lines: deque[str] = deque(maxlen=20)
         self._heard = threading.Event()  # set when the URL was printed, or nothing more will be
         self.url = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        if not self._heard.wait(_START_TIMEOUT_S) or not self.url:
-            self.close()
-            said = "".join(self._lines).strip() or "nothing"
-            raise BenchmarkError(f"python -m dynamo.serve {' '.join(flags)} did not start; it said:\n{said}")
+        with contextlib.ExitStack() as undo:
+            with put_off():  # until there is what `close` ends
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "dynamo.serve", "--port", "0", *flags],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                self._reader.start()
+                undo.callback(self.close)
+            self._heard.wait(_START_TIMEOUT_S)
+            if not self.url:
+                self.close()
+                said = "".join(self._lines).strip() or "nothing"
+                raise BenchmarkError(f"python -m dynamo.serve {' '.join(flags)} did not start; it said:\n{said}")
+            undo.pop_all()
 
     @property
     def pid(self) -> int:

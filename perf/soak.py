@@ -20,12 +20,14 @@ from rich.console import Console
 from dynamo.kvcache.hashing import HASH_VERSION, chain_root
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.machine import machine_record
+from dynamo.perf.option_checks import check_at_least_1
 from dynamo.perf.report import Report, Result
 from dynamo.perf.trace_log import TracedRequest, read_trace
 from dynamo.router.chain import PrefixChain
 from dynamo.router.config import RouterConfig
 from dynamo.router.router import Booking, RouteQuery, Router
 from dynamo.router.workers import LoadEvent, WorkerCard
+from dynamo.serve.registration_files import MAX_WORKERS
 
 __all__ = ["SUMMARY", "Checkpoint", "Soak", "add_arguments", "run"]
 
@@ -57,9 +59,10 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         BenchmarkError: an option or the trace makes no sense.
         OSError: the file cannot be read.
     """
-    for name in ("requests", "workers", "worker_blocks", "churn"):
-        if getattr(options, name) < 1:
-            raise BenchmarkError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(options, name)}")
+    names = ("requests", "workers", "worker_blocks", "churn")
+    check_at_least_1(**{name: getattr(options, name) for name in names})
+    if options.workers > MAX_WORKERS:
+        raise BenchmarkError(f"--workers must be from 1 to {MAX_WORKERS}, not {options.workers}")
     requests = [request for request in read_trace(options.file) if request.keys]
     if not requests:
         raise BenchmarkError("no request of the trace has a block")

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -148,6 +148,7 @@ async def run_load(load: Load) -> list[StreamRecord]:
     """
     address = urlsplit(load.url)
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_report_unless_interrupted)
     connections: list[_Connection] = []
     try:
         async with asyncio.timeout(load.timeout_s):
@@ -164,6 +165,12 @@ async def run_load(load: Load) -> list[StreamRecord]:
         for connection in connections:
             connection.close()
     return [record for stream in records for record in stream]
+
+
+def _report_unless_interrupted(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # An interrupt ends the run, and is no fault of the transport.
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)
 
 
 async def _run_stream(connection: _Connection, index: int, load: Load) -> list[StreamRecord]:

@@ -7,7 +7,6 @@ calls of the size of one block and the number in flight that served best. Everyt
 
 import argparse
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +22,11 @@ from rich.console import Console
 
 from dynamo.kvcache import KVCache, KVSpec
 from dynamo.kvcache.cache import TierName
-from dynamo.kvcache.config import format_size, parse_size
+from dynamo.kvcache.config import format_size
 from dynamo.perf.disk_raw import QUEUE_DEPTH, RawDisk, Way
 from dynamo.perf.harness import BenchmarkError, median, timed
 from dynamo.perf.machine import machine_record
+from dynamo.perf.option_checks import check_at_least_1, check_folder, checked_size
 from dynamo.perf.report import Report, Result
 
 __all__ = ["SHAPES", "SUMMARY", "Shape", "add_arguments", "run"]
@@ -156,13 +156,9 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     Raises:
         BenchmarkError: there is too little space, or the file system has no direct I/O.
     """
-    size = parse_size(options.size)
-    if options.repeats < 1 or options.threads < 1:
-        raise BenchmarkError("--repeats and --threads must be at least 1")
-    if shutil.disk_usage(options.path).free < 2 * size + (64 << 20):
-        raise BenchmarkError(
-            f"{options.path} has less than {format_size(2 * size)} free; give less --size, or another --path"
-        )
+    size = checked_size("--size", options.size)
+    check_at_least_1(repeats=options.repeats, threads=options.threads)
+    check_folder(options.path, 2 * size + (64 << 20))
     machine = machine_record()
     results: list[Result] = []
     for name in options.shape or SHAPES:

@@ -29,6 +29,7 @@ from dynamo.kvcache.s3_fifo import S3Fifo
 from dynamo.perf import trace_plot, trace_workers
 from dynamo.perf.harness import BenchmarkError
 from dynamo.perf.machine import machine_record
+from dynamo.perf.option_checks import check_above_0
 from dynamo.perf.report import Report, Result
 from dynamo.perf.trace_belady import Belady
 from dynamo.perf.trace_chains import Chains, prepare
@@ -71,7 +72,7 @@ def _second(tracker: ReuseTracker, order: EvictionOrder) -> AdmissionPolicy:
 def _adaptive(unproven_cost: float) -> MakeAdmission:
     def make(tracker: ReuseTracker, order: EvictionOrder) -> AdmissionPolicy:
         assert isinstance(order, HitDensity), "the price of a slot is known to hit density alone"
-        return Adaptive(tracker, lambda tier: order.price, unproven_cost=unproven_cost)
+        return Adaptive(tracker, lambda tier, now_s: order.price(now_s), unproven_cost=unproven_cost)
 
     return make
 
@@ -132,15 +133,19 @@ def run(options: argparse.Namespace, console: Console) -> Report:
         BenchmarkError: the trace or an option makes no sense.
         OSError: the file cannot be read.
     """
-    for name in ("prefill_tokens_per_s", "host_gb_per_s", "disk_gb_per_s"):
-        if not 0 < getattr(options, name) < math.inf:
-            raise BenchmarkError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(options, name)}")
+    check_above_0(
+        prefill_tokens_per_s=options.prefill_tokens_per_s,
+        host_gb_per_s=options.host_gb_per_s,
+        disk_gb_per_s=options.disk_gb_per_s,
+    )
     if not all(0 < size <= 100 for size in options.sizes) or not 0 <= options.disk_times < math.inf:
         raise BenchmarkError(
             "--sizes are per cent of the trace's blocks, above 0 and up to 100; --disk-times is 0 or more"
         )
     if options.plot is not None and not options.plot.parent.is_dir():
         raise BenchmarkError(f"--plot {options.plot}: there is no folder {options.plot.parent}; make it")
+    if options.plot is not None and options.plot.is_dir():
+        raise BenchmarkError(f"--plot {options.plot} is a folder; give the path of a file")
     if "workers" in options:
         trace_workers.check(options)
         if options.plot is not None:

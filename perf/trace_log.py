@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Annotated, BinaryIO, cast
 
 import msgspec
 
@@ -39,11 +39,15 @@ class TracedRequest:
     block_tokens: int
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_HashId = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
 class _MooncakeLine(msgspec.Struct):
     timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: tuple[int, ...]
+    input_length: _Count
+    output_length: _Count
+    hash_ids: tuple[_HashId, ...]
 
 
 def read_trace(path: Path) -> list[TracedRequest]:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -30,6 +31,8 @@ def replay_all(tasks: Sequence[Task], num_processes: int | None = None) -> list[
     next_task = context.Value("i", 0)
 
     def work(results: Connection) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's handlers end a run; these just end
+            signal.signal(number, signal.SIG_DFL)
         while True:
             with next_task.get_lock():
                 index = next_task.value

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from dynamo.perf.harness import BenchmarkError, median
 from dynamo.perf.machine import MachineRecord, machine_record
+from dynamo.perf.option_checks import check_above_0, check_folder
 from dynamo.perf.report import Report, Result
 from dynamo.perf.server_process import ServerProcess
 from dynamo.perf.throttle import ThrottledTimes, measure_throttled, throttled_reads
@@ -29,6 +30,7 @@ __all__ = ["SUMMARY", "add_arguments", "run"]
 SUMMARY = "time to first token of a long prompt: computed, and from device, host and disk"
 
 _BLOCK_SIZE = 16
+_ANSWER_TOKENS = 16
 _TIMEOUT_S = 300.0
 _WARM_UP = 9_999  # number of a prompt that is not measured
 
@@ -68,6 +70,9 @@ def run(options: argparse.Namespace, console: Console) -> Report:
     """
     if options.prompt_tokens < 2 * _BLOCK_SIZE or options.rounds < 1:
         raise BenchmarkError(f"--prompt-tokens must be at least {2 * _BLOCK_SIZE} and --rounds at least 1")
+    check_folder(Path(options.path))
+    for rate in options.throttle or ():
+        check_above_0(throttle=rate)
     machine = machine_record()
     if options.throttle:
         return _run_throttled(options, machine, console)
@@ -196,12 +201,24 @@ class _Client:
         self._connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=_TIMEOUT_S)
         self._prompt_tokens = prompt_tokens
         self._others = iter(range(10_000, 20_000))
-        self._model = json.loads(self._send("GET", "/v1/models"))["data"][0]["id"]
+        model = json.loads(self._send("GET", "/v1/models"))["data"][0]
+        self._model, limit = model["id"], model["max_model_len"] - _ANSWER_TOKENS
+        if prompt_tokens > limit:
+            raise BenchmarkError(
+                f"--prompt-tokens {prompt_tokens} does not fit into the {model['max_model_len']} tokens that the model and "
+                f"--device-cache allow, with {_ANSWER_TOKENS} for the answer; give at most {limit}"
+            )
 
     def ask(self, seed: int) -> _Answer:
         """Streams 16 tokens after the prompt that `seed` names."""
         prompt = random.Random(seed).choices(range(300, 2000), k=self._prompt_tokens)
-        body = {"model": self._model, "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+        body = {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": _ANSWER_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         data = json.dumps(body)
         started_s = time.perf_counter()

@@ -4,9 +4,10 @@ import sys
 
 from dynamo.serve.command_line import parse_command_line
 from dynamo.serve.config import LoadedConfig, render_toml
-from dynamo.serve.errors import ConfigError, ModelLoadError, WorkerStartError
+from dynamo.serve.errors import ConfigError, EngineDeadError, ModelLoadError, WorkerStartError
 from dynamo.serve.roles import Role
 
+_EXIT_FAILED = 1
 _EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
 
@@ -22,6 +23,9 @@ def main() -> int:
     except (ConfigError, ModelLoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return _EXIT_USAGE
+    except EngineDeadError as error:  # it could not be ended: the server goes without it
+        print(f"error: {error}", file=sys.stderr)
+        return _EXIT_FAILED
     except WorkerStartError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

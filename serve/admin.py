@@ -148,7 +148,8 @@ class CacheAdmin:
                 num_slots = self._cache.resize(body.tier, body.size)
             except TimeoutError as error:
                 raise RequestError(f"{error}; try again when they are not", status=409, code="blocks_in_use") from error
-            return ResizeAnswer(num_slots, num_slots * self._cache.spec.layout.slot_bytes)
+            warning = self._cache.describe_shortage() if body.tier == "disk" else None
+            return ResizeAnswer(num_slots, num_slots * self._cache.spec.layout.slot_bytes, warning)
 
         return await self._run(work, _LONG_S, long="resize")
 

@@ -152,7 +152,8 @@ class ClearAnswer(Struct):
 
 
 class ResizeAnswer(Struct):
-    """The tier's slots from now on, and their bytes."""
+    """The tier's slots from now on, their bytes, and what keeps it from filling them, such as a disk that is too small."""
 
     num_slots: int
     num_bytes: int
+    warning: str | None = None

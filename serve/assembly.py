@@ -1,5 +1,7 @@
 """From the configuration to an engine over a cache, ready to be started."""
 
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +10,8 @@ import torch
 
 from dynamo.kvcache import KVCache, KVSpec
 from dynamo.kvcache.config import DiskPlace, check_write_budget, format_size
-from dynamo.kvcache.errors import CacheConfigError
-from dynamo.serve.config import Config
+from dynamo.kvcache.errors import CacheConfigError, CacheMemoryError
+from dynamo.serve.config import CacheSettings, Config
 from dynamo.serve.engine.engine import InferenceEngine, build_model_engine
 from dynamo.serve.engine.loader import DTYPES, load_model
 from dynamo.serve.engine.mocker import MockTimings, build_mock_engine, mock_kv_spec
@@ -23,7 +25,10 @@ from dynamo.serve.served_model import MOCK_MAX_MODEL_LEN, ModelSummary, ServedMo
 
 __all__ = ["Assembly", "build_engine", "mocker_place"]
 
+logger = logging.getLogger(__name__)
+
 _CPU_DEVICE_CACHE_BYTES = 256 << 20
+_SURE_SHARE = 0.9  # of the memory there is, for a size that fits: the rest goes up and down
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +51,24 @@ def build_engine(config: Config, progress: Callable[[float], None]) -> Assembly:
         ConfigError: settings do not fit the model or the machine.
         ModelLoadError: the model folder cannot be loaded.
     """
+    _warn_of_threads(config.engine.threads)
     torch.set_num_threads(config.engine.threads)
     folder, default_name = find_model(config.model.path)
     name = config.model.served_model_name or default_name
     if config.engine.engine == "mocker":
         return _build_mocker(config, folder, name)
     return _build_model(config, folder, name, progress)
+
+
+def _warn_of_threads(num_threads: int) -> None:
+    num_cores = len(os.sched_getaffinity(0))
+    if num_threads > num_cores:
+        logger.warning(
+            "--threads %d is more than the %d cores that this process may use: threads that take turns compute more slowly; "
+            "give at most that many",
+            num_threads,
+            num_cores,
+        )
 
 
 def _build_model(config: Config, folder: Path, name: str, progress: Callable[[float], None]) -> Assembly:
@@ -164,14 +181,34 @@ def _open_cache(config: Config, disk: DiskPlace | None, spec: KVSpec, device: to
             disk_write_budget=settings.disk_write_budget,
             host_max=settings.host_cache_max,
         )
-    except MemoryError as error:  # the cache's own, and Python's
+    except CacheMemoryError as error:
+        raise ConfigError(_what_does_not_fit(settings, device_bytes, error)) from error
+    except MemoryError as error:  # Python's own, for the books of so many blocks
         on_disk = f" and --disk-cache {format_size(disk.capacity_bytes)}" if disk else ""
         raise ConfigError(
-            f"there is no memory for --device-cache {format_size(device_bytes)} on {device}, --host-cache "
-            f"{format_size(settings.host_cache)}{on_disk}: {error}"
+            f"there is no memory for the books of --device-cache {format_size(device_bytes)}, --host-cache "
+            f"{format_size(settings.host_cache)}{on_disk}: {error}; give less, or a larger --block-size"
         ) from error
     except CacheConfigError as error:
         raise ConfigError(f"the cache cannot be made: {error}") from error
+
+
+def _what_does_not_fit(settings: CacheSettings, device_bytes: int, error: CacheMemoryError) -> str:
+    """Which size that is, what there is, and one that would fit."""
+    disk_bytes = settings.disk_cache.capacity_bytes if settings.disk_cache else 0
+    asked_bytes = {"device": device_bytes, "host": settings.host_cache, "disk": disk_bytes}[error.tier]
+    if not asked_bytes:  # the buffer for transfers, which has no option
+        return f"the cache does not fit: {error}"
+    wrong = f"--{error.tier}-cache {format_size(asked_bytes)} does not fit: {error}"
+    if error.available_bytes is None:
+        return wrong
+    # Beside what was asked for, a tier has rows for transfers; of a tier on disk, the index alone is in memory.
+    share = _SURE_SHARE * error.available_bytes / error.needed_bytes
+    fitting_bytes = int(share * asked_bytes)
+    unit = 30 if fitting_bytes >= 10 << 30 else 20
+    if not fitting_bytes >> unit:
+        return wrong
+    return f"{wrong}; {fitting_bytes >> unit}{'GiB' if unit == 30 else 'MiB'} would fit"
 
 
 def _device_bytes(config: Config, device: torch.device, *, is_loaded: bool = True) -> int | None:

@@ -34,7 +34,9 @@ def render_banner(
         *(
             (
                 f"{tier.tier} tier",
-                f"{format_size(tier.num_slots * tier.slot_bytes)}, {tier.num_slots} blocks, {tier.path}",
+                f"{format_size(tier.num_slots * tier.slot_bytes)}, {tier.num_slots} blocks, {tier.path}"
+                if tier.num_slots
+                else "none, see the log",
             )
             for tier in stats.tiers
         ),

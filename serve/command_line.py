@@ -9,13 +9,14 @@ from typing import Any, Final, NoReturn
 
 from dynamo.serve.config import SECTIONS, Config, LoadedConfig, load_config
 from dynamo.serve.errors import ConfigError
-from dynamo.serve.options import Option, switch
+from dynamo.serve.options import Option, file_path, switch
 from dynamo.serve.roles import Role, check_role, settings_of
 
 __all__ = ["Command", "parse_command_line"]
 
 _PROGRAM = "python -m dynamo.serve"
 _PARTS: Final = {Role.SERVER: "[frontend | worker] ", Role.FRONTEND: "frontend ", Role.WORKER: "worker "}
+_FIRST_WORDS: Final = ("config", Role.FRONTEND.value, Role.WORKER.value)
 _DESCRIPTIONS: Final = {
     Role.SERVER: "Serves a language model over a tiered KV cache, with OpenAI's API. One process does all, unless --workers "
     "says how many compute. 'frontend' starts only the front of workers that are found in --discovery DIR; 'worker' "
@@ -58,11 +59,25 @@ def parse_command_line(arguments: Sequence[str]) -> Command:
     if rest and rest[0] in (Role.FRONTEND.value, Role.WORKER.value):
         role = Role(rest.pop(0))
     namespace = vars(_parser(role).parse_args(rest))
-    file = namespace.pop("config")
+    _check_first_word(namespace.get("model.path"))
+    file = _config_file(namespace.pop("config"))
     flags: dict[str, Any] = {key: value for key, value in namespace.items() if value is not None}
-    loaded = load_config(None if file is None else Path(file), flags)
+    loaded = load_config(file, flags)
     check_role(role, loaded)
     return Command(role, loaded, show_config)
+
+
+def _check_first_word(model: str | None) -> None:
+    """A part that is named behind flags would pass for a model, and its flags for mistakes."""
+    if model in _FIRST_WORDS and not Path(model).is_dir():
+        raise ConfigError(f"{model!r} comes first, before all flags: {_PROGRAM} {model}; see {_PROGRAM} --help")
+
+
+def _config_file(value: str | None) -> Path | None:
+    try:
+        return None if value is None else file_path.parse(value)
+    except ValueError as error:
+        raise ConfigError(f"--config: {value!r} is not accepted; accepted is {error}") from None
 
 
 def _parser(role: Role) -> argparse.ArgumentParser:

@@ -29,10 +29,12 @@ from dynamo.serve.options import (
     option,
     options_of,
     or_word,
+    or_zero,
     positive_size,
     switch,
     text,
 )
+from dynamo.serve.path_refusal import path_refusal
 
 __all__ = [
     "API_KEY_VARIABLE",
@@ -54,6 +56,7 @@ __all__ = [
 API_KEY_VARIABLE: Final = "DYNAMO_API_KEY"
 DEMO_MODEL: Final = "demo"
 
+_MAX_FILE_BYTES = 1 << 20
 _DEVICE = re.compile("cpu|cuda(:[0-9]{1,18})?")
 _AUTO = "auto"
 _OFF = "off"
@@ -229,7 +232,7 @@ class MockerSettings:
         flag="--mocker-token-time",
     )
     speedup: float = option(
-        1.0, "divides all of these; 0 does not wait at all", number(float, 0, 1e9), metavar="FACTOR"
+        1.0, "divides all of these; 0 does not wait at all", or_zero(number(float, 1e-3, 1e9)), metavar="FACTOR"
     )
 
 
@@ -280,7 +283,15 @@ def load_config(file: Path | None, flags: Mapping[str, Any], environ: Mapping[st
     values: dict[str, dict[str, Any]] = {}
     for key, (value, source) in given.items():
         section, _, name = key.partition(".")
-        values.setdefault(section, {})[name] = _parsed(options[key], value, source)
+        entry = options[key]
+        is_of_file = source == str(file)
+        try:
+            values.setdefault(section, {})[name] = entry.notation.parse(value)
+        except ValueError as error:
+            named = key if is_of_file else entry.flag or entry.metavar
+            where = named if source in (named, "command line") else f"{source}: {named}"
+            shown = "the value" if entry.secret else _shown(entry, value, is_toml=is_of_file)
+            raise ConfigError(f"{where}: {shown} is not accepted; accepted is {error}") from None
     config = Config()
     changed = {section: replace(getattr(config, section), **entries) for section, entries in values.items()}
     loaded = LoadedConfig(replace(config, **changed), {key: source for key, (_, source) in given.items()})
@@ -307,10 +318,17 @@ def render_toml(loaded: LoadedConfig) -> str:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as opened:
+            content = opened.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"--config {file}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file}: {path_refusal(file, error, 'read')}") from error
+    if len(content) > _MAX_FILE_BYTES:
+        raise ConfigError(
+            f"--config {file}: it has more than {_MAX_FILE_BYTES >> 20} MiB, so it is no file of settings"
+        )
+    try:
+        tables = tomllib.loads(content.decode("utf-8-sig"))  # some editors begin a file with a byte-order mark
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
     known = {section: [entry.name for entry in entries] for section, entries in SECTIONS.items()}
     result: dict[str, Any] = {}
@@ -319,7 +337,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
             if isinstance(table, dict):
                 raise ConfigError(f"{file}: unknown section [{section}]{_nearest(section, list(known))}")
             homes = [other for other, keys in known.items() if section in keys]
-            hint = f"; put it below [{homes[0]}]" if homes else ""
+            hint = f"; put it below [{homes[0]}]" if homes else _nearest(section, [])
             raise ConfigError(f"{file}: key {section} belongs to no section{hint}")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {section} = {table!r} must be a table, [{section}]")
@@ -334,18 +352,16 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     close = get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else "; `python -m dynamo.serve config` prints all there are"
 
 
-def _parsed(entry: Option, value: Any, source: str) -> Any:
-    try:
-        return entry.notation.parse(value)
-    except ValueError as error:
-        shown = "the value" if entry.secret else ", ".join(map(repr, value)) if isinstance(value, list) else repr(value)
-        where = "" if source.startswith("--") else f"{source}: "
-        raise ConfigError(
-            f"{where}{entry.flag or entry.metavar}: {shown} is not accepted; accepted is {error}"
-        ) from None
+def _shown(entry: Option, value: Any, *, is_toml: bool) -> str:
+    """A value as it was written."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not is_toml and entry.notation.is_list and isinstance(value, list):  # the flag was given several times
+        return ", ".join(map(repr, value))
+    return repr(value)
 
 
 def _toml_value(value: Any) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from dynamo.serve.errors import ConfigError
+from dynamo.serve.path_refusal import path_refusal
 from dynamo.serve.process_identity import is_running, machine_id
 from dynamo.serve.registration import Joined, Left, Registration
 from dynamo.serve.registration_files import FILE_SUFFIX, Entry, FolderView, make_private, read_entry, write_entry
@@ -135,10 +136,10 @@ class FolderDiscovery:
             make_private(folder)
             found = folder.stat()
         except OSError as error:
-            raise ConfigError(f"the discovery folder {folder} cannot be used: {error.strerror or error}") from error
+            raise ConfigError(f"--discovery {folder}: {path_refusal(folder, error, 'folder')}") from error
         if found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o022:
             raise ConfigError(
-                f"the discovery folder {folder} can be written to by other users, who could offer workers of theirs; "
+                f"--discovery {folder} can be written to by other users, who could offer workers of theirs; "
                 "choose one of your own, or chmod 700 it"
             )
 
@@ -188,14 +189,14 @@ class _FolderEntry:
         try:
             entry = read_entry(self._path)
         except OSError as error:
-            raise ConfigError(f"{self._path} cannot be read: {error.strerror or error}") from error
+            raise ConfigError(f"--discovery {self._path.parent}: {path_refusal(self._path, error, 'read')}") from error
         if self._is_anothers(entry):
             raise _name_taken(self._registration.worker_id)
         try:
             make_private(self._path.parent)
             write_entry(self._path, self._registration)
         except OSError as error:
-            raise ConfigError(f"{self._path} cannot be written: {error.strerror or error}") from error
+            raise ConfigError(f"--discovery {self._path.parent}: {path_refusal(self._path, error, 'write')}") from error
 
     async def beat(self, period_s: float) -> None:
         """Touches the file for ever."""

@@ -91,7 +91,10 @@ def bind(server: ServerSettings) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigError(f"--host {server.host}: {error.strerror or error}") from error
+        raise ConfigError(
+            f"--host {server.host}: {error.strerror or error}; give an address or a name of this machine, such as 127.0.0.1, "
+            "or 0.0.0.0 for all of them, and the port as --port"
+        ) from error
     except UnicodeError as error:  # of the encoding of host names
         raise ConfigError(f"--host {server.host!r} is no address and no host name: {error}") from error
     try:

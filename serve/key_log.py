@@ -41,6 +41,7 @@ from prometheus_client.registry import Collector
 from dynamo.serve.engine.request import FinishedRequest
 from dynamo.serve.errors import ConfigError
 from dynamo.serve.key_log_line import KeyLogLine, key_digits
+from dynamo.serve.path_refusal import path_refusal
 
 __all__ = ["KeyLog", "check_key_log"]
 
@@ -51,6 +52,7 @@ _MAX_QUEUED_REQUESTS = 4096
 _MAX_QUEUED_BLOCKS = 1 << 20  # some 50 MB of keys
 _REQUESTS_PER_WRITE = 64
 _CLOSE_TIMEOUT_S = 10.0
+_FIRST_BYTES = b'{"time_s":'
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +224,7 @@ def check_key_log(path: Path) -> None:
 
 
 def _unusable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"--key-log {path}: {error.strerror or error}")
+    return ConfigError(f"--key-log {path}: {path_refusal(path, error, 'write')}")
 
 
 def _open_private(path: str, flags: int) -> int:
@@ -232,11 +234,14 @@ def _open_private(path: str, flags: int) -> int:
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "is no plain file")
+            raise OSError(errno.EINVAL, "this is no plain file")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError(errno.EBUSY, "another process writes it; give each server a file of its own") from None
+            raise OSError(errno.EBUSY, "another process writes it, and each needs a file of its own") from None
+        # The first line may have been cut short, too.
+        if not _FIRST_BYTES.startswith(os.pread(fd, len(_FIRST_BYTES), 0).partition(b"\n")[0]):
+            raise OSError(errno.EINVAL, "this file has other content than a key log")
         os.fchmod(fd, 0o600)
         if status.st_size and os.pread(fd, 1, status.st_size - 1) != b"\n":  # whoever wrote it last was interrupted
             os.write(fd, b"\n")

@@ -1,5 +1,6 @@
 """How one setting is declared: once, in the field that holds it; flags, TOML keys and the printed form all follow from it."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ __all__ = [
     "option",
     "options_of",
     "or_word",
+    "or_zero",
     "positive_size",
     "several",
     "switch",
@@ -160,6 +162,21 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Notation:
     return Notation(parse)
 
 
+def or_zero(notation: Notation) -> Notation:
+    """Values of `notation`, or 0."""
+    zero = number(float, 0, 0)
+
+    def parse(value: Any) -> Any:
+        try:
+            return notation.parse(value)
+        except ValueError as error:
+            with contextlib.suppress(ValueError):
+                return zero.parse(value)
+            raise ValueError(f"{error}, or 0") from None
+
+    return Notation(parse)
+
+
 def one_of(*words: str) -> Notation:
     """One of a few words."""
 
@@ -289,8 +306,14 @@ disk_place = Notation(_parse_disk_place, _render_disk_place)
 
 def default_disk_place() -> DiskPlace | None:
     """Up to 4 GiB in the user's cache folder, but never more than a tenth of what is free there; None when that is nothing."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    existing = next((folder for folder in (root, *root.parents) if folder.is_dir()), None)
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not root.is_absolute():  # such are to be passed over (https://specifications.freedesktop.org/basedir-spec/)
+        try:
+            root = Path.home() / ".cache"
+        except RuntimeError:  # a user without a home, as in some containers
+            return None
+    # `isdir` is False where it may not look.
+    existing = next((folder for folder in (root, *root.parents) if os.path.isdir(folder)), None)
     if existing is None:
         return None
     capacity = min(4 << 30, shutil.disk_usage(existing).free // 10 >> 20 << 20)

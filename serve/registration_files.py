@@ -16,14 +16,16 @@ import msgspec
 from dynamo.serve.process_identity import is_running, machine_id, start_ticks
 from dynamo.serve.registration import Joined, Left, Registration
 
-__all__ = ["FILE_SUFFIX", "Entry", "FolderView", "make_private", "read_entry", "write_entry"]
+__all__ = ["FILE_SUFFIX", "MAX_WORKERS", "Entry", "FolderView", "make_private", "read_entry", "write_entry"]
 
 logger = logging.getLogger(__name__)
 
 FILE_SUFFIX: Final = ".json"
 
+MAX_WORKERS: Final = 4096
+"""Most that are seen in one folder; further ones, by name, are passed over."""
+
 _MAX_FILE_BYTES: Final = 64 << 10
-_MAX_WORKERS: Final = 4096
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -164,7 +166,7 @@ class FolderView:
     def _read(self) -> dict[str, _Found]:
         found: dict[str, _Found] = {}
         names = sorted(name for name in os.listdir(self._folder) if name.endswith(FILE_SUFFIX))
-        for name in names[:_MAX_WORKERS]:
+        for name in names[:MAX_WORKERS]:
             path = self._folder / name
             entry = read_entry(path)
             if entry is None or name != f"{entry.registration.worker_id}{FILE_SUFFIX}" or self._has_ended(entry):

@@ -7,6 +7,9 @@ DIR/<name>.d/     0700, its sockets; in the folder for temporary files where tha
 
 The kernel lets go of the lock however the process ended. What killed workers left is removed by the next that starts, of
 whatever name; DIR itself is locked meanwhile, lest one be taken for running that only is about to be tidied up after.
+
+DIR may be a folder that is used for other things as well, where `poetry.lock` or `cron.d` are somebody's: a lock is a worker's
+only with the words in it that workers write, and what no worker can have made is neither removed nor replaced.
 """
 
 import contextlib
@@ -15,6 +18,7 @@ import fcntl
 import glob
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +30,7 @@ from typing import Final, Self
 import xxhash
 
 from dynamo.serve.errors import ConfigError
+from dynamo.serve.path_refusal import path_refusal
 from dynamo.serve.process_identity import is_running, machine_id
 from dynamo.serve.registration_files import FILE_SUFFIX, make_private, read_entry
 
@@ -37,6 +42,8 @@ MAX_SOCKET_PATH_BYTES: Final = 107
 _LONGEST_FILE: Final = "replay.sock"
 _ALONE_TIMEOUT_S: Final = 10.0
 _ALONE_PAUSE_S: Final = 0.01
+_LOCK_WORDS: Final = b"lock of a Dynamo KV worker\n"
+_SOCKET_SUFFIX: Final = ".sock"
 
 
 class WorkerClaim:
@@ -64,7 +71,7 @@ class WorkerClaim:
             worker_id: None for the first of worker-0, worker-1, … that is free.
 
         Raises:
-            ConfigError: the name is taken, or the folder cannot be used.
+            ConfigError: the name is taken, or would be that of other files there, or the folder cannot be used.
         """
         try:
             make_private(directory)
@@ -72,6 +79,13 @@ class WorkerClaim:
                 if is_alone:
                     _remove_leftovers(directory)
                 for name in [worker_id] if worker_id is not None else _numbered():
+                    if (strange := _strange_file(directory, name)) is not None:
+                        if worker_id is None:
+                            continue
+                        raise ConfigError(
+                            f"--worker-id {worker_id}: {strange} is no worker's, and would be lost; choose another name, or a "
+                            "--discovery folder for workers alone"
+                        )
                     lock_fd = _try_lock(_lock_path(directory, name))
                     if lock_fd is not None:
                         try:
@@ -80,7 +94,7 @@ class WorkerClaim:
                             os.close(lock_fd)
                             raise
         except OSError as error:
-            raise ConfigError(f"--discovery {directory}: {error.strerror or error}") from error
+            raise ConfigError(f"--discovery {directory}: {path_refusal(directory, error, 'folder')}") from error
         raise ConfigError(f"--worker-id {worker_id}: a worker of that name runs already; choose another, or auto")
 
     def __enter__(self) -> Self:
@@ -137,7 +151,7 @@ class WorkerClaim:
 
     def socket_path(self, name: str) -> str:
         """Where a socket of this name lies, such as "http"."""
-        return str(self.folder / f"{name}.sock")
+        return str(self.folder / f"{name}{_SOCKET_SUFFIX}")
 
 
 def any_worker_in(directory: Path) -> bool:
@@ -193,7 +207,9 @@ def _remove_leftovers(directory: Path) -> None:
     """Removes the files of workers that were killed. Those of running ones are locked, and others' are left alone."""
     for lock_path in directory.glob("*.lock"):
         with contextlib.suppress(OSError):
-            if lock_path.lstat().st_uid == os.geteuid() and (lock_fd := _try_lock(lock_path)) is not None:
+            if lock_path.lstat().st_uid != os.geteuid() or _content(lock_path) != _LOCK_WORDS:
+                continue
+            if (lock_fd := _try_lock(lock_path)) is not None:
                 try:
                     _remove_files(directory, lock_path.stem)
                 finally:
@@ -202,9 +218,14 @@ def _remove_leftovers(directory: Path) -> None:
 
 def _remove_files(directory: Path, worker_id: str) -> None:
     """All that a worker whose lock is ours has left, unless it runs elsewhere, where locks may be kept to oneself."""
+    if _strange_file(directory, worker_id) is not None:
+        return
     registration = directory / f"{worker_id}{FILE_SUFFIX}"
     entry = read_entry(registration)
-    if entry is not None and (entry.machine != machine_id() or is_running(entry.registration.pid, entry.started)):
+    if entry is None:
+        if _size(registration) != 0:  # of another version, it may run elsewhere
+            return
+    elif entry.machine != machine_id() or is_running(entry.registration.pid, entry.started):
         return
     shutil.rmtree(_folder_of(directory, worker_id), ignore_errors=True)
     for path in (
@@ -215,8 +236,54 @@ def _remove_files(directory: Path, worker_id: str) -> None:
         path.unlink(missing_ok=True)
 
 
+def _strange_file(directory: Path, worker_id: str) -> Path | None:
+    """What lies at the places of a worker of this name and cannot be one's.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    # Of a worker that is just ending, each may go while it is looked at.
+    lock, folder = _lock_path(directory, worker_id), _folder_of(directory, worker_id)
+    words = b""
+    with contextlib.suppress(FileNotFoundError):
+        words = _content(lock)
+    if words not in (b"", _LOCK_WORDS):
+        return lock
+    registration = directory / f"{worker_id}{FILE_SUFFIX}"
+    # Power that fails may leave it empty; what lies beside a worker's lock is a worker's, if only of another version.
+    if read_entry(registration) is None:
+        size = _size(registration)
+        if size is None or (size and not words):
+            return registration
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        return folder
+    return None if all(name.endswith(_SOCKET_SUFFIX) for name in names) else folder
+
+
+def _size(path: Path) -> int | None:
+    """Of a file, in bytes: 0 where there is none, None for what is no file."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _content(path: Path) -> bytes:
+    """As much of a file as tells a worker's lock from others."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return os.read(fd, len(_LOCK_WORDS) + 1)
+    finally:
+        os.close(fd)
+
+
 def _try_lock(path: Path) -> int | None:
-    """A descriptor of the locked file; None where another process has it."""
+    """A descriptor of the locked file, which is made where it is missing; None where another process has it."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -224,6 +291,7 @@ def _try_lock(path: Path) -> int | None:
             # Its last owner may have removed it between the two calls: then what is locked is no longer at the path.
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                    os.pwrite(fd, _LOCK_WORDS, 0)
                     return fd
         except BlockingIOError:
             os.close(fd)

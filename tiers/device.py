@@ -12,6 +12,7 @@ from dynamo.kernels.copy import copy_rows, shared_runs
 from dynamo.tiers.arena import map_rows
 from dynamo.tiers.errors import TierClosedError, TierConfigError, TierMemoryError
 from dynamo.tiers.layout import BlockLayout
+from dynamo.tiers.memory import check_available
 from dynamo.tiers.slot_digests import Digests, digest_slots
 from dynamo.tiers.stats import TierRecorder, TierStats
 from dynamo.tiers.tier import Outcomes
@@ -62,6 +63,8 @@ class DeviceTier:
         self._closed = False
         self._rows: Rows | None = None
         if self.device.type == "cpu":
+            # Mapping alone takes no memory: too much of it would end the process when the blocks are written.
+            check_available(num_slots * layout.slot_bytes, "the device tier")
             self._rows = map_rows(layout, num_slots)
             self._storage = torch.from_numpy(self._rows)
         elif self.device.type == "cuda":
@@ -78,8 +81,8 @@ class DeviceTier:
         except torch.cuda.OutOfMemoryError as error:
             free_bytes, _ = torch.cuda.mem_get_info(self.device)
             raise TierMemoryError(
-                f"{self.num_slots} device blocks need {num_bytes} bytes, {self.device} has {free_bytes} free; "
-                "ask for fewer device blocks",
+                f"the device tier needs {num_bytes / 2**30:.2f} GiB, {free_bytes / 2**30:.2f} GiB of {self.device} are free; "
+                "make it smaller or free memory there",
                 needed_bytes=num_bytes,
                 available_bytes=free_bytes,
             ) from error

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds, check_ids, check_rows
-from dynamo.tiers.disk_space import disk_space
+from dynamo.tiers.disk_faults import fault_reporter
+from dynamo.tiers.disk_space import describe_shortage, why_unusable
 from dynamo.tiers.errors import TierConfigError, TierUnavailableError
-from dynamo.tiers.file_io import SlotIO, check_aligned
+from dynamo.tiers.interruptible_io import InterruptibleIO
 from dynamo.tiers.journal import Journal
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.queued_io import QueuedIO
 from dynamo.tiers.recovered import RecoveredBlocks
+from dynamo.tiers.slot_batch import check_aligned
+from dynamo.tiers.slot_io import SlotIO
 from dynamo.tiers.stats import TierRecorder, TierStats
 from dynamo.tiers.stripe import FaultReport, Generations, IOTarget
 from dynamo.tiers.stripe_set import StripePlan, StripeSet
@@ -35,27 +38,6 @@ if TYPE_CHECKING:  # these load torch, which the rest of the tier does without
 __all__ = ["DiskTier"]
 
 logger = logging.getLogger(__name__)
-
-_FAULT_MESSAGES = {
-    "truncated": "the file is shorter than its blocks; those lost are computed again",
-    "missing": "the index is there but the blocks are gone; going on without them",
-    "restriped": "the directories are others than last time; starting empty",
-    "deleted": "the file was deleted; its blocks are lost and a new file is started",
-    "disk_full": "the disk is full; blocks are not kept until there is space",
-    "quota_exceeded": "the disk quota is used up; blocks are not kept until there is space",
-    "over_capacity": "other models in use fill the directory's capacity; blocks are not kept",
-    "write_budget": "the write budget is used up; blocks are not kept until it has grown again",
-    "io_error": "the disk reports I/O errors; blocks affected are computed again",
-    "read_only": "the file system is read-only now; blocks are not kept",
-    "no_permission": "the permission to use the file was taken away; blocks affected are computed again",
-    "resting": "the disk failed several times in a row; it is left alone for a while, then tried again",
-    "overwritten": "slots were overwritten while they were read; what was read is thrown away",
-    "direct_refused": "O_DIRECT stopped working; going on through the page cache",
-    "index_format": "the index cannot be used; starting empty",
-    "index_damaged": "the index has damaged records; the blocks they named are forgotten",
-    "unavailable": "the file cannot be made again; nothing is kept on disk",
-    "still_used": "calls are still running; closing anyway",
-}
 
 
 class DiskTier:
@@ -148,7 +130,7 @@ class DiskTier:
                 f"give at least {least_bytes_per_day(layout.slot_bytes)}"
             )
         recorder = TierRecorder(layout.block_bytes)
-        report = _reporter(recorder, directories)
+        report = fault_reporter(recorder, directories)
         plan = StripePlan(
             directories,
             fingerprint,
@@ -161,13 +143,12 @@ class DiskTier:
         try:
             stripes = StripeSet.open(plan)
         except OSError as error:
-            where = error.filename or ", ".join(str(directory) for directory in directories)
             raise TierUnavailableError(
-                f"the disk tier cannot use {where}: {error.strerror or error}; check that this user may write there, and that "
-                "nobody else changed its files",
+                why_unusable(directories, error),
                 path=Path(str(error.filename or directories[0])),
             ) from error
-        _warn_of_shortage(directories, capacity_bytes)
+        if (shortage := describe_shortage(directories, capacity_bytes)) is not None:
+            logger.warning("%s", shortage)
         budget = None
         if write_bytes_per_day is not None:
             budget = WriteBudget(write_bytes_per_day, stripes.stripes[0].namespace.budget_path)
@@ -244,10 +225,18 @@ class DiskTier:
         self._recorder.add_read(num_good, slots.size - num_good, time.perf_counter() - started)
         return outcomes
 
-    def inspect(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
-        """Reads like `read` for somebody who only looks: neither counted as a read nor as use of the disk."""
+    def inspect(
+        self, slots: SlotIds, rows: Rows, row_ids: SlotIds, check: Callable[[], None] | None = None
+    ) -> Outcomes:
+        """Reads like `read` for somebody who only looks: neither counted as a read nor as use of the disk.
+
+        Args:
+            check: called before every 256 KiB, which are then read one after the other; what it raises ends the reading.
+                None: all is read at once, as fast as the disk can.
+        """
         self._check(slots, rows, row_ids, writable=True)
-        return self._stripes.read(slots, IOTarget(rows), row_ids, None)
+        io = None if check is None else InterruptibleIO(check)
+        return self._stripes.read(slots, IOTarget(rows, io), row_ids, None)
 
     def write(self, slots: SlotIds, rows: Rows, row_ids: SlotIds) -> Outcomes:
         """Writes rows to slots; see `Tier.write`. Not synced: after a power cut digests tell what is good.
@@ -357,9 +346,13 @@ class DiskTier:
                 self._num_slots = num_slots
             self._stripes.resize(num_slots)
             grows, self._num_slots = num_slots > self._num_slots, num_slots
-        if grows:
-            directories = [stripe.namespace.directory for stripe in self._stripes.stripes]
-            _warn_of_shortage(directories, num_slots * self.layout.slot_bytes)
+        if grows and (shortage := self.describe_shortage()) is not None:
+            logger.warning("%s", shortage)
+
+    def describe_shortage(self) -> str | None:
+        """What the file systems lack for as many blocks as the tier may hold, and the way out; None for nothing."""
+        directories = [stripe.namespace.directory for stripe in self._stripes.stripes]
+        return describe_shortage(directories, self._num_slots * self.layout.slot_bytes)
 
     def stats(self) -> TierStats:
         """Counters; `path` is "O_DIRECT", "buffered" or "unavailable", the worst of all directories."""
@@ -422,32 +415,3 @@ def _check_directories(directories: Sequence[Path]) -> None:
             other = directories[real.index(real[i])]
             same = "" if other == directory else f", which is {other},"
             raise TierConfigError(f"the disk tier's directory {directory}{same} is given twice; give each once")
-
-
-def _warn_of_shortage(directories: Sequence[Path], capacity_bytes: int) -> None:
-    """No error: space may be freed, and until then the tier makes do with what there is."""
-    try:
-        spaces = disk_space(directories, capacity_bytes)
-    except OSError as error:
-        logger.warning("disk tier %s: free space is not known: %s", ", ".join(map(str, directories)), error)
-        return
-    for space in spaces:
-        if space.missing_bytes:
-            logger.warning(
-                "disk tier %s: may take %s bytes, but the file system has %s bytes free, beside %s that KV blocks hold "
-                "already: %s too few. Once it is full, blocks are not kept: free space there, or make the disk tier smaller",
-                ", ".join(str(directory) for directory in space.directories),
-                *(f"{n:,}" for n in (space.wanted_bytes, space.free_bytes, space.held_bytes, space.missing_bytes)),
-            )
-
-
-def _reporter(recorder: TierRecorder, directories: Sequence[Path]) -> FaultReport:
-    """Counts faults, and logs the first of each kind."""
-    where = ", ".join(str(directory) for directory in directories)
-
-    def report(kind: str, count: int, detail: str) -> None:
-        if recorder.add_fault(kind, count):
-            suffix = f" ({detail})" if detail else ""
-            logger.warning("disk tier %s: %s%s", where, _FAULT_MESSAGES[kind], suffix)
-
-    return report

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dynamo.tiers.namespace import held_bytes
 
-__all__ = ["DiskSpace", "disk_space"]
+__all__ = ["DiskSpace", "describe_shortage", "disk_space", "find_obstacle", "why_unusable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,46 @@ def disk_space(directories: Sequence[Path], capacity_bytes: int) -> list[DiskSpa
             )
         )
     return spaces
+
+
+def describe_shortage(directories: Sequence[Path], capacity_bytes: int) -> str | None:
+    """What file systems lack for `capacity_bytes`, and the way out; None for nothing.
+
+    No error: space may be freed, and until then the tier makes do with what there is.
+    """
+    try:
+        spaces = disk_space(directories, capacity_bytes)
+    except OSError as error:
+        return f"disk tier {', '.join(map(str, directories))}: free space is not known: {error}"
+    missing = [
+        f"disk tier {', '.join(map(str, space.directories))}: may take {space.wanted_bytes:,} bytes, but the file system has "
+        f"{space.free_bytes:,} bytes free, beside {space.held_bytes:,} that KV blocks hold already: "
+        f"{space.missing_bytes:,} too few. Once it is full, blocks are not kept: free space there, or make the disk tier "
+        "smaller"
+        for space in spaces
+        if space.missing_bytes
+    ]
+    return "; ".join(missing) or None
+
+
+def why_unusable(directories: Sequence[Path], error: OSError) -> str:
+    """Why a disk tier cannot be in some folders, and the way out."""
+    where = error.filename or ", ".join(map(str, directories))
+    for directory in directories:
+        if (obstacle := find_obstacle(directory)) is not None:
+            which = "this" if obstacle == directory.absolute() else obstacle
+            return f"the disk tier cannot be in {directory}: {which} is no folder; move it away, or give another path"
+    return (
+        f"the disk tier cannot use {where}: {error.strerror or error}; check that this user may write there, and that nobody "
+        "else changed its files"
+    )
+
+
+def find_obstacle(directory: Path) -> Path | None:
+    """What lies in the way of a folder, such as a file of its name; None for nothing."""
+    directory = directory.absolute()
+    found = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    return None if os.path.isdir(found) else found
 
 
 def _existing(path: Path) -> Path:

@@ -14,7 +14,7 @@ from dynamo.tiers.arena import Arena, ResidentPages, prefault, resident_pages
 from dynamo.tiers.errors import TierClosedError, TierConfigError, TierMemoryError
 from dynamo.tiers.host_budget import HostBudget, Reservation
 from dynamo.tiers.layout import BlockLayout
-from dynamo.tiers.memory import available_memory_bytes
+from dynamo.tiers.memory import check_available
 from dynamo.tiers.numa import MemoryNode, choose_node, prefer_node
 from dynamo.tiers.pinning import PinnedRows
 from dynamo.tiers.stats import TierRecorder, TierStats
@@ -91,10 +91,10 @@ class HostTier:
         self._recorder = TierRecorder(layout.block_bytes)
         self._lock = Lock()  # of `resize` and `close`
         self._pages: ResidentPages | None = None
-        _check_available((num_slots + num_staging) * layout.slot_bytes)
-        self._reservation: Reservation = (budget or HostBudget()).reserve(
-            (num_slots + num_staging) * layout.slot_bytes, "the host tier"
-        )
+        num_bytes = (num_slots + num_staging) * layout.slot_bytes
+        purpose = "the host tier" if num_slots else "the buffer for transfers"  # nobody asked for a host tier
+        check_available(num_bytes, purpose)
+        self._reservation: Reservation = (budget or HostBudget()).reserve(num_bytes, purpose)
         try:
             self._arena, self.max_slots = _map(layout, num_slots, max_slots, num_staging)
             self._rows: Rows | None = self._arena.rows
@@ -152,7 +152,7 @@ class HostTier:
             rows = self.rows
             needed_bytes = (num_slots + self.num_staging) * self.layout.slot_bytes
             if num_slots >= self._num_slots:
-                _check_available(max(0, num_slots - self._num_resident) * self.layout.slot_bytes)
+                check_available(max(0, num_slots - self._num_resident) * self.layout.slot_bytes, "the host tier")
                 self._reservation.resize(max(needed_bytes, self.resident_bytes))
                 try:
                     self._make_resident(num_slots, progress)
@@ -249,17 +249,6 @@ class HostTier:
             logger.info("the host tier lies on memory node %d: %s", node, self.node.reason)
         else:
             logger.warning("the host tier cannot be put on memory node %d (%s): %s", node, self.node.reason, refusal)
-
-
-def _check_available(needed_bytes: int) -> None:
-    available_bytes = available_memory_bytes()
-    if available_bytes is not None and needed_bytes > available_bytes:
-        raise TierMemoryError(
-            f"the host tier needs {needed_bytes / 2**30:.2f} GiB, {available_bytes / 2**30:.2f} GiB are available; "
-            "make it smaller or free memory",
-            needed_bytes=needed_bytes,
-            available_bytes=available_bytes,
-        )
 
 
 def _map(layout: BlockLayout, num_slots: int, max_slots: int | None, num_staging: int) -> tuple[Arena, int]:

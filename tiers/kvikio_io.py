@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds
-from dynamo.tiers.file_io import BlockFile, IOResult, PendingIO, fault_kind
+from dynamo.tiers.block_file import BlockFile, fault_kind
+from dynamo.tiers.slot_io import IOResult, PendingIO
 
 __all__ = ["GdsProof", "Kvikio", "KvikioIO", "find_kvikio", "prove_gds"]
 

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["available_memory_bytes", "memory_limit_bytes"]
+from dynamo.tiers.errors import TierMemoryError
+
+__all__ = ["available_memory_bytes", "check_available", "memory_limit_bytes"]
 
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -21,6 +23,25 @@ def available_memory_bytes(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int 
     """
     rests = [_meminfo_bytes(proc, "MemAvailable"), *_over_groups(proc, cgroups, _rest_bytes_v2, _rest_bytes_v1)]
     return min((rest for rest in rests if rest is not None), default=None)
+
+
+def check_available(needed_bytes: int, purpose: str) -> None:
+    """Whether so much memory can still be had.
+
+    Args:
+        purpose: what it is for, such as "the host tier".
+
+    Raises:
+        TierMemoryError: it cannot.
+    """
+    available_bytes = available_memory_bytes()
+    if available_bytes is not None and needed_bytes > available_bytes:
+        raise TierMemoryError(
+            f"{purpose} needs {needed_bytes / 2**30:.2f} GiB, {available_bytes / 2**30:.2f} GiB are available; "
+            "make it smaller or free memory",
+            needed_bytes=needed_bytes,
+            available_bytes=available_bytes,
+        )
 
 
 def memory_limit_bytes(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:

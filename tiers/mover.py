@@ -87,13 +87,13 @@ class Mover:
         self._num_submitted = 0
         self._num_unfinished = 0
         self._is_closing = False
+        self._watcher = threading.Thread(target=self._watch_deadlines, name="kv-deadlines", daemon=True)
         self._threads = [
             threading.Thread(target=self._run_parts, args=(self._lanes[name],), name=f"kv-{name}-{i}", daemon=True)
             for name, lane in lanes.items()
             for i in range(lane.num_threads)
         ]
-        self._threads.append(threading.Thread(target=self._watch_deadlines, name="kv-deadlines", daemon=True))
-        for thread in self._threads:
+        for thread in (*self._threads, self._watcher):
             thread.start()
 
     @property
@@ -113,7 +113,7 @@ class Mover:
         """Runs the parts, those of a lane in order of their start, then `on_done`, and then finishes the transfer.
 
         If the transfer ends early, parts that have not begun never do. `on_done`, which gives back what the parts use, is
-        called exactly once, on any thread, when the last one that had begun has ended.
+        called exactly once, on any thread, when the last one that had begun has ended. After `close` that is at once.
 
         Args:
             parts: by lane.
@@ -126,39 +126,69 @@ class Mover:
             return
         work = _Work(priority, at_once, transfer, on_done, num_parts)
         with self._lock:
-            for name, lane_parts in parts.items():
-                self._lanes[name].add(work, lane_parts)
-            self._num_submitted += 1
-            self._num_unfinished += 1
-            heapq.heappush(self._deadlines, (transfer.deadline, self._num_submitted, transfer))
-            self._deadlines_changed.notify()
+            is_refused = self._is_closing
+            if not is_refused:
+                for name, lane_parts in parts.items():
+                    self._lanes[name].add(work, lane_parts)
+                self._num_submitted += 1
+                self._num_unfinished += 1
+                heapq.heappush(self._deadlines, (transfer.deadline, self._num_submitted, transfer))
+                self._deadlines_changed.notify()
+        if is_refused:
+            on_done()
+            transfer.cancel()
+            return
         transfer.when_ended(lambda: self._discard(work))
 
     def line(self, lane: str, priority: Priority) -> "Line":
         """A queue for parts that belong to no transfer and run one after the other."""
         work = _Work(priority, 1, None, lambda: None, 0)
 
-        def put(part: Part) -> None:
+        def put(part: Part) -> bool:
             with self._lock:
+                if self._is_over:
+                    return False
                 work.num_remaining += 1
                 self._lanes[lane].add(work, (part,))
+                return True
 
         return Line(put)
 
     def close(self, timeout_s: float) -> None:
-        """Waits for all parts, also queued ones, for at most `timeout_s`. A thread that hangs in a read is left behind."""
+        """Waits for all parts, also queued ones, for at most `timeout_s`. A thread that hangs in a read is left behind.
+
+        Transfers that hang with it still end at their deadlines. What parts put into lines until the last of them has ended
+        is run too.
+        """
         deadline = time.monotonic() + timeout_s
         with self._lock:
             self._is_closing = True
-            self._deadlines_changed.notify_all()
             for lane in self._lanes.values():
                 lane.changed.notify_all()
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
+        has_ended = not any(thread.is_alive() for thread in self._threads)
+        with self._lock:
+            if has_ended:
+                self._deadlines.clear()
+            self._deadlines_changed.notify_all()
+        if has_ended:
+            self._watcher.join(max(0.0, deadline - time.monotonic()))
+        else:
             logger.error(
                 "moves of KV blocks still run %g s after they were told to end; going on without them", timeout_s
             )
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the threads leave: after `close`, once no lane has a part left, which might hand others on."""
+        return self._is_closing and not any(lane.is_busy for lane in self._lanes.values())
+
+    def _wake_if_over(self) -> None:
+        """Lets the threads leave that wait for parts of other lanes to end. The caller holds the lock."""
+        if self._is_over:
+            for lane in self._lanes.values():
+                lane.changed.notify_all()
 
     def _run_parts(self, lane: "_LaneState") -> None:
         while True:
@@ -173,6 +203,7 @@ class Mover:
                 logger.exception("a part of a KV transfer failed; its blocks are computed again")
             with self._lock:
                 lane.end(work, part)
+                self._wake_if_over()
                 work.num_remaining -= 1
                 is_last = work.num_remaining == 0
             if is_last:
@@ -186,7 +217,7 @@ class Mover:
             begun = lane.begin(now_s, self._max_link_bytes)
             if begun is not None:
                 return begun
-            if self._is_closing and not lane.has_waiting:
+            if self._is_over:
                 return None
             lane.changed.wait(lane.next_turn_s(now_s))
 
@@ -194,6 +225,7 @@ class Mover:
         """Takes back the parts of an ended transfer that have not begun."""
         with self._lock:
             num_dropped = sum(lane.drop(work) for lane in self._lanes.values())
+            self._wake_if_over()
             work.num_remaining -= num_dropped
             is_last = num_dropped > 0 and work.num_remaining == 0
         if is_last:
@@ -210,7 +242,7 @@ class Mover:
     def _watch_deadlines(self) -> None:
         while True:
             with self._lock:
-                if self._is_closing:
+                if self._is_closing and not self._deadlines:
                     return
                 next_s = self._deadlines[0][0] - time.monotonic() if self._deadlines else None
                 if next_s is None or next_s > 0:
@@ -229,10 +261,10 @@ class Line:
     """Parts that run one after the other, in the order in which they were put. Made by `Mover.line`.
 
     Attributes:
-        put: queues a part; never waits.
+        put: queues a part; never waits. False where the part will never run: the mover is closed, and all parts have ended.
     """
 
-    put: Callable[[Part], None]
+    put: Callable[[Part], bool]
 
 
 @dataclass(slots=True, eq=False)
@@ -278,6 +310,10 @@ class _LaneState:
     @property
     def has_waiting(self) -> bool:
         return any(self._works)
+
+    @property
+    def is_busy(self) -> bool:
+        return self._num_running > 0 or self.has_waiting
 
     def add(self, work: _Work, parts: Sequence[Part]) -> None:
         if not parts:

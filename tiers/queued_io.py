@@ -15,7 +15,10 @@ import numpy as np
 
 from dynamo.kernels.checks import Rows, SlotIds
 from dynamo.tiers.aio import READ, WRITE, RequestQueue, make_requests
-from dynamo.tiers.file_io import BlockFile, FileIO, IOResult, PendingBatch, PendingIO, SlotBatch
+from dynamo.tiers.block_file import BlockFile
+from dynamo.tiers.file_io import FileIO
+from dynamo.tiers.slot_batch import PendingBatch, SlotBatch
+from dynamo.tiers.slot_io import IOResult, PendingIO
 
 if TYPE_CHECKING:
     import torch

@@ -122,8 +122,8 @@ class Scrubber:
                 self._sleep(resume_s)
                 if step.next_slot is None:
                     round_started_s = time.monotonic()
-        except TierClosedError:
-            logger.debug("the disk tier was closed before its scrubber")
+        except TierClosedError as error:
+            logger.debug("the check in the background ends: %s", error)
         except Exception:
             logger.exception(
                 "checking the blocks on disk failed and is given up; they are still checked when they are read"

@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamo.kernels.checks import Rows, SlotIds
+from dynamo.tiers.block_file import BlockFile, fault_kind
 from dynamo.tiers.errors import TierBusyError, TierClosedError
-from dynamo.tiers.file_io import BlockFile, IOResult, PendingIO, SlotIO, fault_kind
 from dynamo.tiers.identity import StripeIdentity, write_identity
 from dynamo.tiers.namespace import Namespace
 from dynamo.tiers.outage import Outage
+from dynamo.tiers.slot_io import IOResult, PendingIO, SlotIO
 from dynamo.tiers.tier import Outcomes
 
 if TYPE_CHECKING:

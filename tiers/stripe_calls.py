@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 
 from dynamo.kernels.checks import SlotIds
-from dynamo.tiers.file_io import PendingIO
+from dynamo.tiers.slot_io import PendingIO
 from dynamo.tiers.stripe import ABSENT, Generations, IOTarget, Stripe
 from dynamo.tiers.tier import Outcomes
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from dynamo.kernels.checks import SlotIds
 from dynamo.tiers.errors import JournalFormatError, TierUnavailableError
-from dynamo.tiers.file_io import SlotIO
 from dynamo.tiers.identity import StripeIdentity, judge_stripes, read_identity, write_identity
 from dynamo.tiers.journal import Journal
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.namespace import Namespace
 from dynamo.tiers.recovered import RecoveredBlocks
+from dynamo.tiers.slot_io import SlotIO
 from dynamo.tiers.stripe import ABSENT, FaultReport, Generations, IOTarget, Stripe
 from dynamo.tiers.stripe_calls import StripeRead, StripeWrite
 from dynamo.tiers.tier import Outcomes

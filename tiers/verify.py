@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dynamo.tiers.block_file import BlockFile
 from dynamo.tiers.errors import JournalFormatError, TierBusyError, TierUnavailableError
-from dynamo.tiers.file_io import BlockFile, FileIO
+from dynamo.tiers.file_io import FileIO
 from dynamo.tiers.identity import IDENTITY_NAME, StripeIdentity, read_identity
 from dynamo.tiers.name_table import name_words
 from dynamo.tiers.namespace import (

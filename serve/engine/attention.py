@@ -147,6 +147,9 @@ class AttentionPlan:
         else:
             # The mask's lower right corner is the diagonal, so smaller ones are its lower right parts.
             mask = self._causal_mask[-num_queries:, -tile.num_keys :]
+            # Kernels of CUDA devices read masks 16 bytes at a time and do not look where one begins.
+            if self._device.type == "cuda":
+                mask = mask.clone(memory_format=torch.contiguous_format)
             out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return out.permute(2, 0, 1, 3).reshape(num_queries, -1)
 

@@ -12,6 +12,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from dynamo.serve.errors import ModelLoadError, RequestError
+from dynamo.serve.path_refusal import path_refusal
 
 __all__ = ["ChatTemplate"]
 
@@ -50,7 +51,9 @@ class ChatTemplate:
         if path.exists():
             try:
                 source: object = path.read_text(encoding="utf-8")
-            except (OSError, ValueError) as e:
+            except OSError as e:
+                raise ModelLoadError(f"{path}: {path_refusal(path, e, 'read')}") from e
+            except ValueError as e:
                 raise ModelLoadError(f"{path} cannot be read: {e}") from e
         else:
             path = folder / "tokenizer_config.json"

@@ -40,7 +40,8 @@ class CudaStepCapturer:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        with torch.cuda.device(self._device):
+        # Entering the stream that is current anyway brings it back: a capture that fails leaves the thread on its own stream.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
             # What is done once (compiling kernels, making cuBLAS workspaces) cannot be captured, so it is done here.
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):

@@ -107,7 +107,9 @@ class InferenceEngine:
             self._step_loop.commands.put(Stop())
             await asyncio.to_thread(self._thread.join, _JOIN_TIMEOUT_S)
             if self._thread.is_alive():
-                raise EngineDeadError(f"the engine's thread did not end within {_JOIN_TIMEOUT_S:.0f} s")
+                raise EngineDeadError(
+                    f"the engine's thread did not end within {_JOIN_TIMEOUT_S:.0f} s: it is in the middle of a step"
+                )
         await asyncio.to_thread(self._cache.close)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[OutputDelta], None]:

@@ -9,6 +9,7 @@ is compared with that, so a wrong block is found at once. Text is a paragraph, r
 """
 
 import math
+import threading
 import time
 from dataclasses import dataclass
 
@@ -115,7 +116,8 @@ class MockRunner:
         sampled = [self._next_token(sequence) for sequence in step.sampling]
         seconds = self._timings.modelled_s(len(step.decodes), step.num_prefill_tokens)
         if self._timings.waits:
-            time.sleep(max(0.0, started + seconds / self._timings.speedup - time.monotonic()))
+            rest_s = started + seconds / self._timings.speedup - time.monotonic()
+            time.sleep(min(max(0.0, rest_s), threading.TIMEOUT_MAX))
             seconds = time.monotonic() - started
         self._meter.add(step, seconds)  # without waiting, the cache decides as on the modelled machine
         return sampled

@@ -12,6 +12,7 @@ from dynamo.serve.engine.model_config import TextLimits, token_ids
 from dynamo.serve.engine.request import SamplingDefaults
 from dynamo.serve.engine.tokenizer import Tokenizer
 from dynamo.serve.errors import ModelLoadError
+from dynamo.serve.path_refusal import path_refusal
 
 __all__ = ["TextModel", "read_json", "read_text_model"]
 
@@ -59,7 +60,9 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise ModelLoadError(f"{path} is missing; a complete Hugging Face model folder has it") from e
-    except (OSError, ValueError) as e:
+    except OSError as e:
+        raise ModelLoadError(f"{path}: {path_refusal(path, e, 'read')}") from e
+    except ValueError as e:
         raise ModelLoadError(f"{path} cannot be read: {e}; download the model again") from e
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path} holds a {type(value).__name__} where a JSON object belongs")

@@ -212,4 +212,5 @@ class _Mirror:
         """Copies rows [start, stop) in the order of the current stream."""
         if self._copied is not None:
             self.device[start:stop].copy_(self.host[start:stop], non_blocking=True)
-            self._copied.record()
+            # Not the stream of the thread's current device.
+            self._copied.record(torch.cuda.current_stream(self.device.device))

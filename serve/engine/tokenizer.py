@@ -12,6 +12,7 @@ import tokenizers
 from dynamo.serve.engine.chat_template import ChatTemplate
 from dynamo.serve.engine.stop_strings import StopMatcher
 from dynamo.serve.errors import ModelLoadError, RequestError
+from dynamo.serve.path_refusal import path_refusal
 
 __all__ = ["IncrementalDetokenizer", "TokenSpelling", "Tokenizer"]
 
@@ -83,7 +84,9 @@ class Tokenizer:
             raise ModelLoadError(
                 f"{path} is missing; convert the tokenizer with transformers' AutoTokenizer(...).save_pretrained"
             ) from e
-        except (OSError, ValueError) as e:
+        except OSError as e:
+            raise ModelLoadError(f"{e.filename or path}: {path_refusal(Path(e.filename or path), e, 'read')}") from e
+        except ValueError as e:
             raise ModelLoadError(f"the tokenizer files of {folder} cannot be read: {e}; download them again") from e
         if not isinstance(config, dict):
             raise ModelLoadError(f"{config_path} does not hold a JSON object")

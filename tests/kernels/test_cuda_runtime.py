@@ -43,7 +43,6 @@ class StandInLibrary:
             "cudaEventDestroy": (P,),
             "cudaHostRegister": (P, S, U),
             "cudaHostUnregister": (P,),
-            "cudaHostGetDevicePointer": (P, P, U),
             "cudaPointerGetAttributes": (P, P),
             "cudaGetLastError": (),
             "cudaGetErrorString": (N,),
@@ -80,9 +79,9 @@ class StandInLibrary:
                 code, self.last_error = self.last_error, 0
                 return code
             if name == "cudaPointerGetAttributes":
-                ctypes.c_int.from_address(arguments[0]).value = (arguments[1] or 0) % 4
-            if name == "cudaHostGetDevicePointer":
-                ctypes.c_void_p.from_address(arguments[0]).value = (arguments[1] or 0) + 0x1000
+                kind = ctypes.c_int.from_address(arguments[0]).value = (arguments[1] or 0) % 4
+                seen = (arguments[1] or 0) + 0x1000 if kind else None
+                ctypes.c_void_p.from_address(arguments[0] + 8).value = seen
             return self._code(name)
 
         return answer
@@ -127,10 +126,10 @@ def test_plain_calls_pass_their_arguments_in_order() -> None:
     driver.stream_wait(21, 22)
     driver.event_record(31, 32)
     assert driver.event_is_done(41)
-    assert driver.host_device_pointer(0x5000) == 0x6000
+    assert driver.host_device_pointer(0x5001) == 0x6001
     driver.stream_destroy(51)
     driver.event_destroy(61)
-    assert [call for call in library.calls if call[0] != "cudaHostGetDevicePointer"] == [
+    assert [call for call in library.calls if call[0] != "cudaPointerGetAttributes"] == [
         ("cudaMemcpyAsync", 1 << 40, 1 << 41, 1 << 34, 4, 5),
         ("cudaMemcpy2DAsync", 11, 12, 13, 14, 15, 16, 4, 17),
         ("cudaStreamWaitEvent", 21, 22, 0),
@@ -145,6 +144,8 @@ def test_addresses_are_told_apart() -> None:
     driver, _ = runtime(13000)
     kinds = [driver.memory_of(address) for address in (4, 5, 6, 7)]
     assert kinds == [Memory.PAGEABLE, Memory.PINNED, Memory.DEVICE, Memory.DEVICE]
+    with pytest.raises(CudaError, match="no GPU reaches the host memory at 0x4; register it"):
+        driver.host_device_pointer(4)
 
 
 def test_a_failed_pin_leaves_no_error_behind_for_the_next_launch() -> None:
@@ -239,6 +240,8 @@ def test_the_real_driver_answers_on_a_gpu() -> None:
     kinds = [driver.memory_of(tensor.data_ptr()) for tensor in (pinned, gpu, pageable)]
     assert kinds == [Memory.PINNED, Memory.DEVICE, Memory.PAGEABLE]
     assert pinned.is_pinned()
+    first = pinned.data_ptr()
+    assert driver.host_device_pointer(first + 12_345) - driver.host_device_pointer(first) == 12_345
     with pytest.raises(CudaError, match="cudaHostRegister"):
         driver.host_register(8, 4096)
     assert int(torch.ones(4, device="cuda").sum()) == 4  # the failed pin did not poison the next launch

@@ -181,8 +181,11 @@ def test_arguments_that_do_not_fit_are_refused():
         digest_blocks(view, ids, torch.zeros(2, dtype=torch.uint64))
     with pytest.raises(KernelArgumentError, match="out must be"):
         digest_blocks(view, ids, torch.zeros(3, dtype=torch.int32))
-    with pytest.raises(KernelArgumentError, match="seeds must be"):
-        digest_blocks_new(view, ids, np.zeros(2, dtype=np.uint64))
+    for seeds in (np.zeros(2, dtype=np.uint64), np.zeros(3, dtype=np.int64), [1, 2, 3]):
+        with pytest.raises(KernelArgumentError, match="seeds must be"):
+            digest_blocks_new(view, ids, seeds)
+    with pytest.raises(KernelArgumentError, match="ids must be a 1-D numpy int64 array, got list"):
+        digest_blocks_new(view, [0, 1])
     with pytest.raises(KernelArgumentError, match="sm_budget"):
         digest_blocks(view, ids, torch.zeros(3, dtype=torch.uint64), sm_budget=0)
 
@@ -209,7 +212,7 @@ def test_copies_that_do_not_fit_are_refused_and_write_nothing():
 def test_gpu_gives_the_digests_of_the_cpu_and_copies(row_bytes, axes):
     blocks, seeds, ids = random_bytes(5, 2, 2, 33, 3, row_bytes), np.arange(4, dtype=np.uint64), np.array([4, 0, 2, 1])
     moved = torch.full([blocks.shape[AXES.index(a)] for a in axes], 0xAA, dtype=torch.uint8, device="cuda")
-    out = torch.zeros(4, dtype=torch.uint64, device="cuda")
+    out = torch.empty(4, dtype=torch.uint64, device="cuda")
     view, expected = from_paged(blocks.cuda(), AXES), digest_blocks_new(from_paged(blocks, AXES), ids, seeds)
     assert torch.equal(digest_blocks_new(view, ids, seeds).cpu(), expected)
     copy_blocks_digest(view, ids, from_paged(moved, axes), np.arange(4), out, seeds=seeds)

@@ -127,6 +127,8 @@ def test_nothing_to_do_is_done() -> None:
         ({"out": torch.zeros(2, 4, 32)}, "out must be"),
         ({"scale": 0.0}, "scale"),
         ({"scale": math.nan}, "scale"),
+        ({"scale": math.inf}, "scale"),
+        ({"out": torch.zeros(1, 4, 64).expand(2, 4, 64)}, "stride of out"),
         ({"window": 0}, "window"),
         ({"num_splits": 2}, "workspace"),
         ({"num_splits": 2, "workspace": torch.zeros(7)}, "workspace"),
@@ -162,7 +164,8 @@ def test_a_chunk_longer_than_its_context_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("starts", "message"), [([1, 4, 5], "rise from 0"), ([0, 4, 3], "rise from 0"), ([0, 1, 5], "4 queries")]
+    ("starts", "message"),
+    [([1, 4, 5], "rise from 0"), ([0, 4, 3], "rise from 0"), ([0, 2, 4], "rise from 0 to 5"), ([0, 1, 5], "4 queries")],
 )
 def test_chunks_that_do_not_fit_are_refused(starts: list[int], message: str) -> None:
     q = torch.zeros(5, 2, 64)
@@ -187,6 +190,10 @@ def test_write_refuses_what_does_not_fit() -> None:
     for new, slots in ((k[:, :1], blocks), (k.half(), blocks), (k, blocks[:2]), (k, blocks.float())):
         with pytest.raises(KernelArgumentError):
             paged_write(new, v, k_cache, v_cache, slots, blocks)
+    with pytest.raises(KernelArgumentError, match="no other of the cache 0"):
+        paged_write(k, v, k_cache[:1].expand(4, -1, -1, -1), v_cache, blocks, blocks)
+    with pytest.raises(KernelArgumentError, match="k is float32"):
+        paged_write(torch.tensor(1.0), v, k_cache, v_cache, blocks, blocks)
     assert not k_cache.any()
 
 

@@ -181,6 +181,11 @@ def test_destinations_that_are_one_place_are_refused() -> None:
     with pytest.raises(KernelArgumentError, match="blocks of the destination lie at the same place"):
         plan(src, ids(0, 1), aliased, ids(2, 3))
     run(plan(aliased, ids(1, 3), src, ids(0, 1)))
+    layer = torch.zeros(4, 16, 2, 8)
+    layers, same = from_paged([torch.zeros(4, 16, 2, 8) for _ in range(2)], "BTHD"), from_paged([layer, layer], "BTHD")
+    with pytest.raises(KernelArgumentError, match="layers or planes of the destination lie at the same place"):
+        plan(layers, ids(0, 1), same, ids(2, 3))
+    run(plan(same, ids(2, 3), layers, ids(0, 1)))
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_submitted() -> None:
@@ -193,6 +198,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_submitted() -> None:
         "src is pageable host memory; pin it": lambda: plan(pageable, ids(0), gpu, ids(0), driver=driver),
         "dst is pageable host memory": lambda: plan(gpu, ids(0), pageable, ids(0), driver=driver),
         r"src_ids holds 8, outside \[0, 8\)": lambda: plan(host, ids(8), gpu, ids(0), driver=driver),
+        "src_ids must be a 1-D numpy int64 array, got list": lambda: plan(
+            host,
+            [0],  # type: ignore[arg-type]
+            gpu,
+            ids(0),
+            driver=driver,
+        ),
         "dst_ids holds -1": lambda: plan(host, ids(0), gpu, ids(-1), driver=driver),
         "dst_ids holds 3 more than once": lambda: plan(host, ids(0, 1), gpu, ids(3, 3), driver=driver),
         "2 blocks of 16 tokens and 1 blocks of 16 tokens": lambda: plan(host, ids(0, 1), gpu, ids(3), driver=driver),

@@ -186,6 +186,8 @@ def test_embeddings_that_make_no_sense_are_refused(make):
         ({"elements": torch.int16}, "only fp32"),
         ({"deltas": np.array([1, 2])}, "deltas must be"),
         ({"deltas": np.array([1.0, 2.0, 3.0])}, "deltas must be"),
+        ({"deltas": [1, 2, 3]}, "deltas must be int64 .*, got list"),
+        ({"deltas": np.array([1, 2, -(2**31) - 1])}, "past 2147483648 positions"),
         ({"dst_ids": np.array([0, 1, 1])}, "more than once"),
         ({"dst_ids": np.array([0, 1, 3])}, "holds 3"),
         ({"sm_budget": 0}, "sm_budget"),

@@ -1,5 +1,7 @@
 """Admission: how much of what a tier lacks is written."""
 
+from dataclasses import replace
+
 import pytest
 
 from dynamo.kvcache.admission import Adaptive, AdmitAlways, SecondSighting
@@ -63,37 +65,43 @@ LEAVES = Use(2, 0.0, num_new_tokens=160, num_output_tokens=10)
 
 
 def test_adaptive_writes_what_comes_back(tracker):
-    policy = Adaptive(tracker, lambda tier: 0.0, unproven_cost=0.1)
+    policy = Adaptive(tracker, lambda tier, now_s: 0.0, unproven_cost=0.1)
     assert policy.admit("disk", KEYS, RETURNS, 5) == 5
     assert policy.admit("disk", KEYS, LEAVES, 5) == 0
 
 
 def test_adaptive_writes_nothing_where_slots_are_worth_more(tracker):
-    policy = Adaptive(tracker, lambda tier: {"disk": 1.0, "large disk": 0.0}[tier], unproven_cost=0.1)
+    policy = Adaptive(tracker, lambda tier, now_s: {"disk": 1.0, "large disk": 0.0}[tier], unproven_cost=0.1)
     assert policy.admit("disk", KEYS, RETURNS, 8) == 0
     assert policy.admit("large disk", KEYS, RETURNS, 8) == 8
 
 
+def test_adaptive_asks_for_the_price_at_the_time_of_the_use(tracker):
+    policy = Adaptive(tracker, lambda tier, now_s: 1.0 if now_s < 50 else 0.0, unproven_cost=0.1)
+    assert policy.admit("disk", KEYS, RETURNS, 8) == 0
+    assert policy.admit("disk", KEYS, replace(RETURNS, number=9, time_s=60.0), 8) == 8
+
+
 @pytest.mark.parametrize(("tightness", "admitted"), [(0.0, 8), (0.5, 8), (0.999, 0), (1.0, 0), (2.0, 0)])
 def test_a_tight_budget_raises_the_cost(tracker, tightness, admitted):
-    policy = Adaptive(tracker, lambda tier: 0.0, unproven_cost=0.05, budget=lambda: tightness)
+    policy = Adaptive(tracker, lambda tier, now_s: 0.0, unproven_cost=0.05, budget=lambda: tightness)
     assert policy.admit("disk", KEYS, RETURNS, 8) == admitted
 
 
 def test_a_shared_prefix_is_written_for_the_sake_of_what_follows(tracker):
     """A part is never refused alone if the chain as a whole gains."""
     use = Use(1, 0.0, num_new_tokens=640, num_output_tokens=10, num_shared_blocks=1, num_sharers=2)
-    policy = Adaptive(tracker, lambda tier: 0.0, unproven_cost=0.1)
+    policy = Adaptive(tracker, lambda tier, now_s: 0.0, unproven_cost=0.1)
     assert policy.admit("disk", KEYS, use, 8) == 8
 
 
 def test_the_cache_is_open_before_anything_was_learned():
-    policy = Adaptive(ReuseTracker(), lambda tier: 0.0)
+    policy = Adaptive(ReuseTracker(), lambda tier, now_s: 0.0)
     assert policy.admit("disk", KEYS, LEAVES, 8) == 8
 
 
 def test_a_high_price_for_unproven_blocks_makes_it_second_sighting(tracker):
-    policy = Adaptive(tracker, lambda tier: 0.0, unproven_cost=100.0)
+    policy = Adaptive(tracker, lambda tier, now_s: 0.0, unproven_cost=100.0)
     second = Use(3, 60.0, turn=1, num_new_tokens=32, num_output_tokens=10)
     assert policy.admit("disk", KEYS[:6], RETURNS, 6) == 0
     assert policy.admit("disk", KEYS, second, 8) == 6
@@ -101,7 +109,7 @@ def test_a_high_price_for_unproven_blocks_makes_it_second_sighting(tracker):
 
 
 def test_adaptive_ghosts_are_bounded(tracker):
-    policy = Adaptive(tracker, lambda tier: 0.0, unproven_cost=100.0, max_ghosts=100)
+    policy = Adaptive(tracker, lambda tier, now_s: 0.0, unproven_cost=100.0, max_ghosts=100)
     for number in range(50):
         policy.admit("disk", [(number, i) for i in range(10)], Use(number + 1, 0.0), 10)
     assert policy.num_ghosts == 100

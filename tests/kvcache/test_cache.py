@@ -1,8 +1,10 @@
+import os
 import threading
+import time
 
 import pytest
 
-from dynamo.kvcache import KVCache, OutOfBlocksError
+from dynamo.kvcache import KVCache, OutOfBlocksError, Sequence, store
 from dynamo.kvcache.errors import CacheClosedError, CacheConfigError, CacheMemoryError
 from dynamo.kvcache.events import Cleared, Removed, Stored
 
@@ -117,8 +119,67 @@ def test_a_closed_cache_says_so(spec):
     cache = KVCache(spec, device="cpu", device_blocks=4, host="1MiB")
     cache.close()
     cache.close()
+    for use in (cache.open, cache.lookup, cache.prefetch, cache.pin):
+        with pytest.raises(CacheClosedError):
+            use([1])
+
+
+def test_what_a_cache_gave_away_ends_with_it(spec, content):
+    cache = KVCache(spec, device="cpu", device_blocks=16, host="1MiB")
+    content.run(cache, list(range(16)))
+    assert cache.flush()
+    lease = cache.pin(list(range(16)))
+    assert lease.is_active
+    cache.close()
+    assert not lease.is_active
+    assert not lease.extend(60.0)
+    assert not lease.release()
+    assert cache.pins() == ()
+    cache.check_invariants()
+
+
+def test_a_prefetch_that_its_cache_does_not_outlive_is_told_so(spec, content, tmp_path, monkeypatch):
+    cache = KVCache(spec, device="cpu", device_blocks=16, disk=f"{tmp_path}:1MiB")
+    content.run(cache, list(range(16)))
+    assert cache.flush()
+    cache.clear("device")
+    reading, closing = threading.Event(), threading.Event()
+    read = os.preadv
+
+    def slow(*arguments):
+        reading.set()
+        assert closing.wait(20)
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    prefetch = cache.prefetch(list(range(16)))
+    assert reading.wait(20)
+    closer = threading.Thread(target=cache.close)
+    closer.start()
+    deadline = time.monotonic() + 20
     with pytest.raises(CacheClosedError):
-        cache.open([1])
+        while time.monotonic() < deadline:
+            cache.lookup([1])
+    closing.set()
+    closer.join(20)
+    assert isinstance(prefetch.exception(timeout=20), CacheClosedError)
+    cache.check_invariants()
+
+
+def test_a_prefetch_that_fails_at_its_end_tells_who_waits_for_it(make_cache, content, monkeypatch, caplog):
+    cache = make_cache(host="1MiB")
+    content.run(cache, list(range(16)))
+    assert cache.flush()
+    cache.clear("device")
+    close, fault = Sequence.close, RuntimeError("the device failed")
+
+    def fail(sequence):
+        close(sequence)
+        raise fault
+
+    monkeypatch.setattr(Sequence, "close", fail)
+    assert cache.prefetch(list(range(16))).exception(timeout=10) is fault
+    assert "a prefetch of KV blocks failed" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -151,9 +212,22 @@ def test_what_is_no_prompt_is_refused(make_cache, tokens, message):
     assert cache.stats().num_open_sequences == 0
 
 
-def test_more_host_memory_than_there_is_is_refused_with_both_sizes(spec):
-    with pytest.raises(CacheMemoryError, match=r"needs .* available"):
-        KVCache(spec, device="cpu", device_blocks=4, host="900TiB")
+@pytest.mark.parametrize(
+    ("tier", "sizes"), [("host", {"device_blocks": 4, "host": "900TiB"}), ("device", {"device_blocks": 1 << 40})]
+)
+def test_more_memory_than_there_is_is_refused_with_the_tier_and_both_sizes(spec, tier, sizes):
+    with pytest.raises(CacheMemoryError, match=rf"the {tier} tier needs .* available") as caught:
+        KVCache(spec, device="cpu", **sizes)
+    assert caught.value.tier == tier
+
+
+def test_tiers_that_fit_one_by_one_but_not_together_are_warned_of(spec, monkeypatch, caplog):
+    monkeypatch.setattr(store, "available_memory_bytes", lambda: 10 << 20)
+    num_blocks = (8 << 20) // spec.layout.slot_bytes
+    with KVCache(spec, device="cpu", device_blocks=num_blocks, host="2MiB"):
+        assert caplog.messages == []
+    with KVCache(spec, device="cpu", device_blocks=num_blocks, host="4MiB"):
+        assert "a device tier of 8 MiB and a host tier of 4 MiB are more together than the 10 MiB" in caplog.text
 
 
 def test_clearing_what_is_no_tier_is_refused_and_an_absent_tier_tells_nobody(make_cache):

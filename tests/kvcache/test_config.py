@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo.kvcache.config import DiskPlace, format_size, parse_disk_place, parse_size
+from dynamo.kvcache.config import DiskPlace, format_size, parse_disk_place, parse_host_sizes, parse_size
 from dynamo.kvcache.errors import CacheConfigError
 
 
@@ -66,3 +66,17 @@ def test_what_is_no_disk_place_is_named(text):
 )
 def test_sizes_are_written_for_people(num_bytes, text):
     assert format_size(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("host", "host_max", "sizes"),
+    [(None, None, (0, 0)), ("1MiB", None, (1 << 20, 1 << 20)), (4096, "1MiB", (4096, 1 << 20)), (0, 0, (0, 0))],
+)
+def test_a_host_tier_may_grow_to_its_own_size_unless_told(host, host_max, sizes):
+    assert parse_host_sizes(host, host_max) == sizes
+
+
+@pytest.mark.parametrize(("host", "host_max"), [(None, "1MiB"), ("2MiB", "1MiB")])
+def test_a_host_tier_that_cannot_have_its_greatest_size_is_refused(host, host_max):
+    with pytest.raises(CacheConfigError, match="host_max=1 MiB"):
+        parse_host_sizes(host, host_max)

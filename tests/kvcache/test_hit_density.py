@@ -105,10 +105,43 @@ def test_what_comes_back_more_often_stays_though_it_is_older():
     order = HitDensity(learned_tracker())
     order.add(0, Use(1, 0.0, turn=1, num_new_tokens=160, num_output_tokens=20), 4)
     order.add(1, Use(2, 10.0, turn=0, num_new_tokens=160, num_output_tokens=20), 4)
-    assert order.price == 0
+    assert order.price(10.0) == 0
     assert ranked(order, 11.0) == [1, 0]
     assert ranked(order, 11.0) == [1, 0]
-    assert order.price > 0
+    assert order.price(11.0) > 0
+
+
+def test_a_price_at_which_nothing_is_evicted_falls_with_what_lies_there():
+    """Else a tier that admits only what is worth more than its price would never admit anything again."""
+    order = HitDensity(learned_tracker())
+    order.add(0, Use(1, 0.0, turn=1, num_new_tokens=160, num_output_tokens=20), 4)
+    for _ in range(20):
+        ranked(order, 1.0)
+    begun = order.price(1.0)
+    prices = [order.price(1.0 + 10 * n) for n in range(1, 200)]
+    assert prices == sorted(prices, reverse=True)
+    assert 0 < prices[-1] < begun / 4
+    order.remove(0)
+    assert [order.price(2000.0 + 10 * n) for n in range(1, 100)][-1] < 1e-9
+
+
+def test_a_price_that_has_fallen_is_not_raised_by_what_was_evicted_long_ago():
+    order = HitDensity(learned_tracker())
+    order.add(0, Use(1, 0.0, turn=1, num_new_tokens=160, num_output_tokens=20), 4)
+    for _ in range(20):
+        ranked(order, 1.0)
+    fallen = [order.price(1.0 + 10 * n) for n in range(1, 200)][-1]
+    ranked(order, 2000.0)
+    ranked(order, 2000.0)
+    assert order.price(2000.0) <= fallen
+
+
+def test_slots_whose_content_has_expired_are_worth_nothing():
+    order = HitDensity(learned_tracker())
+    order.add(0, Use(1, 0.0, turn=1, num_new_tokens=160, num_output_tokens=20, expires_s=5.0), 4)
+    for _ in range(20):
+        ranked(order, 1.0)
+    assert [order.price(10.0 + 2 * n) for n in range(60)][-1] < 1e-6
 
 
 def test_an_entry_filed_between_two_sorts_takes_its_place():

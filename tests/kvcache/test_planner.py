@@ -171,6 +171,15 @@ def test_trust_costs_a_short_prompt_no_more_than_a_few_percent():
         assert decision.patience_s <= 0.041 * computing_s(0, num_tokens)
 
 
+def test_a_prompt_waits_for_a_small_part_of_what_loading_saves_however_short_it_is():
+    planner, _ = make_planner()
+    for num_blocks in (1, 2, 4):
+        num_tokens = num_blocks * SIZE + 1
+        decision = planner.plan(LoadQuestion((TierRun("disk", num_blocks),), 0, num_tokens))
+        limit_s = max(0.2 * decision.expected_compute_s, 0.04 * computing_s(0, num_tokens))
+        assert decision.patience_s == pytest.approx(limit_s, rel=0.05)
+
+
 def test_nothing_to_load_is_no_decision():
     planner, _ = make_planner()
     assert planner.plan(LoadQuestion((), 4, 100)).num_blocks_to_load == 0

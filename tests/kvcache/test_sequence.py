@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from dynamo.kvcache import OutOfBlocksError
+from dynamo.kvcache import KVCache, OutOfBlocksError
 from dynamo.kvcache.errors import CacheClosedError, SequenceStateError
 
 
@@ -113,3 +113,65 @@ def test_ready_awaits_the_loads_without_blocking_the_loop(make_cache, content):
             return sequence.num_cached_tokens
 
     assert asyncio.run(use()) == 12
+
+
+PREPARATIONS = {
+    "fresh": lambda cache: cache.open(list(range(500, 516))),
+    "loading": lambda cache: cache.open(list(range(16))),
+    "overlapped": lambda cache: cache.open(list(range(16)), overlap=True),
+    "loading by layers": lambda cache: begun(cache.open(list(range(16)))),
+    "saving by layers": lambda cache: saving(cache.open(list(range(500, 516)))),
+}
+USES = {
+    "wait": lambda sequence: sequence.wait(),
+    "ready": lambda sequence: asyncio.run(sequence.ready()),
+    "next_span": lambda sequence: sequence.next_span(0, 16),
+    "begin_layerwise": lambda sequence: sequence.begin_layerwise(),
+    "wait_layer": lambda sequence: sequence.wait_layer(1),
+    "append": lambda sequence: sequence.append([1] * 9),
+    "commit_layer": lambda sequence: sequence.commit_layer(0),
+    "commit": lambda sequence: sequence.commit(),
+}
+
+
+def begun(sequence):
+    sequence.begin_layerwise()
+    return sequence
+
+
+def saving(sequence):
+    sequence.commit_layer(0)
+    return sequence
+
+
+@pytest.mark.parametrize("state", PREPARATIONS)
+def test_a_sequence_that_outlives_its_cache_says_so_and_can_be_closed(spec, content, state):
+    cache = KVCache(spec, device="cpu", device_blocks=16, host="1MiB")
+    content.run(cache, list(range(16)))
+    assert cache.flush()
+    cache.clear("device")
+    sequence = PREPARATIONS[state](cache)
+    number = cache.event_log.last_number
+    cache.close()
+    for use in USES.values():
+        with pytest.raises(CacheClosedError, match="the cache is closed"):
+            use(sequence)
+    assert sequence.num_tokens == 16
+    assert len(sequence.block_table) == 4
+    assert cache.events(after=number) == []
+    with sequence:
+        pass
+    sequence.close()
+    assert cache.stats().num_open_sequences == 0
+    assert not any(tier.num_pinned_blocks for tier in cache.stats().tiers)
+    cache.check_invariants()
+
+
+def test_of_a_sequence_closed_before_its_cache_it_is_told_what_was_closed(spec):
+    cache = KVCache(spec, device="cpu", device_blocks=16, host="1MiB")
+    sequence = cache.open([1, 2, 3])
+    sequence.close()
+    cache.close()
+    for use in USES.values():
+        with pytest.raises(CacheClosedError, match="the sequence is closed"):
+            use(sequence)

@@ -13,6 +13,7 @@ import pytest
 from dynamo.kvcache import KVCache
 from dynamo.kvcache.errors import CacheClosedError, UnsupportedError
 from dynamo.kvcache.status import ScrubStatus
+from dynamo.tiers.scrub import Scrubber
 
 SLOT = 4096
 NUM_SEQUENCES = 6
@@ -25,7 +26,8 @@ def tokens_of(number: int) -> list[int]:
 @pytest.fixture
 def cache(make_cache: Callable[..., KVCache], content: Any, tmp_path: Path) -> KVCache:
     """Has 48 blocks on disk and nowhere else."""
-    cache = make_cache(device_blocks=24, disk=f"{tmp_path}:{64 * SLOT}")
+    # Device blocks for more than the sequences: a busy disk is behind with some.
+    cache = make_cache(device_blocks=64, disk=f"{tmp_path}:{64 * SLOT}")
     for number in range(NUM_SEQUENCES):
         content.run(cache, tokens_of(number))
     assert cache.flush()
@@ -169,6 +171,38 @@ def test_a_disk_that_gives_nothing_at_all_keeps_its_blocks(
     assert scrub(cache).num_checked == 0
     assert cache.stats().verify_faults == {}
     assert cache.stats().tier("disk").num_cached_blocks == 48
+
+
+def test_closing_waits_for_one_small_read_of_the_check(
+    make_cache: Callable[..., KVCache], content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_blocks = 512
+    disk = f"{tmp_path}:{num_blocks * SLOT}"
+    with make_cache(device_blocks=num_blocks + 1, disk=disk) as cache:
+        content.run(cache, list(range(4 * num_blocks + 1)))
+        assert cache.flush()
+    reading, closing = threading.Event(), threading.Event()
+    num_bytes: list[int] = []
+    preadv, close = os.preadv, Scrubber.close
+
+    def slow(fd: int, vectors: list[memoryview], offset: int) -> int:
+        if threading.current_thread().name == "kv-scrub":
+            num_bytes.append(sum(map(len, vectors)))
+            reading.set()
+            assert closing.wait(20)
+        return preadv(fd, vectors, offset)
+
+    def told(scrubber: Scrubber, timeout_s: float) -> None:
+        closing.set()
+        close(scrubber, timeout_s)
+
+    cache = make_cache(device_blocks=24, disk=disk, scrub_bytes_per_s="1GiB")
+    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(Scrubber, "close", told)
+    assert reading.wait(20)
+    cache.close()
+    assert num_bytes == [256 << 10]
+    assert cache.stats().verify_faults == {}
 
 
 def test_without_a_rate_nothing_is_checked(cache: KVCache, make_cache: Callable[..., KVCache]) -> None:

@@ -182,11 +182,15 @@ def test_what_all_workers_may_take_together_is_held_against_the_free_space(tmp_p
 
 
 def test_blocks_that_are_not_the_configurations_own_are_told_apart(tmp_path: Path) -> None:
-    held = keep_blocks(tmp_path / "worker-0")
-    report = examine("--disk-cache", f"{tmp_path}:64MiB", "--host-cache", "0", "--device", "cpu")
-    text = "\n".join(report.epilogue)
+    held, worker = keep_blocks(tmp_path / "alice"), tmp_path / "alice"
+    place = ("--disk-cache", f"{tmp_path}:64MiB", "--host-cache", "0", "--device", "cpu")
+    text = "\n".join(examine(*place).epilogue)
     assert re.search(rf"{tmp_path}: .* free, 0 B taken by KV blocks already", text)
-    assert f"{tmp_path / 'worker-0'}: {format_size(held)} taken by KV blocks, which no tier of this" in text
+    nobodys = "which no tier of this configuration gives up; a worker would that is started with --worker-id alice"
+    assert f"{worker}: {format_size(held)} taken by KV blocks, {nobodys}" in text
+    with contextlib.closing(DiskTier.open(worker, BlockLayout(3, 4, 2, 10, 4), 1 << 20, b"model-a.")):
+        text = "\n".join(examine(*place).epilogue)
+    assert f"taken by KV blocks, of process {os.getpid()}, which has its disk tier there" in text
 
 
 def test_user_data_is_left_alone(tmp_path: Path) -> None:

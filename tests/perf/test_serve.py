@@ -50,7 +50,7 @@ def test_a_server_that_does_not_start_tells_why() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--streams", "0"), "at least 1"),
+        (("--streams", "0"), "must be 1 or more"),
         (("--url", "https://example.org"), "http://HOST:PORT"),
         (("--url", "http://127.0.0.1:1"), "does not answer"),
     ],

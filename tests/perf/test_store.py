@@ -68,7 +68,7 @@ def test_every_tier_stands_beside_its_ceiling(disk: Path) -> None:
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(BenchmarkError, match="give less --size"):
+    with pytest.raises(BenchmarkError, match="measure less, or give another --path"):
         run(options("--size", "1000000GiB", "--path", str(tmp_path)), QUIET)
     assert list(tmp_path.iterdir()) == []
 

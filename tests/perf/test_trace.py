@@ -194,6 +194,8 @@ GOOD = mooncake_line(TracedRequest(0.0, 600, 5, (0, 1), 1, 512))
         (f'{GOOD}\n{{"timestamp": 0}}', r"trace:2: .*input_length"),
         ('{"time_s": 0, "num_prompt_tokens": 1, "num_output_tokens": 1, "block_size": 16, "keys": "zz"}', "trace:1: "),
         ('{"time_s": 0, "num_prompt_tokens": 1, "num_output_tokens": 1, "block_size": 0, "keys": ""}', "block_size"),
+        (GOOD.replace("[0, 1]", "[0, -1]"), "trace:1: .*hash_ids"),
+        (GOOD.replace("600", "-600"), "trace:1: .*input_length"),
         ("\n", "holds no request"),
     ],
 )

@@ -21,6 +21,8 @@ from dynamo.kvcache import KVCache, KVSpec
 from dynamo.kvcache.errors import CacheClosedError
 from dynamo.serve.admin import MAX_ADMIN_BODY_BYTES, OPERATIONS
 from dynamo.serve.openapi import openapi_document
+from dynamo.tiers import disk_space
+from dynamo.tiers.disk_space import DiskSpace
 
 SPEC = KVSpec(model="admin", num_layers=1, num_kv_heads=1, head_dim=8, dtype=torch.float32, block_size=4)
 SLOT = 4096
@@ -171,10 +173,24 @@ def test_clear_empties_a_tier_or_all(serve: Any, cache: KVCache) -> None:
 def test_resize_gives_a_tier_another_size(serve: Any, cache: KVCache) -> None:
     server = serve(cache=cache)
     answer = call(server, "POST", "/resize", {"tier": "disk", "size": "128KiB"}).json()
-    assert answer == {"num_slots": 32, "num_bytes": 128 << 10}
+    assert answer == {"num_slots": 32, "num_bytes": 128 << 10, "warning": None}
     assert call(server, "GET", "").json()["tiers"][2]["num_slots"] == 32
     assert error_of(call(server, "POST", "/resize", {"tier": "disk", "size": 1})) == (400, "invalid_value", None)
     assert error_of(call(server, "POST", "/resize", {"tier": "host", "size": "1TiB"}))[:2] == (400, "invalid_value")
+
+
+def test_resize_beyond_what_the_disk_has_free_says_so(
+    serve: Any, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_space, "disk_space", lambda where, size: [DiskSpace(tuple(where), size, 0, 50 * SLOT)])
+    server = serve(cache=cache)
+    for num_slots, is_too_large in ((128, True), (40, False)):
+        answer = call(server, "POST", "/resize", {"tier": "disk", "size": num_slots * SLOT}).json()
+        assert answer["num_slots"] == num_slots
+        assert (answer["warning"] is not None) == is_too_large
+    answer = call(server, "POST", "/resize", {"tier": "disk", "size": 51 * SLOT}).json()
+    assert "204,800 bytes free" in answer["warning"] and "4,096 too few" in answer["warning"]
+    assert call(server, "POST", "/resize", {"tier": "host", "size": 16 * SLOT}).json()["warning"] is None
 
 
 def test_verify_finds_what_was_damaged(serve: Any, cache: KVCache, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dynamo.serve.assembly import build_engine
 from dynamo.serve.config import Config, load_config
@@ -60,13 +62,21 @@ def test_several_folders_share_the_disk_tier_under_a_write_budget(run: Any, tmp_
         ({"cache__device_cache": "4KiB"}, ConfigError, "less than two blocks"),
         ({"cache__host_cache_max": "1GiB"}, ConfigError, "no host tier that could grow"),
         ({"cache__host_cache": "2MiB", "cache__host_cache_max": "1MiB"}, ConfigError, "1 MiB is not above"),
-        ({"cache__disk_cache": "/proc/kv:900TiB"}, ConfigError, "--disk-cache 900 TiB: the index of .* smaller"),
+        (
+            {"cache__disk_cache": "/proc/kv:900TiB"},
+            ConfigError,
+            "--disk-cache 900 TiB does not fit: the index of .* smaller",
+        ),
         (
             {"cache__host_cache": "1000TiB"},
             ConfigError,
-            "no memory for --device-cache 8 MiB on cpu, --host-cache 1000 TiB: ",
+            r"^--host-cache 1000 TiB does not fit: the host tier needs .* GiB, .* GiB are available; .*; \d+[GM]iB would fit$",
         ),
-        ({"cache__device_cache": "999TiB"}, ConfigError, "--device-cache 999 TiB on cpu"),
+        (
+            {"cache__device_cache": "999TiB"},
+            ConfigError,
+            r"^--device-cache 999 TiB does not fit: the .* available; .*; \d+[GM]iB would fit$",
+        ),
         ({"cache__host_cache": "1KiB"}, ConfigError, "--host-cache 1 KiB holds less than one block of"),
         (
             {"cache__disk_cache": "/nowhere:10KiB"},
@@ -94,6 +104,26 @@ def test_several_folders_share_the_disk_tier_under_a_write_budget(run: Any, tmp_
 def test_settings_that_do_not_fit_say_why(flags: dict[str, str], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         build_engine(config_of(**flags), lambda share: None)
+
+
+def test_a_host_tier_that_nobody_asked_for_is_not_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamo.tiers.memory.available_memory_bytes", lambda: 16 << 20)
+    config = config_of(engine__engine="mocker", cache__disk_cache=f"{tmp_path}/kv:64MiB")
+    with pytest.raises(ConfigError, match=r"^the cache does not fit: the buffer for transfers needs .* available"):
+        build_engine(config, lambda share: None)
+
+
+def test_more_threads_than_cores_are_warned_of(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    num_cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    try:
+        build(run, config_of(engine__engine="mocker", engine__threads=str(num_cores)))
+        assert "--threads" not in caplog.text
+        build(run, config_of(engine__engine="mocker", engine__threads=str(num_cores + 1)))
+    finally:
+        torch.set_num_threads(before)
+    assert f"--threads {num_cores + 1} is more than the {num_cores} cores" in caplog.text
 
 
 def test_sizes_that_do_not_fit_are_refused_before_any_weight_is_read() -> None:

@@ -1,9 +1,14 @@
+from pathlib import Path
+
+import torch
+
+from dynamo.kvcache import KVCache, KVSpec
 from dynamo.kvcache.hashing import HASH_VERSION
 from dynamo.router.workers import WorkerCard
-from dynamo.serve.banner import render_fleet_banner
+from dynamo.serve.banner import render_banner, render_fleet_banner
 from dynamo.serve.config import ServerSettings
 from dynamo.serve.engine.request import SamplingDefaults
-from dynamo.serve.served_model import ServedModel
+from dynamo.serve.served_model import ModelSummary, ServedModel
 
 
 def card(worker_id: str, **facts: object) -> WorkerCard:
@@ -36,6 +41,16 @@ def test_a_front_lists_its_workers_by_number_and_what_each_has() -> None:
         "worker-10    device 4 KiB, no disk tier, see the log",
         "external-0   an engine of another make",
     ]
+
+
+def test_a_tier_that_is_not_there_although_it_was_asked_for_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    spec = KVSpec(model="m", num_layers=1, num_kv_heads=1, head_dim=8, dtype=torch.float32, block_size=4)
+    summary = ModelSummary(description="m", num_parameters=None, device="cpu", dtype="float32", max_model_len=99)
+    with KVCache(spec, device="cpu", device_blocks=4, disk=f"{tmp_path / 'file'}:1MiB") as cache:
+        text = render_banner(summary, "m", 99, cache.stats(), ServerSettings(), "http://127.0.0.1:8000")
+    assert "  device tier  16 KiB, 4 blocks, memory\n" in text
+    assert "  disk tier    none, see the log\n" in text
 
 
 def test_a_front_without_workers_says_what_requests_do() -> None:

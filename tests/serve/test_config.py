@@ -1,3 +1,4 @@
+import errno
 import re
 from inspect import signature
 from pathlib import Path
@@ -113,11 +114,33 @@ def test_the_default_disk_tier_lies_in_the_users_cache_and_leaves_room(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not-yet"))
     disk = load_config(None, {}).config.cache.disk_cache
     assert disk is None or (disk.directories == (tmp_path / "not-yet/dynamo/kv",) and disk.capacity_bytes <= 4 << 30)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    disk = load_config(None, {}).config.cache.disk_cache
+    assert disk is None or disk.directories == (tmp_path / ".cache/dynamo/kv",)
     usage = (100 << 30, 99 << 30, 1 << 30)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": usage[2]}))
     disk = load_config(None, {}).config.cache.disk_cache
     assert disk is not None and disk.capacity_bytes == 102 << 20
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10 << 20}))
+    assert load_config(None, {}).config.cache.disk_cache is None
+
+
+def test_a_home_that_is_not_there_or_closed_costs_the_default_disk_tier_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbid(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    def have_none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "closed" / "cache"))
+    with monkeypatch.context() as closed:
+        closed.setattr(Path, "stat", forbid)
+        load_config(None, {})
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", have_none)
     assert load_config(None, {}).config.cache.disk_cache is None
 
 
@@ -200,6 +223,8 @@ def test_every_kind_of_option_is_read_from_the_command_line() -> None:
         ("--kv-events", "tcp://nowhere", "tcp://HOST:PORT"),
         ("--router-mode", "best", "one of kv, round-robin"),
         ("--migration-limit", "-1", "an integer from 0"),
+        ("--speedup", "1e-300", "a number from 0.001 to 1e+09, or 0"),
+        ("--speedup", "-1", "a number from 0.001 to 1e+09, or 0"),
     ],
 )
 def test_wrong_values_name_the_flag_the_value_and_what_is_accepted(flag: str, value: str, accepted: str) -> None:
@@ -256,7 +281,7 @@ def test_a_switch_takes_no_value_and_is_a_bool_in_toml(tmp_path: Path) -> None:
     config = parse_command_line(["--admin", "/models/x"]).loaded.config
     assert (config.server.admin, config.model.path) == (True, "/models/x")
     assert load_config(write(tmp_path, "[server]\nadmin = true\n"), {}).config.server.admin
-    with pytest.raises(ConfigError, match="--admin: 'yes' is not accepted; accepted is true or false"):
+    with pytest.raises(ConfigError, match=r"server\.admin: 'yes' is not accepted; accepted is true or false"):
         load_config(write(tmp_path, '[server]\nadmin = "yes"\n'), {})
 
 
@@ -268,8 +293,16 @@ def test_a_flag_may_be_given_several_times_and_is_a_list_in_toml(tmp_path: Path)
     assert fleet.kv_events == (EventSource("tcp://a:5557", "tcp://a:5558"), None)
     file = write(tmp_path, '[fleet]\nexternal = ["http://a:1"]\n')
     assert load_config(file, {}).config.fleet.external == ("http://a:1",)
-    with pytest.raises(ConfigError, match="--external: 'http://a:1' is not accepted; accepted is a list"):
+    with pytest.raises(ConfigError, match=r"fleet\.external: 'http://a:1' is not accepted; accepted is a list"):
         load_config(write(tmp_path, '[fleet]\nexternal = "http://a:1"\n'), {})
+
+
+@pytest.mark.parametrize("word", ["config", "frontend", "worker"])
+def test_a_part_that_is_named_behind_flags_is_no_model(word: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=f"^'{word}' comes first, before all flags: python -m dynamo.serve {word}; see"
+    ):
+        parse_command_line(["--port", "0", word, "--discovery", str(tmp_path)])
 
 
 def test_unknown_flags_get_the_nearest_one() -> None:
@@ -286,9 +319,13 @@ def test_unknown_flags_get_the_nearest_one() -> None:
         ("[server]\nprot = 1\n", r"unknown key server.prot; did you mean port\?"),
         ("[server]\nhost_cache = 1\n", r"unknown key server.host_cache; did you mean cache.host_cache\?"),
         ("port = 1\n", r"key port belongs to no section; put it below \[server\]"),
-        ("prot = 1\n", "key prot belongs to no section$"),
+        ("prot = 1\n", "key prot belongs to no section; `python -m dynamo.serve config` prints all there are$"),
+        ("[server]\ncors = 1\n", "unknown key server.cors; `python -m dynamo.serve config` prints all there are"),
         ("server = 1\n", "must be a table"),
-        ("[server]\nport = true\n", "--port: True is not accepted"),
+        ("[server]\nport = true\n", "server.port: true is not accepted; accepted is an integer"),
+        ("[model]\ndevice = ['cpu']\n", r"model.device: \['cpu'\] is not accepted; accepted is cpu"),
+        ("[cache]\nhost_cache = []\n", r"cache.host_cache: \[\] is not accepted; accepted is a size"),
+        pytest.param(f"a = {5000 * '['}", "not valid TOML: maximum recursion", id="nested"),
         ("[server\n", "not valid TOML"),
         ('[server]\napi_key = ""\n', "the value is not accepted"),
     ],
@@ -300,9 +337,22 @@ def test_mistakes_in_the_file_are_told_with_the_way_out(tmp_path: Path, text: st
     assert str(file) in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
-        parse_command_line(["--config", str(tmp_path / "none.toml")])
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "\ufeff[server]\nport = 1\n"), {}).config.server.port == 1
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "large.toml").write_bytes(bytes(2 << 20))
+    for file, says in (
+        ("none.toml", "there is no such file; check the path"),
+        (".", "this is a folder; give the path of a file"),
+        ("large.toml", "it has more than 1 MiB, so it is no file of settings"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_command_line(["--config", str(tmp_path / file)])
+        assert str(caught.value) == f"--config {tmp_path / file}: {says}"
+    with pytest.raises(ConfigError, match=r"^--config: '' is not accepted; accepted is the path of a file$"):
+        parse_command_line(["--config", ""])
 
 
 def test_the_printed_configuration_can_be_loaded_again(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_requests_without_a_full_block_have_no_keys(run: Any, tmp_path: Path) ->
 
 def test_the_file_is_its_owners_alone_even_if_it_was_not(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "keys.jsonl"
-    path.write_text('{"an earlier": "line"}\n{"one that was interr')
+    path.write_text('{"time_s":1,"an earlier":"line"}\n{"one that was interr')
     path.chmod(0o666)
 
     async def log() -> None:
@@ -92,7 +92,7 @@ def test_the_file_is_its_owners_alone_even_if_it_was_not(run: Any, tmp_path: Pat
     run(log())
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     first, torn, last = path.read_text().splitlines()
-    assert (first, torn) == ('{"an earlier": "line"}', '{"one that was interr')
+    assert (first, torn) == ('{"time_s":1,"an earlier":"line"}', '{"one that was interr')
     assert json.loads(last)["num_prompt_tokens"] == 50
 
 
@@ -208,6 +208,20 @@ def test_two_writers_of_one_file_are_refused(run: Any, tmp_path: Path) -> None:
 
     run(log())
     check_key_log(path)
+
+
+def test_a_file_of_other_content_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "llama"}')
+    path.chmod(0o644)
+    with pytest.raises(
+        ConfigError, match=f"--key-log {path}: this file has other content than a key log; .*another path"
+    ):
+        check_key_log(path)
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ('{"model_type": "llama"}', 0o644)
+    for torn in ("", '{"ti', '{"ti\n{"time_s":1}\n', "\n"):
+        path.write_text(torn)
+        check_key_log(path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "missing"])

@@ -97,6 +97,56 @@ def test_what_killed_workers_left_is_removed_by_the_next_one_and_nothing_else(
         assert not (directory / "w.lock").exists()
 
 
+def test_a_folder_that_is_used_for_other_things_keeps_them(tmp_path: Path) -> None:
+    (tmp_path / "composer.d").mkdir()
+    for name in ("composer.lock", "composer.json", "composer.d/conf", "poetry.lock", "worker-0.json"):
+        (tmp_path / name).write_text("precious")
+    (tmp_path / "empty.lock").touch()
+    (tmp_path / "empty.json").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with WorkerClaim.take(tmp_path, None) as claim:
+        assert claim.worker_id == "worker-1"
+    for name, strange in (("composer", "lock"), ("poetry", "lock"), ("empty", "json"), ("worker-0", "json")):
+        says = f"--worker-id {name}: {tmp_path / name}.{strange} is no worker's, and would be lost; choose another name"
+        with pytest.raises(ConfigError, match=says):
+            WorkerClaim.take(tmp_path, name)
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "file").touch()
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'conf.d'} is no worker's"):
+        WorkerClaim.take(tmp_path, "conf")
+    shutil.rmtree(tmp_path / "conf.d")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("has_words", [False, True])
+def test_a_registration_that_lost_power_left_empty_is_in_no_workers_way(tmp_path: Path, has_words: bool) -> None:
+    (tmp_path / "w.json").touch()
+    (tmp_path / "w.lock").write_bytes(lock_words(tmp_path) if has_words else b"")
+    with WorkerClaim.take(tmp_path, "another"):
+        assert (tmp_path / "w.json").exists() is not has_words
+    with WorkerClaim.take(tmp_path, "w") as claim:
+        assert claim.worker_id == "w"
+
+
+def test_a_registration_of_another_version_is_replaced_by_its_own_name_alone(tmp_path: Path) -> None:
+    (tmp_path / "w.lock").write_bytes(lock_words(tmp_path))
+    (tmp_path / "w.json").write_text('{"written": "by another version"}')
+    WorkerClaim.take(tmp_path, "another").close()
+    assert (tmp_path / "w.json").exists() and (tmp_path / "w.lock").exists()
+    WorkerClaim.take(tmp_path, "w").close()
+    (tmp_path / "w.lock").write_bytes(lock_words(tmp_path))
+    (tmp_path / "w.json").unlink()
+    (tmp_path / "w.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'w.json'} is no worker's"):
+        WorkerClaim.take(tmp_path, "w")
+
+
+def lock_words(directory: Path) -> bytes:
+    """What a worker writes into its lock."""
+    with WorkerClaim.take(directory, "writer"):
+        return (directory / "writer.lock").read_bytes()
+
+
 def test_a_worker_whose_lock_was_removed_is_not_tidied_up_after(tmp_path: Path) -> None:
     with worker_in(tmp_path, "alive") as (_, folder):
         (tmp_path / "alive.lock").unlink()

@@ -13,11 +13,12 @@ from dynamo.tiers.arena import map_rows
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.fake_kvikio import FakeKvikio
-from dynamo.tiers.file_io import FileIO, SlotIO
+from dynamo.tiers.file_io import FileIO
 from dynamo.tiers.host import HostTier
 from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.queued_io import QueuedIO
+from dynamo.tiers.slot_io import SlotIO
 from dynamo.tiers.tier import Tier
 
 NUM_SLOTS = 24

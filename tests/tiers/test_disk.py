@@ -22,10 +22,11 @@ from dynamo.tiers.arena import map_rows
 from dynamo.tiers.disk import DiskTier
 from dynamo.tiers.disk_space import disk_space
 from dynamo.tiers.errors import TierBusyError, TierConfigError, TierUnavailableError
-from dynamo.tiers.file_io import FileIO, SlotIO
+from dynamo.tiers.file_io import FileIO
 from dynamo.tiers.journal import ROOT_NAME
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.queued_io import QueuedIO
+from dynamo.tiers.slot_io import SlotIO
 from dynamo.tiers.verify import verify_directories
 
 NUM_SLOTS = 64
@@ -512,10 +513,17 @@ def test_a_capacity_below_one_block_is_refused(tmp_path: Path, layout: BlockLayo
         DiskTier.open(tmp_path, layout, 4095, b"model")
 
 
-def test_a_directory_that_is_a_file_is_unavailable(tmp_path: Path, layout: BlockLayout) -> None:
-    (tmp_path / "kv").write_text("in the way")
-    with pytest.raises(TierUnavailableError, match="cannot use"):
-        open_disk(tmp_path / "kv", layout)
+@pytest.mark.parametrize("name", ["file", "file/kv"])
+def test_a_file_in_the_place_of_a_directory_is_named_as_what_is_wrong(
+    tmp_path: Path, layout: BlockLayout, name: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    which = "this" if name == "file" else file
+    with pytest.raises(
+        TierUnavailableError, match=f"cannot be in {tmp_path / name}: {which} is no folder; move it away"
+    ):
+        open_disk(tmp_path / name, layout)
 
 
 UNPRIVILEGED = """

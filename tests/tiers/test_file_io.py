@@ -13,12 +13,13 @@ import numpy.typing as npt
 import pytest
 
 from dynamo.kernels.checks import KernelArgumentError, Rows, SlotIds
-from dynamo.tiers import file_io
 from dynamo.tiers.aio import READ, Events, RequestQueue, Requests
 from dynamo.tiers.arena import map_rows
-from dynamo.tiers.file_io import BlockFile, FileIO, IOResult, SlotIO
+from dynamo.tiers.block_file import BlockFile
+from dynamo.tiers.file_io import FileIO
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.queued_io import QueuedIO
+from dynamo.tiers.slot_io import IOResult, SlotIO
 
 NUM_SLOTS = 32
 Call = Callable[[int, list[memoryview], int], int]
@@ -281,18 +282,13 @@ def test_a_file_system_without_direct_io_is_used_buffered(
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return opened(path, flags, mode)
 
-    monkeypatch.setattr(file_io.os, "open", no_direct)
+    monkeypatch.setattr(os, "open", no_direct)
     file = BlockFile(tmp_path / "buffered.dat")
     assert not file.is_direct
     assert file_io_pool.write(file, ids(3), rows, ids(4)).outcomes.all()
     assert file_io_pool.read(file, ids(3), rows, ids(5)).outcomes.all()
     assert (rows[4] == rows[5]).all()
     file.close()
-
-
-def test_the_probe_leaves_no_file(tmp_path: Path) -> None:
-    BlockFile(tmp_path / "blocks.dat").close()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["blocks.dat"]
 
 
 def test_unaligned_rows_are_refused(block_file: BlockFile, file_io_pool: Blocking, rows: Rows) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dynamo.kernels.checks import KernelArgumentError
-from dynamo.tiers import host
+from dynamo.tiers import memory
 from dynamo.tiers.device import DeviceTier
 from dynamo.tiers.errors import TierClosedError, TierConfigError, TierMemoryError
 from dynamo.tiers.host import HostTier
@@ -30,7 +30,7 @@ def test_rows_meet_the_device_tier(layout: BlockLayout) -> None:
 def test_more_than_the_available_memory_is_refused_naming_both_sizes(
     layout: BlockLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "available_memory_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: 1 << 30)
     with pytest.raises(TierMemoryError, match=r"needs 2\.00 GiB, 1\.00 GiB are available") as caught:
         HostTier(layout, (2 << 30) // layout.slot_bytes)
     assert caught.value.needed_bytes == 2 << 30
@@ -117,6 +117,12 @@ def test_addresses_that_cannot_be_had_cost_the_growth_only(
     arena.close()
 
 
+def test_an_arena_of_staging_rows_alone_is_not_called_the_host_tier(layout: BlockLayout, tmp_path: Path) -> None:
+    budget = HostBudget(tmp_path / "b", 10 * layout.slot_bytes)
+    with pytest.raises(TierMemoryError, match="the buffer for transfers needs"):
+        HostTier(layout, 0, num_staging=11, budget=budget)
+
+
 def test_the_budget_holds_what_is_resident(layout: BlockLayout, tmp_path: Path) -> None:
     budget = HostBudget(tmp_path / "b", 10 * layout.slot_bytes)
     arena = HostTier(layout, 4, num_staging=2, max_slots=100, budget=budget)
@@ -155,7 +161,7 @@ def test_more_memory_than_is_available_is_not_taken_later_either(
     layout: BlockLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arena = HostTier(layout, 4, max_slots=1000)
-    monkeypatch.setattr(host, "available_memory_bytes", lambda: layout.slot_bytes)
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: layout.slot_bytes)
     with pytest.raises(TierMemoryError):
         arena.resize(6)
     arena.resize(5)

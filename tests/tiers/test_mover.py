@@ -285,3 +285,51 @@ def test_closing_runs_what_is_queued_and_leaves_a_hanging_thread_behind(caplog: 
     mover.close(0.05)
     assert "still run" in caplog.text
     gate.opened.set()
+
+
+def test_what_hangs_while_closing_still_ends_at_its_deadline(eventually: Eventually) -> None:
+    mover = Mover({"stuck": Lane("link", 1)}, 1)
+    gate = Gate()
+    gate.hold(mover, "stuck")
+    late = submit(mover, "stuck", [nothing], timeout_s=0.2)
+    mover.close(0.05)
+    eventually(lambda: late.is_ended)
+    assert late.is_expired
+    gate.opened.set()
+
+
+def test_a_closed_mover_ends_what_it_is_given_at_once() -> None:
+    done: list[str] = []
+    mover = Mover({"lane": Lane("link", 1)}, 1)
+    mover.close(TIMEOUT_S)
+    transfer = submit(mover, "lane", [lambda: done.append("run")], on_done=lambda: done.append("done"))
+    assert transfer.is_ended
+    assert done == ["done"]
+    assert mover.num_unfinished == 0
+
+
+def test_a_line_of_a_closed_mover_refuses_what_would_never_run() -> None:
+    ran: list[int] = []
+    mover = Mover({"lane": Lane("link", 1)}, 1)
+    line = mover.line("lane", Priority.OFFLOAD)
+    assert line.put(Part(lambda: ran.append(0), 1))
+    mover.close(TIMEOUT_S)
+    assert not line.put(Part(lambda: ran.append(1), 1))
+    assert ran == [0]
+
+
+def test_what_a_part_hands_on_to_another_lane_is_run_although_the_mover_closes(eventually: Eventually) -> None:
+    mover = Mover({"first": Lane("link", 1), "second": Lane("other link", 1)}, 1)
+    gate, arrived = Gate(), threading.Event()
+    line = mover.line("second", Priority.OFFLOAD)
+
+    def hand_on() -> None:
+        gate()
+        line.put(Part(arrived.set, 1))
+
+    mover.line("first", Priority.OFFLOAD).put(Part(hand_on, 1))
+    assert gate.begun.wait(TIMEOUT_S)
+    mover.close(0.2)
+    gate.opened.set()
+    assert arrived.wait(TIMEOUT_S)
+    eventually(lambda: not any(t.name.startswith(("kv-first", "kv-second")) for t in threading.enumerate()))

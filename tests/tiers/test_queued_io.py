@@ -14,7 +14,7 @@ import pytest
 from dynamo.kernels.checks import Rows
 from dynamo.tiers.aio import Events, RequestQueue, Requests
 from dynamo.tiers.arena import map_rows
-from dynamo.tiers.file_io import BlockFile
+from dynamo.tiers.block_file import BlockFile
 from dynamo.tiers.layout import BlockLayout
 from dynamo.tiers.queued_io import QueuedIO
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dynamo.kvcache import KVCache, KVSpec
-from dynamo.serve.engine.cuda_graphs import DecodeGraphs, decode_sizes
+from dynamo.serve.engine.cuda_graphs import CudaStepCapturer, DecodeGraphs, decode_sizes
 from dynamo.serve.engine.engine import build_model_engine
 from dynamo.serve.engine.loader import LoadedModel, load_model
 from dynamo.serve.engine.paged_steps import PagedSteps
@@ -246,3 +246,23 @@ def test_captured_decoding_says_on_the_gpu_what_gathered_does(
     captured = talk(loaded, device, prompts, num_tokens, is_paged=True)
     assert captured.outputs == gathered.outputs
     assert captured.captured_sizes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_the_gpu_a_failed_capture_leaves_later_steps_in_order() -> None:
+    device, before = torch.device("cuda", 0), torch.cuda.current_stream()
+    numbers, is_capturing = torch.arange(4.0, device=device), torch.cuda.is_current_stream_capturing
+
+    def run(size: int) -> Tensor:
+        doubled = numbers[:size] * 2
+        if is_capturing():
+            doubled.sum().item()  # waits for the device, which a graph cannot hold
+        return doubled
+
+    graphs = DecodeGraphs(run, CudaStepCapturer(device), max_running=4)
+    for start in (0, 10, 20):
+        numbers.copy_(torch.arange(start, start + 4.0))
+        assert graphs.logits(4).tolist() == [2.0 * (start + i) for i in range(4)]
+        assert torch.cuda.current_stream() == before
+    assert graphs.captured_sizes == ()

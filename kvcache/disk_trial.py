@@ -56,7 +56,7 @@ class DiskTrial:
             answer_s = self._read(slots[:1], rows)
             block_s = self._read(slots[1:], rows) / (len(slots) - 1) if len(slots) > 1 else answer_s
         except _TooSlowError:
-            self._planner.observe_trial("disk", len(slots), _TIMEOUT_S, 0.0)
+            self._planner.observe_trial("disk", 1, _TIMEOUT_S, 0.0)  # how many had come is not known
         except (TierError, KernelArgumentError, _NotReadError) as error:  # closed, damaged or made smaller meanwhile
             logger.debug("the disk was not tried: %s", error)
         else:

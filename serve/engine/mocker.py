@@ -117,7 +117,7 @@ class MockRunner:
         seconds = self._timings.modelled_s(len(step.decodes), step.num_prefill_tokens)
         if self._timings.waits:
             rest_s = started + seconds / self._timings.speedup - time.monotonic()
-            time.sleep(min(max(0.0, rest_s), threading.TIMEOUT_MAX))
+            time.sleep(min(max(0.0, rest_s), threading.TIMEOUT_MAX))  # a longer sleep is an error
             seconds = time.monotonic() - started
         self._meter.add(step, seconds)  # without waiting, the cache decides as on the modelled machine
         return sampled

@@ -97,6 +97,18 @@ def test_what_was_found_is_not_faster_than_the_disk(
     assert cache.stats().num_loads == 0
 
 
+def test_a_trial_that_takes_too_long_ends_and_says_so(
+    opened: Callable[[], KVCache], throttled: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamo.kvcache.disk_trial._TIMEOUT_S", 0.05)
+    monkeypatch.setattr("dynamo.tiers.interruptible_io.MAX_CALL_BYTES", 4096)
+    throttled(4096 / 0.02)
+    cache = opened()
+    wait_until(lambda: known(cache))
+    speed = cache.stats().planner.lane_bytes_per_s["disk"]
+    assert speed == pytest.approx(cache.spec.layout.block_bytes / 0.05)
+
+
 def test_an_empty_disk_is_not_tried(make_cache: Callable[..., KVCache], content: Any, tmp_path: Path) -> None:
     cache = make_cache(device_blocks=128, disk=f"{tmp_path}:4MiB")
     content.run(cache, TOKENS)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_nothing_comes_after_the_end() -> None:
             with Interrupts(), contextlib.suppress(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGTERM)
                 wait_for_ever()
-        time.sleep(0.05)  # longer than until a lost one comes again
+            assert all(thread.name != "perf-interrupt" for thread in threading.enumerate()), "one could still be sent"
     finally:
         signal.signal(signal.SIGTERM, before)
     assert came == []
